@@ -1,0 +1,17 @@
+//! Windlass's domain: types, rules and state machines.
+//!
+//! Pure: no input or output, no async, no clock, no random numbers. Times and ids are inputs. One type per concept: what is
+//! here is what is stored and what the API returns.
+
+pub mod digest;
+pub mod id;
+pub mod limits;
+pub mod manifest;
+pub mod plan;
+pub mod plugin;
+pub mod task;
+pub mod time;
+pub mod value;
+
+pub use digest::Digest;
+pub use time::Timestamp;
