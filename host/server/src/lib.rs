@@ -1,1 +1,7 @@
+//! The `windlass` platform server.
+//!
+//! Layers, top down: `api` (the only place that knows HTTP) → `service` (one module per resource) → the store, the plugin
+//! runtime and the `engine`. The `gateway` holds agents' sessions. Handlers never touch the store.
 
+pub mod clock;
+pub mod ids;
