@@ -1,0 +1,374 @@
+//! Orders: long-running work that people start, watch, mend and end.
+//!
+//! An [`Order`] is the header of a *plan* plus its *progress* (see [`crate::plan`], [`crate::progress`]). The header is one
+//! row; every change of the order compares and swaps it. Source: spec "Release orders"; design, "The engine".
+//!
+//! ```text
+//!               ┌────────────── cancel ──────────────┐
+//! not started ─ run ─► initialising ─► running ◄──► blocked, drifted, unknown, awaiting confirmation
+//!      │                     │            │  └─ cancel ─► cancelling ─► cancelled | failed
+//!      └─ cancel ─► cancelled◄┘           ├─ roll back ─► rolling back ─► rolled back | failed
+//!                                         └─► succeeded
+//! ```
+//! `cancelled`, `failed`, `rolled_back` and `succeeded` are terminal: they are never left. A cancelled order in which
+//! something had failed or is unknown ends as `failed`, so that history does not hide it.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    digest::Digest,
+    id::{InstanceId, OrderId, PackageId, ServerId},
+    limits::Limits,
+    progress::Counts,
+    time::Timestamp,
+    value::Environment,
+};
+
+/// The state of an order as a whole.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum OrderState {
+    /// Planned; nobody has run it.
+    NotStarted,
+    /// Servers are checked and locked.
+    Initialising,
+    /// Something is under way.
+    Running,
+    /// A failure, a lock or a limit stops it; a person acts, or waits until the cause is gone.
+    Blocked,
+    /// What it was planned from has changed on a server; a person decides.
+    Drifted,
+    /// Whether a step ran cannot be known; a person decides.
+    Unknown,
+    /// A gate waits for a person.
+    AwaitingConfirmation,
+    /// Tasks under way are being ended.
+    Cancelling,
+    /// Done.
+    Succeeded,
+    /// Ended with something failed or unknown.
+    Failed,
+    /// Ended by a person.
+    Cancelled,
+    /// A linked rollback order is under way.
+    RollingBack,
+    /// The linked rollback order has succeeded.
+    RolledBack,
+}
+
+impl OrderState {
+    /// Whether it is never left.
+    #[must_use]
+    pub const fn is_terminal(self) -> bool {
+        match self {
+            Self::Succeeded | Self::Failed | Self::Cancelled | Self::RolledBack => true,
+            Self::NotStarted
+            | Self::Initialising
+            | Self::Running
+            | Self::Blocked
+            | Self::Drifted
+            | Self::Unknown
+            | Self::AwaitingConfirmation
+            | Self::Cancelling
+            | Self::RollingBack => false,
+        }
+    }
+}
+
+/// What an order is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum Purpose {
+    /// Release packages.
+    Release,
+    /// Bring back what a release changed.
+    Rollback {
+        /// The order that is rolled back.
+        of: OrderId,
+        /// Why.
+        reason: String,
+        /// Whether the core's own plan runs because the strategy's was missing, failed, or broke a limit: the cause.
+        core_plan_because: Option<String>,
+    },
+}
+
+/// One service instance of a release and its target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// The service instance.
+    pub instance: InstanceId,
+    /// The package to release.
+    pub package: PackageId,
+    /// Only servers of these cells (identifiers); empty: all of the instance's.
+    #[serde(default)]
+    pub cells: Vec<String>,
+    /// Deployment parameters of this application: names and values that become environment.
+    #[serde(default)]
+    pub parameters: Environment,
+}
+
+/// What was asked for: everything a plan is made from that a person chose.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ReleaseSpec {
+    /// 1 to 50 characters.
+    pub title: String,
+    /// The strategy plugin: `name` for its default version or `name@version`.
+    #[serde(default = "grouped")]
+    pub strategy: String,
+    /// The strategy's parameters, valid against its schema.
+    #[serde(default = "empty_object")]
+    pub parameters: serde_json::Value,
+    /// What to release.
+    pub targets: Vec<Target>,
+    /// Dependencies between applications in the short form: `a>b,c>d`, a depends on b.
+    #[serde(default)]
+    pub dependencies: String,
+    /// Deployment parameters of all applications.
+    #[serde(default)]
+    pub environment: Environment,
+    /// The safety envelope.
+    #[serde(default)]
+    pub limits: Limits,
+    /// How long to wait for connections to end after a weight was set to 0, in milliseconds. Default 30 s.
+    #[serde(default = "drain_deadline")]
+    pub drain_deadline_ms: u64,
+    /// How long a task may wait for its server before it is not started any more, in milliseconds. Default 10 min.
+    #[serde(default = "delivery_deadline")]
+    pub delivery_deadline_ms: u64,
+}
+
+fn grouped() -> String {
+    "grouped".to_owned()
+}
+
+fn empty_object() -> serde_json::Value {
+    serde_json::Value::Object(serde_json::Map::new())
+}
+
+const fn drain_deadline() -> u64 {
+    30_000
+}
+
+const fn delivery_deadline() -> u64 {
+    600_000
+}
+
+/// One revision of an order's plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PlanRevision {
+    /// From 1.
+    pub revision: u32,
+    /// The plan.
+    pub digest: Digest,
+    /// Who made it.
+    pub author: String,
+    /// When.
+    pub at: Timestamp,
+    /// What differs from the one before, for people.
+    pub difference: String,
+}
+
+/// An order's header.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Order {
+    /// Schema version of this record.
+    pub schema: u32,
+    /// Its id.
+    pub id: OrderId,
+    /// The workspace's identifier.
+    pub workspace: String,
+    /// Title.
+    pub title: String,
+    /// What it is for.
+    pub purpose: Purpose,
+    /// Its state; follows from its progress.
+    pub state: OrderState,
+    /// Why it is in this state, for people; empty where the state says it all.
+    pub state_reason: String,
+    /// The strategy, `name@version`; empty for the core's own plan.
+    pub strategy: String,
+    /// The plan that runs.
+    pub plan: Digest,
+    /// All revisions of the plan; the last is `plan`.
+    pub revisions: Vec<PlanRevision>,
+    /// What was asked for (a blob).
+    pub spec: Digest,
+    /// Servers by state.
+    pub counts: Counts,
+    /// Where its control flow is.
+    pub control: Control,
+    /// The order whose locks it uses: itself, or for a rollback the first of the line.
+    pub lock_owner: OrderId,
+    /// Rises with every order that locks a server: tasks carry it, agents refuse lower ones. 0 before it runs.
+    pub fence: u64,
+    /// Sequence number of its last event.
+    pub last_event: u64,
+    /// The order that rolls it back.
+    pub rolled_back_by: Option<OrderId>,
+    /// Servers it works on.
+    pub server_count: u32,
+    /// Who made it.
+    pub created_by: String,
+    /// When.
+    pub created_at: Timestamp,
+    /// When it was run.
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    pub finished_at: Option<Timestamp>,
+    /// When a leaf last ended; the progress deadline counts from here.
+    pub last_progress_at: Option<Timestamp>,
+}
+
+impl Order {
+    /// The current [`Order::schema`].
+    pub const SCHEMA: u32 = 1;
+}
+
+/// The part of an order's control flow that does not follow from its nodes.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, Default, utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Control {
+    /// Nobody has run it.
+    #[default]
+    NotStarted,
+    /// Locks are taken.
+    Initialising,
+    /// The scheduler starts what can be started.
+    Active,
+    /// Nothing is started; what runs is ended; then it is over.
+    Cancelling,
+    /// Nothing is started; what runs is ended; then a rollback order is made.
+    EndingForRollback,
+    /// The rollback order exists.
+    RollingBack,
+    /// Over.
+    Ended(Ending),
+}
+
+/// How an order ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// Everything done.
+    Succeeded,
+    /// With something failed or unknown.
+    Failed,
+    /// By a person.
+    Cancelled,
+    /// Rolled back.
+    RolledBack,
+}
+
+/// What a person can do to an order. JSON: `{"action": "retry", "node": 12}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case", tag = "action", deny_unknown_fields)]
+pub enum Action {
+    /// Run everything, or go on with everything.
+    Run,
+    /// Run one group or application.
+    RunNode {
+        /// The node.
+        node: u32,
+    },
+    /// Confirm a gate (`node`: the gate itself, or a node in which exactly one waits; absent: the whole order).
+    Confirm {
+        /// The node.
+        node: Option<u32>,
+    },
+    /// Try again what failed, drifted or is unknown in this node.
+    Retry {
+        /// A step, server, group, or 0 for all.
+        node: u32,
+    },
+    /// Go on without what failed, drifted or is unknown in this node.
+    Ignore {
+        /// A step, server, group, or 0 for all.
+        node: u32,
+    },
+    /// End a node, or the whole order.
+    Cancel {
+        /// The node; absent: the whole order.
+        node: Option<u32>,
+    },
+    /// Start nothing more in this group.
+    Lock {
+        /// The node.
+        node: u32,
+        /// Why.
+        #[serde(default)]
+        reason: String,
+    },
+    /// Take such a lock away. Refused while another order still holds a server of the group.
+    Unlock {
+        /// The node.
+        node: u32,
+    },
+    /// Bring back what this order changed.
+    RollBack {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// One thing that happened to an order; what the event stream sends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct OrderEvent {
+    /// Sequence number within the order, from 1, without gaps.
+    pub seq: u64,
+    /// When.
+    pub at: Timestamp,
+    /// Who, where a person did it; empty otherwise.
+    pub by: String,
+    /// What.
+    #[serde(flatten)]
+    pub what: Happened,
+}
+
+/// What can happen to an order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case", tag = "type")]
+pub enum Happened {
+    /// The order changed its state.
+    Order {
+        /// Its new state.
+        state: OrderState,
+        /// Why.
+        reason: String,
+    },
+    /// A node changed its state.
+    Node {
+        /// The node.
+        node: u32,
+        /// Its name.
+        name: String,
+        /// The server, where it is one's.
+        server: Option<ServerId>,
+        /// Its new state.
+        state: crate::progress::NodeState,
+        /// Which attempt, from 1; 0 where it has none.
+        attempt: u32,
+        /// What happened, for people.
+        message: String,
+    },
+    /// A person acted.
+    Action {
+        /// What was done.
+        did: Action,
+    },
+}

@@ -1,0 +1,554 @@
+//! Progress: where every node of a plan is.
+//!
+//! Leaves have states of their own; the state of an inner node *follows* from its children by one function, [`derive`].
+//! For that each inner node keeps a [`Tally`] of its children's states, so that one leaf's change costs its depth, not
+//! the size of the plan. Stored are leaves and the marks that people or checks put on inner nodes; tallies are not.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    id::PoolId,
+    order::{Control, Ending, OrderState},
+    plan::{NodeIndex, NodeKind, Plan},
+    task::TaskResult,
+    time::Timestamp,
+};
+
+/// The state of a node.
+#[derive(
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    Default,
+    utoipa::ToSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum NodeState {
+    /// Not reached.
+    #[default]
+    NotStarted,
+    /// Under way.
+    Running,
+    /// Waits for a person.
+    AwaitingConfirmation,
+    /// A person or another order holds it.
+    Locked,
+    /// What it was planned from has changed.
+    Drifted,
+    /// Whether it ran cannot be known.
+    Unknown,
+    /// It failed.
+    Failed,
+    /// Being ended.
+    Cancelling,
+    /// Ended by a person.
+    Cancelled,
+    /// A person went on without it.
+    Ignored,
+    /// Done.
+    Succeeded,
+}
+
+impl NodeState {
+    /// How many there are.
+    pub const COUNT: usize = 11;
+
+    /// Every state, in the order of their numbers.
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::NotStarted,
+        Self::Running,
+        Self::AwaitingConfirmation,
+        Self::Locked,
+        Self::Drifted,
+        Self::Unknown,
+        Self::Failed,
+        Self::Cancelling,
+        Self::Cancelled,
+        Self::Ignored,
+        Self::Succeeded,
+    ];
+
+    /// Whether nothing more happens in it and what comes after it may start.
+    #[must_use]
+    pub const fn is_settled(self) -> bool {
+        match self {
+            Self::Cancelled | Self::Ignored | Self::Succeeded => true,
+            Self::NotStarted
+            | Self::Running
+            | Self::AwaitingConfirmation
+            | Self::Locked
+            | Self::Drifted
+            | Self::Unknown
+            | Self::Failed
+            | Self::Cancelling => false,
+        }
+    }
+
+    /// Whether a person has to mend it: retry, ignore, cancel or roll back.
+    #[must_use]
+    pub const fn needs_mending(self) -> bool {
+        match self {
+            Self::Drifted | Self::Unknown | Self::Failed => true,
+            Self::NotStarted
+            | Self::Running
+            | Self::AwaitingConfirmation
+            | Self::Locked
+            | Self::Cancelling
+            | Self::Cancelled
+            | Self::Ignored
+            | Self::Succeeded => false,
+        }
+    }
+
+    /// Whether something is under way in it.
+    #[must_use]
+    pub const fn is_busy(self) -> bool {
+        matches!(self, Self::Running | Self::Cancelling)
+    }
+}
+
+/// Servers of an order by state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default, utoipa::ToSchema)]
+#[serde(default)]
+pub struct Counts {
+    /// Not reached.
+    pub waiting: u32,
+    /// Under way, or held.
+    pub running: u32,
+    /// Done.
+    pub succeeded: u32,
+    /// Failed, drifted or unknown.
+    pub failed: u32,
+    /// Ignored.
+    pub ignored: u32,
+    /// Cancelled.
+    pub cancelled: u32,
+}
+
+/// Where a unit is on its way through the gate that every server passes before its first step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Admission {
+    /// Not asked for.
+    #[default]
+    None,
+    /// Asked for: drift and the safety envelope are being checked.
+    Asked,
+    /// Asked for, and the envelope says: not now, because of this.
+    Held(String),
+    /// It may start.
+    Admitted,
+}
+
+/// The weight of one server in one pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PoolWeight {
+    /// The pool.
+    pub pool: PoolId,
+    /// 0 to 100.
+    pub weight: u32,
+}
+
+/// One difference between what was planned from and what is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Drift {
+    /// What, for example `package shop@2.0.0` or `installed on web-1`.
+    pub subject: String,
+    /// As it was planned.
+    pub before: String,
+    /// As it is.
+    pub after: String,
+}
+
+/// What is kept of one node. A node without a row is as [`NodeProgress::default`] says: not started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default, utoipa::ToSchema)]
+#[serde(default)]
+pub struct NodeProgress {
+    /// The state of a leaf. Of an inner node it is not kept: it follows from its children.
+    pub state: NodeState,
+    /// Attempts so far.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub attempt: u32,
+    /// When the last attempt started.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finished_at: Option<Timestamp>,
+    /// How the last attempt of a step ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub result: Option<TaskResult>,
+    /// What happened, for people.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// Of a drain: the weights before the first attempt. Kept over retries, so that 0 is never taken for the old weight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remembered: Option<Vec<PoolWeight>>,
+    /// Of a unit: whether it may start.
+    #[serde(skip_serializing_if = "is_none_admission")]
+    pub admission: Admission,
+    /// Of a unit: what drifted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub drift: Vec<Drift>,
+    /// Of an inner node: held, and why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub locked: Option<String>,
+    /// Of an inner node: a person goes on without it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub ignored: bool,
+    /// Of an inner node: nothing more is started in it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub cancel: bool,
+    /// Of an inner node: a person asked to run it.
+    #[serde(skip_serializing_if = "is_false")]
+    pub opened: bool,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature serde asks for"
+)]
+const fn is_false(flag: &bool) -> bool {
+    !*flag
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature serde asks for"
+)]
+const fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+const fn is_none_admission(admission: &Admission) -> bool {
+    matches!(admission, Admission::None)
+}
+
+/// How many children of an inner node are in each state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tally([u32; NodeState::COUNT]);
+
+impl Tally {
+    /// Branch in `state`.
+    #[must_use]
+    pub const fn of(&self, state: NodeState) -> u32 {
+        self.0[state as usize]
+    }
+
+    /// All children.
+    #[must_use]
+    pub fn total(&self) -> u32 {
+        self.0.iter().sum()
+    }
+
+    const fn add(&mut self, state: NodeState) {
+        self.0[state as usize] += 1;
+    }
+
+    fn remove(&mut self, state: NodeState) {
+        self.0[state as usize] -= 1;
+    }
+}
+
+/// The state of an inner node from its children: the one function that decides it.
+///
+/// A failure within a `parallel` node's `max_failures` is tolerated: once everything in it has ended, the node has
+/// succeeded. Drift and unknown outcomes are never tolerated.
+#[must_use]
+pub fn derive(kind: &NodeKind, marks: &NodeProgress, tally: &Tally) -> NodeState {
+    use NodeState as S;
+    let any = |state| tally.of(state) > 0;
+    let total = tally.total();
+    let busy = any(S::Running) || any(S::Cancelling);
+    if marks.ignored {
+        return S::Ignored;
+    }
+    let settled = tally.of(S::Cancelled) + tally.of(S::Ignored) + tally.of(S::Succeeded);
+    if settled == total {
+        return if total > 0 && tally.of(S::Cancelled) == total {
+            S::Cancelled
+        } else if marks.cancel && any(S::Cancelled) {
+            S::Cancelled
+        } else {
+            S::Succeeded
+        };
+    }
+    if marks.cancel {
+        return if busy || marks.admission == Admission::Asked {
+            S::Cancelling
+        } else {
+            S::Cancelled
+        };
+    }
+    if matches!(kind, NodeKind::Unit { .. }) {
+        match &marks.admission {
+            Admission::None if !marks.drift.is_empty() => return S::Drifted,
+            Admission::None => {}
+            Admission::Asked | Admission::Held(_) => return S::Running,
+            Admission::Admitted => {}
+        }
+    }
+    if busy {
+        return S::Running;
+    }
+    let tolerated = match kind {
+        NodeKind::Parallel { max_failures, .. } => tally.of(S::Failed) <= *max_failures,
+        NodeKind::Sequence
+        | NodeKind::Unit { .. }
+        | NodeKind::Step { .. }
+        | NodeKind::Traffic(_)
+        | NodeKind::Gate { .. }
+        | NodeKind::Pause { .. }
+        | NodeKind::Judge { .. } => !any(S::Failed),
+    };
+    if any(S::Drifted) {
+        S::Drifted
+    } else if any(S::Unknown) {
+        S::Unknown
+    } else if !tolerated {
+        S::Failed
+    } else if settled + tally.of(S::Failed) == total {
+        S::Succeeded
+    } else if any(S::AwaitingConfirmation) {
+        S::AwaitingConfirmation
+    } else if marks.locked.is_some() || any(S::Locked) {
+        S::Locked
+    } else if tally.of(S::NotStarted) == total && marks.admission == Admission::None {
+        S::NotStarted
+    } else {
+        S::Running
+    }
+}
+
+/// Where every node of one plan is. Built from rows, changed by the reducer alone.
+#[derive(Debug, Clone)]
+pub struct Progress {
+    /// The part of the control flow that does not follow from nodes.
+    pub control: Control,
+    /// Set when nothing finished for longer than the plan's progress deadline; cleared by a person who goes on.
+    pub stalled: bool,
+    pub(crate) nodes: Vec<NodeProgress>,
+    pub(crate) states: Vec<NodeState>,
+    pub(crate) tallies: Vec<Tally>,
+    pub(crate) branches: Vec<Branch>,
+    /// One past the last node of each node's subtree.
+    pub(crate) subtree_end: Vec<NodeIndex>,
+    /// The nodes that are units.
+    pub(crate) unit_nodes: Vec<NodeIndex>,
+    /// Leaves that run or are being ended.
+    pub(crate) busy_leaves: u32,
+    /// Units that were asked for and whose answer is outstanding.
+    pub(crate) asked: u32,
+}
+
+/// The children of an inner node: indices in a shared list.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Branch {
+    pub(crate) list: Vec<NodeIndex>,
+    /// All children before this position are settled or were started.
+    pub(crate) cursor: usize,
+}
+
+impl Progress {
+    /// The progress of a plan from its rows (absent: not started).
+    #[must_use]
+    pub fn load(
+        plan: &Plan,
+        control: Control,
+        stalled: bool,
+        rows: impl IntoIterator<Item = (NodeIndex, NodeProgress)>,
+    ) -> Self {
+        let count = plan.nodes.len();
+        let mut nodes = vec![NodeProgress::default(); count];
+        for (index, row) in rows {
+            if let Some(node) = nodes.get_mut(index as usize) {
+                *node = row;
+            }
+        }
+        let mut branches = vec![Branch::default(); count];
+        for (index, node) in (0u32..).zip(&plan.nodes) {
+            if let Some(parent) = node.parent {
+                branches[parent as usize].list.push(index);
+            }
+        }
+        let mut progress = Self {
+            control,
+            stalled,
+            states: vec![NodeState::NotStarted; count],
+            tallies: vec![Tally::default(); count],
+            nodes,
+            branches,
+            subtree_end: (1u32..).take(count).collect(),
+            unit_nodes: (0u32..)
+                .zip(&plan.nodes)
+                .filter(|(_, node)| matches!(node.kind, NodeKind::Unit { .. }))
+                .map(|(index, _)| index)
+                .collect(),
+            busy_leaves: 0,
+            asked: 0,
+        };
+        // Depth-first order: children stand behind their parents, so going backwards meets them first.
+        for index in (0..count).rev() {
+            let node = &plan.nodes[index];
+            let state = if node.kind.is_leaf() {
+                progress.nodes[index].state
+            } else {
+                derive(&node.kind, &progress.nodes[index], &progress.tallies[index])
+            };
+            progress.states[index] = state;
+            if node.kind.is_leaf() && state.is_busy() {
+                progress.busy_leaves += 1;
+            }
+            if matches!(
+                progress.nodes[index].admission,
+                Admission::Asked | Admission::Held(_)
+            ) {
+                progress.asked += 1;
+            }
+            if let Some(parent) = node.parent {
+                let parent = parent as usize;
+                progress.tallies[parent].add(state);
+                progress.subtree_end[parent] =
+                    progress.subtree_end[parent].max(progress.subtree_end[index]);
+            }
+        }
+        progress
+    }
+
+    /// The state of a node.
+    #[must_use]
+    pub fn state(&self, node: NodeIndex) -> NodeState {
+        self.states[node as usize]
+    }
+
+    /// What is kept of a node.
+    #[must_use]
+    pub fn node(&self, node: NodeIndex) -> &NodeProgress {
+        &self.nodes[node as usize]
+    }
+
+    /// The children of a node, in order.
+    #[must_use]
+    pub fn children(&self, node: NodeIndex) -> &[NodeIndex] {
+        &self.branches[node as usize].list
+    }
+
+    /// How many children of a node are in each state.
+    #[must_use]
+    pub fn tally(&self, node: NodeIndex) -> &Tally {
+        &self.tallies[node as usize]
+    }
+
+    /// Whether some leaf is under way or a server's admission is outstanding.
+    #[must_use]
+    pub const fn is_quiet(&self) -> bool {
+        self.busy_leaves == 0 && self.asked == 0
+    }
+
+    /// Recomputes a node's state after its row or its tally changed, and its ancestors' as far as that reaches.
+    /// `changed` is told each node whose state changed, with the state before, from the bottom up.
+    pub(crate) fn refresh(
+        &mut self,
+        plan: &Plan,
+        node: NodeIndex,
+        mut changed: impl FnMut(NodeIndex, NodeState),
+    ) {
+        let mut at = Some(node);
+        while let Some(index) = at {
+            let i = index as usize;
+            let kind = &plan.nodes[i].kind;
+            let state = if kind.is_leaf() {
+                self.nodes[i].state
+            } else {
+                derive(kind, &self.nodes[i], &self.tallies[i])
+            };
+            let before = std::mem::replace(&mut self.states[i], state);
+            if before == state {
+                return;
+            }
+            changed(index, before);
+            if kind.is_leaf() {
+                self.busy_leaves =
+                    self.busy_leaves + u32::from(state.is_busy()) - u32::from(before.is_busy());
+            }
+            at = plan.nodes[i].parent;
+            if let Some(parent) = at {
+                self.tallies[parent as usize].remove(before);
+                self.tallies[parent as usize].add(state);
+            }
+        }
+    }
+
+    /// The order's state: from the control flow, and while it is active from the root.
+    #[must_use]
+    pub fn order_state(&self) -> OrderState {
+        match self.control {
+            Control::NotStarted => OrderState::NotStarted,
+            Control::Initialising => OrderState::Initialising,
+            Control::Cancelling => OrderState::Cancelling,
+            Control::EndingForRollback | Control::RollingBack => OrderState::RollingBack,
+            Control::Ended(Ending::Succeeded) => OrderState::Succeeded,
+            Control::Ended(Ending::Failed) => OrderState::Failed,
+            Control::Ended(Ending::Cancelled) => OrderState::Cancelled,
+            Control::Ended(Ending::RolledBack) => OrderState::RolledBack,
+            Control::Active => match self.states.first().copied().unwrap_or_default() {
+                NodeState::Failed | NodeState::Locked => OrderState::Blocked,
+                NodeState::Drifted => OrderState::Drifted,
+                NodeState::Unknown => OrderState::Unknown,
+                NodeState::AwaitingConfirmation => OrderState::AwaitingConfirmation,
+                // Nothing is under way and nothing could be started: a limit or an unopened group stops it.
+                NodeState::Running | NodeState::NotStarted if self.is_quiet() => self.stopped_by(),
+                NodeState::NotStarted
+                | NodeState::Running
+                | NodeState::Cancelling
+                | NodeState::Cancelled
+                | NodeState::Ignored
+                | NodeState::Succeeded => OrderState::Running,
+            },
+        }
+    }
+
+    /// Nothing runs although not everything is done: which state tells a person best.
+    fn stopped_by(&self) -> OrderState {
+        let any = |wanted| self.states.contains(&wanted);
+        if any(NodeState::Drifted) {
+            OrderState::Drifted
+        } else if any(NodeState::Unknown) {
+            OrderState::Unknown
+        } else if any(NodeState::Failed) || any(NodeState::Locked) || self.stalled {
+            OrderState::Blocked
+        } else {
+            OrderState::AwaitingConfirmation
+        }
+    }
+
+    /// Servers by state.
+    #[must_use]
+    pub fn counts(&self, plan: &Plan) -> Counts {
+        let mut counts = Counts::default();
+        for (node, state) in plan.nodes.iter().zip(&self.states) {
+            if !matches!(node.kind, NodeKind::Unit { .. }) {
+                continue;
+            }
+            let count = match state {
+                NodeState::NotStarted | NodeState::Locked => &mut counts.waiting,
+                NodeState::Running | NodeState::AwaitingConfirmation | NodeState::Cancelling => {
+                    &mut counts.running
+                }
+                NodeState::Succeeded => &mut counts.succeeded,
+                NodeState::Failed | NodeState::Drifted | NodeState::Unknown => &mut counts.failed,
+                NodeState::Ignored => &mut counts.ignored,
+                NodeState::Cancelled => &mut counts.cancelled,
+            };
+            *count += 1;
+        }
+        counts
+    }
+}
