@@ -257,6 +257,7 @@ pub fn apply(
         plan,
         progress,
         delta: Delta::default(),
+        before: BTreeMap::new(),
         at,
         budget: TURN_BUDGET,
     };
