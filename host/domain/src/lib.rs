@@ -4,6 +4,8 @@
 //! here is what is stored and what the API returns.
 
 pub mod digest;
+pub mod dispatch;
+pub mod expand;
 pub mod id;
 pub mod limits;
 pub mod manifest;

@@ -83,6 +83,10 @@ pub struct Task {
     pub id: TaskId,
     /// The service instance it belongs to; its directories and processes are named by it.
     pub instance: InstanceId,
+    /// The release directory that relative paths and `WINDLASS_RELEASE_DIR` mean; `None`: the one that is current.
+    /// It may not exist before `Unpack` has made it.
+    #[serde(default)]
+    pub release: Option<String>,
     /// Rises with every order on this (server, instance). An agent refuses a task with a lower fence than it has seen.
     pub fence: u64,
     /// Not started after this time.

@@ -449,6 +449,7 @@ mod tests {
             task: Task {
                 id: TASK.parse().unwrap(),
                 instance: "svc_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".parse().unwrap(),
+                release: None,
                 fence: u64::MAX,
                 expires_at: Timestamp::from_unix_ms(1_700_000_000_000),
                 timeout_ms: 60_000,
