@@ -99,13 +99,14 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
         },
         StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, unit))),
         StepTemplate::Stack(step) => {
+            if step.phase == Phase::Stop {
+                // What is stopped is what is installed, wherever the link points, with the environment it has.
+                names = None;
+                env.clear();
+            }
             env.extend(step.env.clone());
             run_as.clone_from(&step.run_as);
             timeout_ms = step.timeout_ms;
-            if step.phase == Phase::Stop {
-                // What is stopped is what is installed, wherever the link points.
-                names = None;
-            }
             match &step.action {
                 StackAction::Script(script) => Action::Script(script.clone()),
                 StackAction::WriteFile {

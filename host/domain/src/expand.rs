@@ -74,6 +74,8 @@ pub struct PlanInput {
     pub limits: Limits,
     /// Deadline of each drain, in milliseconds.
     pub drain_deadline_ms: u64,
+    /// How long a task may wait for its server, in milliseconds.
+    pub delivery_deadline_ms: u64,
     /// Applications.
     pub parts: Vec<PartInput>,
     /// What was read.
@@ -278,6 +280,7 @@ pub fn expand(input: PlanInput, strategy: &StrategyPlan) -> Result<Plan, BadPlan
         limits: input.limits,
         on_failure: strategy.on_failure,
         progress_deadline_ms: strategy.progress_deadline_ms,
+        delivery_deadline_ms: input.delivery_deadline_ms,
         strategy: input.strategy,
         parts,
         steps: builder.steps,
@@ -459,7 +462,13 @@ impl Builder {
             phase(self, &part.steps.steps, wanted);
         }
         if let Some(installed) = &server.installed {
-            phase(self, &installed.stop, Phase::Stop);
+            // What is stopped runs with the environment that it was installed with.
+            let mut stop = installed.stop.clone();
+            for step in &mut stop {
+                let own = std::mem::replace(&mut step.env, installed.env.clone());
+                step.env.extend(own);
+            }
+            phase(self, &stop, Phase::Stop);
         }
         self.step(node, "activate", StepTemplate::Activate);
         for wanted in [Phase::Deploy, Phase::Start, Phase::Check] {

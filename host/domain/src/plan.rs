@@ -42,6 +42,8 @@ pub struct Plan {
     pub on_failure: OnFailure,
     /// The order counts as failed when nothing has finished for so long, in milliseconds.
     pub progress_deadline_ms: Option<u64>,
+    /// How long a task may wait for its server before it is not started any more, in milliseconds.
+    pub delivery_deadline_ms: u64,
     /// The strategy that planned it; `None`: the core itself.
     pub strategy: Option<PluginRef>,
     /// Applications.

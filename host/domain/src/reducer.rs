@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// How many leaves one call starts, ends or resets at most.
-pub const TURN_BUDGET: usize = 24;
+pub const TURN_BUDGET: usize = 12;
 
 /// Automatic attempts at a change of weights: it can be repeated without harm.
 const TRAFFIC_ATTEMPTS: u32 = 3;
@@ -65,14 +65,21 @@ pub enum Event {
         /// How.
         result: Box<TaskResult>,
     },
+    /// The weights before a drain. Kept before the first one is changed, so that a crash in between loses none.
+    TrafficRemembered {
+        /// The leaf.
+        node: NodeIndex,
+        /// The attempt.
+        attempt: u32,
+        /// The weights.
+        weights: Vec<PoolWeight>,
+    },
     /// Weights were set and read back.
     TrafficDone {
         /// The leaf.
         node: NodeIndex,
         /// The attempt.
         attempt: u32,
-        /// Of a drain: the weights before it.
-        remembered: Option<Vec<PoolWeight>>,
     },
     /// Weights could not be set, or read back otherwise than set, or would break the envelope.
     TrafficFailed {
@@ -473,22 +480,22 @@ impl Turn<'_> {
                 attempt,
                 result,
             } => self.step_finished(node, attempt, *result),
-            Event::TrafficDone {
+            Event::TrafficRemembered {
                 node,
                 attempt,
-                remembered,
+                weights,
             } => {
-                self.current(node, attempt, |kind| matches!(kind, NodeKind::Traffic(_)))?;
-                let at = self.at;
+                self.current(node, attempt, |kind| {
+                    matches!(kind, NodeKind::Traffic(TrafficAction::Drain { .. }))
+                })?;
                 self.change(node, |row| {
-                    row.state = NodeState::Succeeded;
-                    row.finished_at = Some(at);
-                    row.message.clear();
-                    if row.remembered.is_none() {
-                        row.remembered = remembered;
-                    }
+                    row.remembered.get_or_insert(weights);
                 });
-                self.after_leaf(node);
+                Ok(())
+            }
+            Event::TrafficDone { node, attempt } => {
+                self.current(node, attempt, |kind| matches!(kind, NodeKind::Traffic(_)))?;
+                self.end_leaf(node, NodeState::Succeeded, String::new());
                 Ok(())
             }
             Event::TrafficFailed {
