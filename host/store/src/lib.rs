@@ -12,15 +12,23 @@
 //! | [`key`], [`txn`], [`watch`], [`lease`] | the parts of the contract |
 //! | `embedded` | the commit path that the embedded back ends share |
 //! | [`sled`], [`memory`] | back ends |
+//! | [`blobs`], [`retention`], [`backup`] | large data; removing many rows; one archive of everything |
 //! | `conformance` (feature) | what every back end must do |
 //! | [`crash`], [`trace`] | hooks for tests |
 
+pub mod backup;
+#[cfg(feature = "bench")]
+pub mod bench;
+pub mod blobs;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 pub mod crash;
 mod embedded;
 pub mod error;
 pub mod key;
 pub mod lease;
 pub mod memory;
+pub mod retention;
 pub mod sled;
 pub mod trace;
 pub mod txn;
@@ -28,6 +36,7 @@ pub mod watch;
 
 use async_trait::async_trait;
 
+pub use blobs::{BlobDigest, BlobError, BlobInfo, BlobReader, BlobWriter, Blobs};
 pub use error::{CommitError, LimitError, StoreError, WatchError};
 pub use key::{KEY_MAX_BYTES, Key, Prefix, sortable};
 pub use lease::{Lease, LeaseId};

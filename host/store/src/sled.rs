@@ -446,3 +446,46 @@ impl Rows for SledRows {
         Ok(())
     }
 }
+
+/// sled as it comes, for the measurement that compares the store with it.
+#[cfg(feature = "bench")]
+pub(crate) mod bare {
+    use super::{Db, File, Path, StoreError, engine_error, open_sled};
+
+    pub(crate) struct Bare {
+        directory: std::path::PathBuf,
+        db: Db,
+        file: File,
+    }
+
+    impl Bare {
+        pub(crate) fn open(directory: &Path, cache_bytes: u64) -> Result<Self, StoreError> {
+            let db = open_sled(directory, cache_bytes)?;
+            let path = directory.join("db");
+            let file = File::open(&path).map_err(|source| StoreError::Io {
+                operation: "open",
+                path,
+                source,
+            })?;
+            Ok(Self {
+                directory: directory.to_owned(),
+                db,
+                file,
+            })
+        }
+
+        pub(crate) fn insert(&self, key: &[u8], value: Vec<u8>) -> Result<(), StoreError> {
+            self.db
+                .insert(key, value)
+                .map_err(|error| engine_error(&self.directory, "write", error))?;
+            Ok(())
+        }
+
+        pub(crate) fn sync(&self) -> Result<(), StoreError> {
+            self.db
+                .flush()
+                .and_then(|_| self.file.sync_data().map_err(sled::Error::Io))
+                .map_err(|error| engine_error(&self.directory, "flush", error))
+        }
+    }
+}
