@@ -1,4 +1,5 @@
 //! The suite for the embedded back ends.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, a failure is a panic")]
 
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -2,6 +2,7 @@
 //! revisions never come again, rows of leases are gone.
 //!
 //! The writer is this test binary once more, running [`writer_child`] only.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, a failure is a panic")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};

@@ -1,4 +1,5 @@
 //! Damaged, foreign and unreadable directories give errors that say what is wrong.
+#![allow(clippy::unwrap_used, reason = "helpers of tests, a failure is a panic")]
 
 use std::path::Path;
 
