@@ -64,8 +64,24 @@ pub struct Descriptor {
     pub operating_systems: Vec<String>,
     /// Items that a diagnostic reports on.
     pub items: Vec<DiagnosticItem>,
+    /// Ready choices of parameters; users can view and clone them.
+    #[serde(default)]
+    pub presets: Vec<Preset>,
     /// Growth: codes that this version of the host may not know.
     pub attributes: BTreeMap<String, String>,
+}
+
+/// A ready choice of parameters that a plugin ships.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Preset {
+    /// Name, unique in the plugin.
+    pub name: String,
+    /// One line.
+    pub title: String,
+    /// Operating systems; empty: those of the plugin.
+    pub operating_systems: Vec<String>,
+    /// Parameters; required ones may be missing.
+    pub parameters: serde_json::Value,
 }
 
 /// What a plugin's steps want: takes effect when an operator has approved it. Source: design, "Consent".
@@ -493,6 +509,33 @@ pub struct RenderedCommand {
     pub timeout_ms: u64,
 }
 
+/// How a run of a public command ended: what its plugin is asked to interpret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommandRun {
+    /// The parameters that it was rendered with.
+    pub parameters: serde_json::Value,
+    /// How it ended.
+    pub outcome: CommandOutcome,
+    /// Exit code, where the process ended by itself.
+    pub exit_code: Option<i32>,
+    /// Output, with secrets masked.
+    pub output: String,
+    /// Bytes dropped from the middle of `output`.
+    pub dropped_bytes: u64,
+}
+
+/// How a run of a public command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CommandOutcome {
+    /// By itself.
+    Finished,
+    /// Killed at its time-out.
+    TimedOut,
+    /// Stopped by a person.
+    Stopped,
+}
+
 /// What a public command made of its output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CommandResult {
@@ -501,6 +544,28 @@ pub struct CommandResult {
     /// One line for people.
     pub summary: String,
     /// Structured result.
+    pub data: serde_json::Value,
+}
+
+/// What a diagnostic is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiagnosisRequest {
+    /// What is looked at.
+    pub subject: DiagnosisSubject,
+    /// Parameters, valid against its schema.
+    pub parameters: serde_json::Value,
+    /// Codes of the wanted items; empty: all.
+    pub items: Vec<String>,
+}
+
+/// What a diagnostic looks at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiagnosisSubject {
+    /// `server`, `path`, `operation`, `order`, `invocation`.
+    pub kind: String,
+    /// Its id.
+    pub id: String,
+    /// What the platform knows of it.
     pub data: serde_json::Value,
 }
 

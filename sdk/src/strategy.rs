@@ -1,0 +1,221 @@
+//! What a deployment strategy is asked and answers, with a builder of plans.
+
+pub use crate::bindings::deployment_strategy::exports::windlass::plugin::strategy::{
+    Application, JudgeRequest, Judgement, Limits, Node, NodeKind, Observation, ParallelLimits,
+    PlanRequest, ReleasePlan, ReleaseUnit, Server, TrafficShift, UnitProgress, Verdict, Weight,
+};
+
+/// A node of a plan that is being built: the place under which others are added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodeRef(u32);
+
+/// What an inner node stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Structure only.
+    Plain,
+    /// One application.
+    Application,
+    /// A group of servers that people act on.
+    Group,
+}
+
+impl Role {
+    /// Its code in the contract.
+    #[must_use]
+    pub const fn code(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Application => "application",
+            Self::Group => "group",
+        }
+    }
+}
+
+/// Builds a plan. Parents are made before their children, so that the result is always a tree. `None` as the parent is the
+/// top; nodes at the top run one after the other.
+#[derive(Debug, Clone)]
+pub struct PlanBuilder {
+    plan: ReleasePlan,
+}
+
+impl Default for PlanBuilder {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PlanBuilder {
+    /// An empty plan; a failure blocks the order until a person acts.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            plan: ReleasePlan {
+                nodes: Vec::new(),
+                on_failure: "block".into(),
+                progress_deadline_ms: None,
+                attributes: Vec::new(),
+            },
+        }
+    }
+
+    /// A failure that stops the order rolls it back.
+    pub fn roll_back_on_failure(&mut self) -> &mut Self {
+        self.plan.on_failure = "roll-back".into();
+        self
+    }
+
+    /// The order counts as failed when nothing has finished for so long.
+    pub fn progress_deadline_ms(&mut self, deadline_ms: Option<u64>) -> &mut Self {
+        self.plan.progress_deadline_ms = deadline_ms;
+        self
+    }
+
+    /// Children one after the other.
+    pub fn sequence(&mut self, parent: Option<NodeRef>, name: &str, role: Role) -> NodeRef {
+        self.add(parent, name, role, NodeKind::Sequence)
+    }
+
+    /// Children side by side; 0 in flight: no limit of its own.
+    pub fn parallel(
+        &mut self,
+        parent: Option<NodeRef>,
+        name: &str,
+        role: Role,
+        limits: ParallelLimits,
+    ) -> NodeRef {
+        self.add(parent, name, role, NodeKind::Parallel(limits))
+    }
+
+    /// Release one server.
+    pub fn release(&mut self, parent: Option<NodeRef>, name: &str, unit: ReleaseUnit) -> NodeRef {
+        self.add(parent, name, Role::Plain, NodeKind::Release(unit))
+    }
+
+    /// Move traffic.
+    pub fn shift(&mut self, parent: Option<NodeRef>, name: &str, shift: TrafficShift) -> NodeRef {
+        self.add(parent, name, Role::Plain, NodeKind::Shift(shift))
+    }
+
+    /// Wait until a person confirms.
+    pub fn gate(&mut self, parent: Option<NodeRef>, name: &str, message: &str) -> NodeRef {
+        self.add(parent, name, Role::Plain, NodeKind::Gate(message.into()))
+    }
+
+    /// Wait.
+    pub fn pause(&mut self, parent: Option<NodeRef>, name: &str, duration_ms: u64) -> NodeRef {
+        self.add(parent, name, Role::Plain, NodeKind::Pause(duration_ms))
+    }
+
+    /// Ask the strategy whether to go on.
+    pub fn judge(&mut self, parent: Option<NodeRef>, name: &str, stage: &str) -> NodeRef {
+        self.add(parent, name, Role::Plain, NodeKind::Judge(stage.into()))
+    }
+
+    /// The plan.
+    #[must_use]
+    pub fn build(self) -> ReleasePlan {
+        self.plan
+    }
+
+    fn add(
+        &mut self,
+        parent: Option<NodeRef>,
+        name: &str,
+        role: Role,
+        kind: NodeKind,
+    ) -> NodeRef {
+        let index = u32::try_from(self.plan.nodes.len()).unwrap_or(u32::MAX);
+        self.plan.nodes.push(Node {
+            parent: parent.map(|parent| parent.0),
+            // The contract allows 60 characters.
+            name: name.chars().take(60).collect(),
+            role: role.code().into(),
+            kind,
+            attributes: Vec::new(),
+        });
+        NodeRef(index)
+    }
+}
+
+impl ReleaseUnit {
+    /// One server of one application; its weight is restored, and the stack's deadline holds.
+    #[must_use]
+    pub fn new(application: &str, server: &str) -> Self {
+        Self {
+            application: application.into(),
+            server: server.into(),
+            restore: Weight::Remembered,
+            healthy_for_ms: 0,
+            health_deadline_ms: None,
+        }
+    }
+}
+
+impl PlanRequest {
+    /// A release without applications, under the default limits; for tests.
+    #[must_use]
+    pub fn new(parameters: &serde_json::Value) -> Self {
+        Self {
+            operation: "release".into(),
+            parameters: parameters.to_string(),
+            limits: Limits {
+                max_unavailable: "50%".into(),
+                max_in_flight: 10,
+                max_failures: "0".into(),
+                min_healthy_members: 1,
+            },
+            applications: Vec::new(),
+            attributes: Vec::new(),
+        }
+    }
+
+    /// With one more application.
+    #[must_use]
+    pub fn application(mut self, application: Application) -> Self {
+        self.applications.push(application);
+        self
+    }
+}
+
+impl Application {
+    /// An application of a stage; for tests.
+    #[must_use]
+    pub fn new(key: &str, stage: u32) -> Self {
+        Self {
+            key: key.into(),
+            stage,
+            role: "release".into(),
+            has_pools: true,
+            target_version: "2".into(),
+            servers: Vec::new(),
+            attributes: Vec::new(),
+        }
+    }
+
+    /// With one more healthy server.
+    #[must_use]
+    pub fn server(mut self, id: &str, cell: &str, zone: &str) -> Self {
+        self.servers.push(Server {
+            id: id.into(),
+            name: id.into(),
+            cell: cell.into(),
+            zone: zone.into(),
+            healthy: true,
+            installed_version: Some("1".into()),
+            attributes: Vec::new(),
+        });
+        self
+    }
+}
+
+impl Judgement {
+    /// A judgement and why.
+    #[must_use]
+    pub fn new(verdict: Verdict, reason: &str) -> Self {
+        Self {
+            verdict,
+            reason: reason.into(),
+        }
+    }
+}
