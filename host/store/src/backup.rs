@@ -813,7 +813,7 @@ fn fill(archive: &Path, file: &mut File, target: &Path) -> Result<Manifest, Back
     let mark = Revision(manifest.revision.0.saturating_add(RESTORE_SKIP));
     rows.apply(&[vec![mark_write(mark)]])?;
     rows.sync()?;
-    rows.close()?;
+    rows.close(Some(mark))?;
     File::open(target)
         .and_then(|directory| directory.sync_all())
         .map_err(io("sync", target))?;

@@ -18,6 +18,7 @@
 
 use std::collections::HashMap;
 use std::ops::Bound;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
@@ -98,8 +99,9 @@ pub(crate) trait Rows: Send + Sync + 'static {
     fn apply(&self, transactions: &[Vec<RowWrite>]) -> Result<(), StoreError>;
     /// When it returns, everything applied before survives a loss of power.
     fn sync(&self) -> Result<(), StoreError>;
-    /// Lets go of files and locks; everything after it is [`StoreError::Closed`].
-    fn close(&self) -> Result<(), StoreError>;
+    /// Lets go of files and locks; everything after it is [`StoreError::Closed`]. With `ended_at` the last write was
+    /// the mark of the revisions, and it was this one.
+    fn close(&self, ended_at: Option<Revision>) -> Result<(), StoreError>;
 }
 
 /// How commits reach the one writer.
@@ -552,7 +554,8 @@ fn reply<T>(answer: oneshot::Sender<T>, result: T) {
     }
 }
 
-fn read_mark<R: Rows>(rows: &R) -> Result<Revision, StoreError> {
+/// The highest revision that may have been used, as far as the rows know.
+pub(crate) fn read_mark<R: Rows>(rows: &R) -> Result<Revision, StoreError> {
     let Some(row) = rows.get(MARK_KEY)? else {
         return Ok(Revision(0));
     };
@@ -665,17 +668,19 @@ impl<R: Rows> Committer<R> {
 
     /// Notes exactly where the revisions ended and lets go of the files.
     fn finish(&mut self) -> Result<(), StoreError> {
-        let noted = if self.shared.closed.swap(true, Ordering::SeqCst) {
+        if self.shared.closed.swap(true, Ordering::SeqCst) {
             return Ok(());
-        } else if self.shared.broken.get().is_some() || self.reserved == self.last {
-            Ok(())
-        } else {
-            let mark = self.last;
-            self.rows
-                .apply(&[vec![mark_write(mark)]])
-                .and_then(|()| self.rows.sync())
-        };
-        noted.and(self.rows.close())
+        }
+        if self.shared.broken.get().is_some() {
+            return self.rows.close(None);
+        }
+        let mark = self.last;
+        let noted = self
+            .rows
+            .apply(&[vec![mark_write(mark)]])
+            .and_then(|()| self.rows.sync());
+        let closed = self.rows.close(noted.is_ok().then_some(mark));
+        noted.and(closed)
     }
 
     /// Commits a group. Returns whom to answer when the store is to be closed.
@@ -727,7 +732,17 @@ impl<R: Rows> Committer<R> {
             if group.deletes {
                 self.shared.deleting.store(last.0, Ordering::SeqCst);
             }
-            if let Err(error) = self.make_durable(&group.transactions, first, last) {
+            // An engine that panics has failed like one that returns an error.
+            let made = std::panic::catch_unwind(AssertUnwindSafe(|| {
+                self.make_durable(&group.transactions, first, last)
+            }));
+            let made = made.unwrap_or_else(|_| {
+                Err(StoreError::Engine {
+                    operation: "write",
+                    reason: "it panicked".to_owned(),
+                })
+            });
+            if let Err(error) = made {
                 let reason = self.break_store(&error);
                 for (answer, _) in group.answers {
                     let reason = reason.clone();

@@ -114,7 +114,7 @@ impl Rows for MemoryRows {
         self.check_open()
     }
 
-    fn close(&self) -> Result<(), StoreError> {
+    fn close(&self, _ended_at: Option<Revision>) -> Result<(), StoreError> {
         self.closed.store(true, Ordering::SeqCst);
         Ok(())
     }

@@ -10,7 +10,9 @@
 //! at once it never answers (spacejam/sled#1308). Values above 32 KiB are refused: sled writes very large ones to
 //! files that it never syncs.
 //!
-//! The directory holds `LOCK` (held by the process that has it open), `FORMAT` (written once), and sled's files.
+//! The directory holds `LOCK` (held by the process that has it open), `FORMAT` (written once), sled's files, and,
+//! while nobody has it open after a clean shutdown, `CLEAN` with the last revision. Damage to the end of the log looks
+//! to sled like a crash in the middle of a write; after a clean shutdown there was none, so it is told apart.
 
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -26,7 +28,7 @@ use sled::{Db, IVec};
 
 use crate::Store;
 use crate::embedded::{
-    Direction, Embedded, EmbeddedOptions, RowWrite, Rows, StoredRow, Visit, Writer,
+    Direction, Embedded, EmbeddedOptions, RowWrite, Rows, StoredRow, Visit, Writer, read_mark,
 };
 use crate::error::StoreError;
 use crate::trace::CommitTrace;
@@ -225,7 +227,37 @@ impl SledRows {
             write_format(directory, &format_path)
                 .map_err(|source| io("write", &format_path, source))?;
         }
+        rows.check_end()?;
         Ok(rows)
+    }
+
+    /// After a clean shutdown the mark of the revisions must be the one that was written then.
+    fn check_end(&self) -> Result<(), StoreError> {
+        let path = self.directory.join("CLEAN");
+        let io = |operation, source| StoreError::Io {
+            operation,
+            path: path.clone(),
+            source,
+        };
+        let said = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(source) => return Err(io("read", source)),
+        };
+        let found = read_mark(self)?;
+        if said.trim() != found.to_string() {
+            return Err(StoreError::Corrupt {
+                directory: self.directory.clone(),
+                reason: format!(
+                    "it was closed at revision {} but ends at {found}",
+                    said.trim().chars().take(32).collect::<String>()
+                ),
+            });
+        }
+        std::fs::remove_file(&path).map_err(|source| io("remove", source))?;
+        File::open(&self.directory)
+            .and_then(|directory| directory.sync_all())
+            .map_err(|source| io("sync the removal of", source))
     }
 
     fn with<T>(
@@ -239,17 +271,23 @@ impl SledRows {
     }
 }
 
-fn write_format(directory: &Path, path: &Path) -> std::io::Result<()> {
-    let temporary = directory.join("FORMAT.new");
+/// Writes a line to a file of the directory, durably and at once.
+fn write_small(directory: &Path, path: &Path, line: &str) -> std::io::Result<()> {
+    let temporary = path.with_extension("new");
     let mut file = OpenOptions::new()
         .create(true)
         .truncate(true)
         .write(true)
         .mode(0o600)
         .open(&temporary)?;
-    writeln!(file, "{FORMAT_VERSION}")?;
+    writeln!(file, "{line}")?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;
+    File::open(directory)?.sync_all()
+}
+
+fn write_format(directory: &Path, path: &Path) -> std::io::Result<()> {
+    write_small(directory, path, &FORMAT_VERSION.to_string())?;
     let conf = directory.join("conf");
     if conf.is_file() {
         File::open(conf)?.sync_all()?;
@@ -436,14 +474,25 @@ impl Rows for SledRows {
         })
     }
 
-    fn close(&self) -> Result<(), StoreError> {
+    fn close(&self, ended_at: Option<Revision>) -> Result<(), StoreError> {
         let open = self
             .open
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
-        drop(open);
-        Ok(())
+        let Some(OpenRows { db, file, _lock }) = open else {
+            return Ok(());
+        };
+        drop((db, file));
+        let Some(mark) = ended_at else {
+            return Ok(());
+        };
+        let path = self.directory.join("CLEAN");
+        write_small(&self.directory, &path, &mark.to_string()).map_err(|source| StoreError::Io {
+            operation: "write",
+            path,
+            source,
+        })
     }
 }
 
