@@ -7,6 +7,7 @@ pub mod digest;
 pub mod dispatch;
 pub mod expand;
 pub mod id;
+pub mod inbox;
 pub mod limits;
 pub mod manifest;
 pub mod order;
