@@ -39,6 +39,8 @@ use crate::watch::RingLimits;
 pub const FORMAT_VERSION: u32 = 1;
 
 const HEADER_BYTES: usize = 8;
+/// A batch of sled's is applied when it holds more than this.
+const BATCH_BYTES: usize = 256 * 1024;
 const LEASED_BIT: u64 = 1 << 63;
 const FORMAT_KEY: &[u8] = b"\0f";
 
@@ -435,34 +437,37 @@ impl Rows for SledRows {
     fn apply(&self, transactions: &[Vec<RowWrite>]) -> Result<(), StoreError> {
         self.with("write", |open| {
             let mut scratch = Vec::with_capacity(1024);
+            if transactions.iter().all(|writes| writes.len() == 1) {
+                // One key is written atomically by itself, and faster than in a batch.
+                for write in transactions.iter().flatten() {
+                    match &write.row {
+                        Some(row) => open.db.insert(&write.key, encode(row, &mut scratch))?,
+                        None => open.db.remove(&write.key)?,
+                    };
+                }
+                return Ok(());
+            }
+            // A batch is atomic, whatever it holds: several transactions in one cost half of one batch for each.
+            // A transaction is never divided; of a key that is written twice the batch keeps the last.
+            let mut batch = sled::Batch::default();
+            let mut bytes = 0;
             for writes in transactions {
-                match writes.as_slice() {
-                    // One key is written atomically by itself, and in half the time of a batch.
-                    [
-                        RowWrite {
-                            key,
-                            row: Some(row),
-                        },
-                    ] => {
-                        open.db.insert(key, encode(row, &mut scratch))?;
-                    }
-                    [RowWrite { key, row: None }] => {
-                        open.db.remove(key)?;
-                    }
-                    several => {
-                        let mut batch = sled::Batch::default();
-                        for write in several {
-                            match &write.row {
-                                Some(row) => {
-                                    batch.insert(write.key.as_ref(), encode(row, &mut scratch));
-                                }
-                                None => batch.remove(write.key.as_ref()),
-                            }
+                for write in writes {
+                    bytes += write.key.len();
+                    match &write.row {
+                        Some(row) => {
+                            bytes += row.value.len();
+                            batch.insert(write.key.as_ref(), encode(row, &mut scratch));
                         }
-                        open.db.apply_batch(batch)?;
+                        None => batch.remove(write.key.as_ref()),
                     }
                 }
+                if bytes > BATCH_BYTES {
+                    open.db.apply_batch(std::mem::take(&mut batch))?;
+                    bytes = 0;
+                }
             }
+            open.db.apply_batch(batch)?;
             Ok(())
         })
     }
