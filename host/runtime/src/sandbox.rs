@@ -6,6 +6,7 @@
 //! of their own (see `state`).
 
 use std::{
+    hash::{DefaultHasher, Hash, Hasher},
     path::Path,
     sync::{
         Arc,
@@ -72,6 +73,14 @@ impl Sandbox {
             engine,
             limits,
         })
+    }
+
+    /// Names what compiled code depends on: engine version and settings.
+    pub(crate) fn compatibility(&self) -> String {
+        // Only equality within one build matters, and a build has one hasher.
+        let mut hasher = DefaultHasher::new();
+        self.engine.precompile_compatibility_hash().hash(&mut hasher);
+        format!("{:016x}", hasher.finish())
     }
 
     /// Ticks of guest time that a call has.
