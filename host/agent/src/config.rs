@@ -12,7 +12,6 @@
 //!     releases/<release>/   unpacked; <release>.json beside it describes its package
 //!     current               link to the installed one
 //!     manifest.json, manifest.previous.json
-//!     staged.json           what the latest order unpacked
 //!     app.json              the application to keep running; apps/<task>/ its shim's directory and log
 //!     data/                 the application's own, kept over releases
 //! ```

@@ -563,7 +563,7 @@ async fn unpack_release(
             .await
             .map_err(ActionError::Worker)??;
     }
-    instance.stage(task.id.order, release, package)?;
+    instance.describe_release(release, package)?;
     Ok(())
 }
 
@@ -603,7 +603,7 @@ fn write_file(
                 .to_owned(),
         )
     } else {
-        (instance.work_dir(task)?, PathBuf::from(path))
+        (instance.release_dir(task)?, PathBuf::from(path))
     };
     let plain = relative.components().all(|part| {
         matches!(

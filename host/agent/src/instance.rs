@@ -2,10 +2,8 @@
 //!
 //! Layout: see [`crate::config`]. It must not run anything.
 //!
-//! **Which release a task means.** Relative paths and `WINDLASS_RELEASE_DIR` mean: the release that the task's own environment
-//! names in `WINDLASS_RELEASE`; else the one that the task's own order unpacked; else the installed one. So the steps of an order
-//! see the new release before it is activated, and a later order never sees the left-overs of a failed one. Steps of the
-//! installed manifest that run before activation (stop) use `WINDLASS_CURRENT_DIR`, or get `WINDLASS_RELEASE` from the engine.
+//! **Which release a task means** is in the task: the named one, or the installed one. A named one may not be there yet (before it
+//! is unpacked): `WINDLASS_RELEASE_DIR` says where it will be, and scripts start in the instance's directory.
 
 use std::{
     collections::BTreeMap,
@@ -14,12 +12,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
 use windlass_domain::{
-    id::OrderId,
     manifest::{Installed, Manifest},
     task::{PackageFormat, PackageRef, Task},
-    value::Value,
 };
 
 use crate::{
@@ -37,12 +32,6 @@ use crate::{
 pub struct InstanceDir {
     path: PathBuf,
     cache: PathBuf,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Staged {
-    order: OrderId,
-    release: String,
 }
 
 /// Why a release cannot be used.
@@ -134,10 +123,6 @@ impl InstanceDir {
         self.path.join("manifest.previous.json")
     }
 
-    fn staged(&self) -> PathBuf {
-        self.path.join("staged.json")
-    }
-
     /// Where a release is or will be.
     ///
     /// # Errors
@@ -172,23 +157,17 @@ impl InstanceDir {
         })
     }
 
-    /// Says that an order unpacked a release. Durable.
+    /// Describes the package of a release that was unpacked. Durable.
     ///
     /// # Errors
     /// When it cannot be recorded.
-    pub fn stage(
+    pub fn describe_release(
         &self,
-        order: OrderId,
         release: &str,
         package: &PackageRef,
     ) -> Result<(), InstanceError> {
         sync_dir(&self.releases())?;
-        write_json(&self.release_package(release)?, package, 0o644)?;
-        let staged = Staged {
-            order,
-            release: release.to_owned(),
-        };
-        Ok(write_json(&self.staged(), &staged, 0o644)?)
+        Ok(write_json(&self.release_package(release)?, package, 0o644)?)
     }
 
     /// Makes a release the installed one: link, manifests, and old releases away. Every step can be repeated after a crash.
@@ -267,37 +246,39 @@ impl InstanceDir {
         Ok(())
     }
 
-    /// The release that a task means: see the head of this module.
+    /// The release that a task means; `None`: it names none, and nothing is installed.
     ///
     /// # Errors
-    /// When it names one that is not there.
+    /// When the manifest cannot be read.
     pub fn release_of(&self, task: &Task) -> Result<Option<String>, InstanceError> {
-        if let Some(Value::Plain(name)) = task.env.get("WINDLASS_RELEASE") {
-            return if self.release(name)?.is_dir() {
-                Ok(Some(name.clone()))
-            } else {
-                Err(InstanceError::NoRelease(name.clone()))
-            };
+        match &task.release {
+            Some(release) => Ok(Some(release.clone())),
+            None => Ok(self.installed()?.current.map(|manifest| manifest.release)),
         }
-        let staged: Option<Staged> = read_json(&self.staged())?;
-        if let Some(staged) = staged
-            && staged.order == task.id.order
-            && self.release(&staged.release)?.is_dir()
-        {
-            return Ok(Some(staged.release));
-        }
-        Ok(self.installed()?.current.map(|manifest| manifest.release))
     }
 
-    /// Where relative paths of a task start: the release directory, or the instance's own while there is none.
+    /// Where a task's scripts start: the release directory, or the instance's own while there is none.
     ///
     /// # Errors
-    /// As [`InstanceDir::release_of`].
+    /// As [`InstanceDir::release_of`], and when the release's name is none.
     pub fn work_dir(&self, task: &Task) -> Result<PathBuf, InstanceError> {
-        match self.release_of(task)? {
-            Some(release) => self.release(&release),
-            None => Ok(self.path.clone()),
-        }
+        let release = self
+            .release_of(task)?
+            .map(|release| self.release(&release))
+            .transpose()?;
+        Ok(release
+            .filter(|dir| dir.is_dir())
+            .unwrap_or_else(|| self.path.clone()))
+    }
+
+    /// Where a task's relative paths are: a release that is unpacked.
+    ///
+    /// # Errors
+    /// As [`InstanceDir::work_dir`], and when there is no such release.
+    pub fn release_dir(&self, task: &Task) -> Result<PathBuf, InstanceError> {
+        let release = self.release_of(task)?.unwrap_or_default();
+        let dir = self.release(&release).ok().filter(|dir| dir.is_dir());
+        dir.ok_or(InstanceError::NoRelease(release))
     }
 
     /// What the agent adds to a task's environment.
@@ -379,6 +360,7 @@ pub fn expand(text: &str, env: &BTreeMap<String, String>) -> Result<String, Stri
         }
         out.push_str(&rest[..at]);
         let Some(end) = rest[at..].find('}') else {
+            rest = &rest[at..];
             break;
         };
         let name = &rest[at + 2..at + end];

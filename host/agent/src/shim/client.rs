@@ -168,11 +168,7 @@ impl Watch {
             inotify::add_watch(&descriptor, dir.path(), events)?;
             Ok(descriptor)
         });
-        Self(
-            watched
-                .ok()
-                .and_then(|descriptor| AsyncFd::register(descriptor).ok()),
-        )
+        Self(watched.ok().and_then(|descriptor| own(descriptor)))
     }
 
     /// Waits for a change, at most `longest`.
@@ -188,6 +184,14 @@ impl Watch {
             ready.clear_ready();
         }
     }
+}
+
+#[allow(
+    deprecated,
+    reason = "the replacement is unsafe for descriptors that may be closed elsewhere; an `OwnedFd` closes only here"
+)]
+fn own(descriptor: std::os::fd::OwnedFd) -> Option<AsyncFd<std::os::fd::OwnedFd>> {
+    AsyncFd::new(descriptor).ok()
 }
 
 /// How long to wait for a change before looking again anyway: a shim that was killed changes no file.
