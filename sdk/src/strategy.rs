@@ -118,13 +118,7 @@ impl PlanBuilder {
         self.plan
     }
 
-    fn add(
-        &mut self,
-        parent: Option<NodeRef>,
-        name: &str,
-        role: Role,
-        kind: NodeKind,
-    ) -> NodeRef {
+    fn add(&mut self, parent: Option<NodeRef>, name: &str, role: Role, kind: NodeKind) -> NodeRef {
         let index = u32::try_from(self.plan.nodes.len()).unwrap_or(u32::MAX);
         self.plan.nodes.push(Node {
             parent: parent.map(|parent| parent.0),

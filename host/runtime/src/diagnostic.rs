@@ -226,12 +226,7 @@ impl resources::Host for State {
         Ok(answer.map(|document| document.to_string()))
     }
 
-    async fn find(
-        &mut self,
-        kind: String,
-        filters: Attributes,
-        limit: u32,
-    ) -> Answer<Vec<String>> {
+    async fn find(&mut self, kind: String, filters: Attributes, limit: u32) -> Answer<Vec<String>> {
         let host = self.platform()?;
         self.host_call(
             "resources.find",

@@ -12,7 +12,9 @@ pub enum OpenError {
     #[error("the plugin engine cannot be set up")]
     Engine(#[source] wasmtime::Error),
     /// A directory could not be made or read.
-    #[error("the plugin directory {path} cannot be used: check that it exists and that this user may write it")]
+    #[error(
+        "the plugin directory {path} cannot be used: check that it exists and that this user may write it"
+    )]
     Directory {
         /// The directory.
         path: PathBuf,
@@ -136,13 +138,17 @@ pub enum LookupError {
         actual: PluginKind,
     },
     /// No bytes of this digest were ever accepted here.
-    #[error("no plugin with the digest {digest} is kept here: restore the state directory, or drop the file into the plugin directory again")]
+    #[error(
+        "no plugin with the digest {digest} is kept here: restore the state directory, or drop the file into the plugin directory again"
+    )]
     UnknownDigest {
         /// The digest.
         digest: Digest,
     },
     /// An operator revoked it.
-    #[error("the plugin with the digest {digest} is revoked: plan the order again with another version")]
+    #[error(
+        "the plugin with the digest {digest} is revoked: plan the order again with another version"
+    )]
     Revoked {
         /// The digest.
         digest: Digest,
@@ -183,7 +189,9 @@ pub enum CallFailure {
         field: Option<String>,
     },
     /// It computed longer than allowed.
-    #[error("it computed longer than the limit of {limit_ms} ms: the plugin must be mended, or the limit raised")]
+    #[error(
+        "it computed longer than the limit of {limit_ms} ms: the plugin must be mended, or the limit raised"
+    )]
     GuestTime {
         /// The limit.
         limit_ms: u64,
@@ -209,7 +217,9 @@ pub enum CallFailure {
         limit: u32,
     },
     /// It wanted more memory than allowed.
-    #[error("it wanted more memory than the limit of {limit_bytes} bytes: raise this plugin's memory setting if that is right")]
+    #[error(
+        "it wanted more memory than the limit of {limit_bytes} bytes: raise this plugin's memory setting if that is right"
+    )]
     Memory {
         /// The limit.
         limit_bytes: u64,
@@ -276,7 +286,9 @@ impl CallFailure {
 }
 
 /// A parameter that breaks the plugin's schema.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error, utoipa::ToSchema)]
+#[derive(
+    Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error, utoipa::ToSchema,
+)]
 #[error("`{field}`: {message}")]
 pub struct FieldError {
     /// JSON pointer into the parameters; empty for the whole.

@@ -41,7 +41,10 @@ pub(crate) fn check_bytes(bytes: &[u8]) -> Result<(), Rejection> {
             "the file is compiled ahead of time; such code cannot be checked and is never accepted: provide the WebAssembly component",
         ));
     }
-    let Some(header) = bytes.first_chunk::<8>().filter(|head| head.starts_with(b"\0asm")) else {
+    let Some(header) = bytes
+        .first_chunk::<8>()
+        .filter(|head| head.starts_with(b"\0asm"))
+    else {
         return Err(Rejection::new(
             RejectionCode::NotWasm,
             "the file is not WebAssembly",
@@ -70,17 +73,16 @@ pub(crate) async fn load(
     sink: Option<Arc<dyn CallSink>>,
 ) -> Result<Loaded, Rejection> {
     let engine = sandbox.clone();
-    let component = tokio::task::spawn_blocking(move || {
-        Component::from_binary(&engine.engine, &bytes)
-    })
-    .await
-    .map_err(|error| Rejection::new(RejectionCode::CompileFailed, error.to_string()))?
-    .map_err(|error| {
-        Rejection::new(
-            RejectionCode::InvalidComponent,
-            format!("not a valid component: {}", one_line(&error)),
-        )
-    })?;
+    let component =
+        tokio::task::spawn_blocking(move || Component::from_binary(&engine.engine, &bytes))
+            .await
+            .map_err(|error| Rejection::new(RejectionCode::CompileFailed, error.to_string()))?
+            .map_err(|error| {
+                Rejection::new(
+                    RejectionCode::InvalidComponent,
+                    format!("not a valid component: {}", one_line(&error)),
+                )
+            })?;
     let kind = kind_of(&sandbox.engine, &component)?;
     check_imports(&sandbox.engine, &component, kind)?;
     check_resources(sandbox, &component)?;
@@ -95,7 +97,10 @@ pub(crate) async fn load(
         },
         label: Arc::from(file_name),
         // Its own setting is known once it has named itself.
-        memory_limit: sandbox.limits.memory_bytes.min(sandbox.limits.max_memory_bytes),
+        memory_limit: sandbox
+            .limits
+            .memory_bytes
+            .min(sandbox.limits.max_memory_bytes),
         sink: None,
     };
     let described = caller.describe(&guest).await.map_err(|error| {
@@ -115,8 +120,7 @@ pub(crate) async fn load(
         };
         Rejection::new(code, format!("`describe`: {}", error.failure))
     })?;
-    let (descriptor, schema) =
-        descriptor_from_guest(kind, described, sandbox.limits.schema_bytes)?;
+    let (descriptor, schema) = descriptor_from_guest(kind, described, sandbox.limits.schema_bytes)?;
     caller.reference.name.clone_from(&descriptor.name);
     caller.reference.version = descriptor.version.clone();
     caller.label = Arc::from(format!("{}@{}", descriptor.name, descriptor.version));
@@ -176,7 +180,9 @@ fn kind_of(engine: &Engine, component: &Component) -> Result<PluginKind, Rejecti
         [(_, kind)] if exported.contains(INFO) => Ok(*kind),
         [(interface, _)] => Err(Rejection::new(
             RejectionCode::MissingExport,
-            format!("exports `{PACKAGE}{interface}` but not `{PACKAGE}{INFO}`, which every plugin has"),
+            format!(
+                "exports `{PACKAGE}{interface}` but not `{PACKAGE}{INFO}`, which every plugin has"
+            ),
         )),
         [] => Err(Rejection::new(
             RejectionCode::NoWorld,
@@ -250,7 +256,9 @@ fn check_resources(sandbox: &Sandbox, component: &Component) -> Result<(), Rejec
     if memory_bytes > limit {
         return Err(Rejection::new(
             RejectionCode::MemoryLimit,
-            format!("needs {memory_bytes} bytes of memory to start, no plugin can have more than {limit}"),
+            format!(
+                "needs {memory_bytes} bytes of memory to start, no plugin can have more than {limit}"
+            ),
         ));
     }
     for (what, needs, limit) in [
@@ -285,7 +293,10 @@ fn link(sandbox: &Sandbox, component: &Component, kind: PluginKind) -> Result<Gu
     let missing = |error: wasmtime::Error| {
         Rejection::new(
             RejectionCode::MissingExport,
-            format!("an export of its world is missing or has another type: {}", one_line(&error)),
+            format!(
+                "an export of its world is missing or has another type: {}",
+                one_line(&error)
+            ),
         )
     };
     let linkers = &sandbox.linkers;

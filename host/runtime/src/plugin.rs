@@ -272,10 +272,15 @@ impl Plugin {
             return Err(self.wrong_kind(EXPORT));
         };
         let request = convert::diagnosis::request_to_guest(request);
-        let (answer, looks) =
-            invoke!(&self.0.caller, "diagnose", Some(host), pre, |guest, store| guest
+        let (answer, looks) = invoke!(
+            &self.0.caller,
+            "diagnose",
+            Some(host),
+            pre,
+            |guest, store| guest
                 .windlass_plugin_diagnosis()
-                .call_diagnose(store, &request))?;
+                .call_diagnose(store, &request)
+        )?;
         self.answer(EXPORT, answer, |report| {
             let (report, verdict) = convert::diagnosis::report_from_guest(report);
             Ok(Diagnosis {
@@ -319,21 +324,17 @@ impl Caller {
     /// Asks a component that is being loaded what it is.
     pub(crate) async fn describe(&self, guest: &Guest) -> Result<types::Descriptor, CallError> {
         let (descriptor, _) = match guest {
-            Guest::TechStack(pre) => {
-                invoke!(self, "describe", None, pre, |guest, store| guest
-                    .windlass_plugin_plugin_info()
-                    .call_describe(store))?
-            }
+            Guest::TechStack(pre) => invoke!(self, "describe", None, pre, |guest, store| guest
+                .windlass_plugin_plugin_info()
+                .call_describe(store))?,
             Guest::DeploymentStrategy(pre) => {
                 invoke!(self, "describe", None, pre, |guest, store| guest
                     .windlass_plugin_plugin_info()
                     .call_describe(store))?
             }
-            Guest::Diagnostic(pre) => {
-                invoke!(self, "describe", None, pre, |guest, store| guest
-                    .windlass_plugin_plugin_info()
-                    .call_describe(store))?
-            }
+            Guest::Diagnostic(pre) => invoke!(self, "describe", None, pre, |guest, store| guest
+                .windlass_plugin_plugin_info()
+                .call_describe(store))?,
             Guest::PublicCommand(pre) => {
                 invoke!(self, "describe", None, pre, |guest, store| guest
                     .windlass_plugin_plugin_info()

@@ -371,13 +371,7 @@ impl Plugins {
     /// Waits until no file that was seen is loading.
     pub async fn settled(&self) {
         let mut changes = self.changes();
-        while self
-            .inner
-            .table()
-            .files
-            .values()
-            .any(|entry| entry.loading)
-        {
+        while self.inner.table().files.values().any(|entry| entry.loading) {
             if changes.changed().await.is_err() {
                 return;
             }
@@ -514,8 +508,7 @@ impl Inner {
         }
         load::check_bytes(&bytes)?;
         if self.table().known.contains_key(&digest) && self.keep.is_compiled(digest) {
-            let loaded =
-                load::load(&self.sandbox, digest, bytes, name, self.sink.clone()).await?;
+            let loaded = load::load(&self.sandbox, digest, bytes, name, self.sink.clone()).await?;
             return Ok(Candidate::Kept(Arc::new(loaded)));
         }
         let staged = {
@@ -539,11 +532,10 @@ impl Inner {
             result,
         } = outcome;
         let result = match (digest, result) {
-            (Some(digest), Ok(candidate)) => {
-                self.accept(name, digest, size_bytes.unwrap_or(0), candidate)
-                    .await
-                    .map(|()| digest)
-            }
+            (Some(digest), Ok(candidate)) => self
+                .accept(name, digest, size_bytes.unwrap_or(0), candidate)
+                .await
+                .map(|()| digest),
             (_, Err(rejection)) => Err(rejection),
             (None, Ok(_)) => return,
         };

@@ -79,7 +79,9 @@ impl Sandbox {
     pub(crate) fn compatibility(&self) -> String {
         // Only equality within one build matters, and a build has one hasher.
         let mut hasher = DefaultHasher::new();
-        self.engine.precompile_compatibility_hash().hash(&mut hasher);
+        self.engine
+            .precompile_compatibility_hash()
+            .hash(&mut hasher);
         format!("{:016x}", hasher.finish())
     }
 

@@ -37,7 +37,8 @@ impl Schema {
                 format!("the parameters' schema is not JSON Schema 2020-12: {reason}"),
             )
         };
-        let document: Value = serde_json::from_str(text).map_err(|error| invalid(error.to_string()))?;
+        let document: Value =
+            serde_json::from_str(text).map_err(|error| invalid(error.to_string()))?;
         if !document.is_object() {
             return Err(invalid("it must be an object".into()));
         }
@@ -67,7 +68,11 @@ impl Schema {
                 message: cut(&error.to_string(), 300),
             })
             .collect();
-        if errors.is_empty() { Ok(()) } else { Err(errors) }
+        if errors.is_empty() {
+            Ok(())
+        } else {
+            Err(errors)
+        }
     }
 }
 
@@ -91,13 +96,18 @@ fn look_through(value: &Value, at: &str) -> Result<(), Rejection> {
                     ("$ref" | "$dynamicRef", Value::String(target)) if !target.starts_with('#') => {
                         return Err(Rejection::new(
                             RejectionCode::SchemaRemoteReference,
-                            format!("the parameters' schema refers to another document at `{here}`: `{}`; only references that start with `#` are allowed", cut(target, 100)),
+                            format!(
+                                "the parameters' schema refers to another document at `{here}`: `{}`; only references that start with `#` are allowed",
+                                cut(target, 100)
+                            ),
                         ));
                     }
                     ("$id", Value::String(_)) => {
                         return Err(Rejection::new(
                             RejectionCode::SchemaRemoteReference,
-                            format!("the parameters' schema has an identifier at `{here}`: leave `$id` out, references are local"),
+                            format!(
+                                "the parameters' schema has an identifier at `{here}`: leave `$id` out, references are local"
+                            ),
                         ));
                     }
                     ("pattern", Value::String(pattern)) => check_pattern(pattern, &here)?,
@@ -217,9 +227,14 @@ mod tests {
             .validate(&serde_json::json!({ "port": 70000, "x": 1 }))
             .unwrap_err();
         assert!(
-            errors.iter().any(|error| error.field == "/port" && error.message.contains("65535")),
+            errors
+                .iter()
+                .any(|error| error.field == "/port" && error.message.contains("65535")),
             "{errors:?}"
         );
-        assert!(errors.iter().any(|error| error.message.contains('x')), "{errors:?}");
+        assert!(
+            errors.iter().any(|error| error.message.contains('x')),
+            "{errors:?}"
+        );
     }
 }

@@ -86,7 +86,11 @@ impl PublicCommand for SystemInfo {
 
     fn interpret(request: InterpretRequest) -> Result<CommandResult, PluginError> {
         let mut data = BTreeMap::new();
-        for (key, value) in request.output.lines().filter_map(|line| line.split_once('=')) {
+        for (key, value) in request
+            .output
+            .lines()
+            .filter_map(|line| line.split_once('='))
+        {
             let value = if FIGURES.contains(&key) {
                 match value.parse::<u64>() {
                     Ok(figure) => json!(figure),
@@ -97,8 +101,16 @@ impl PublicCommand for SystemInfo {
             };
             data.insert(key, value);
         }
-        let text = |key| data.get(key).and_then(|value| value.as_str()).unwrap_or("?");
-        let figure = |key| data.get(key).and_then(serde_json::Value::as_u64).unwrap_or(0);
+        let text = |key| {
+            data.get(key)
+                .and_then(|value| value.as_str())
+                .unwrap_or("?")
+        };
+        let figure = |key| {
+            data.get(key)
+                .and_then(serde_json::Value::as_u64)
+                .unwrap_or(0)
+        };
         let summary = match request.exit_code {
             Some(0) => format!(
                 "{} {} on {}, {} processors, {} MiB memory",
@@ -140,11 +152,9 @@ mod tests {
 
     #[test]
     fn the_script_runs_and_its_output_is_understood() {
-        let command = SystemInfo::render(RenderRequest::new(
-            &json!({}),
-            ServerFacts::new("s1", "s1"),
-        ))
-        .unwrap();
+        let command =
+            SystemInfo::render(RenderRequest::new(&json!({}), ServerFacts::new("s1", "s1")))
+                .unwrap();
         let output = std::process::Command::new("/bin/sh")
             .args(["-eu", "-c", &command.script.text])
             .env("DISK_PATH", "/")

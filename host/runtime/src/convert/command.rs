@@ -6,9 +6,7 @@ use windlass_domain::plugin::{
 
 use crate::{
     bindings::public_command::exports::windlass::plugin::command as wit,
-    convert::{
-        environment_from_guest, json_from_guest, script_from_guest, server_to_guest,
-    },
+    convert::{environment_from_guest, json_from_guest, script_from_guest, server_to_guest},
     error::CallFailure,
 };
 

@@ -23,7 +23,10 @@ pub(crate) fn descriptor_from_guest(
     let version = descriptor.version.parse().map_err(|error| {
         invalid(
             "version",
-            format!("`{}` is not a semver version: {error}", cut(&descriptor.version)),
+            format!(
+                "`{}` is not a semver version: {error}",
+                cut(&descriptor.version)
+            ),
         )
     })?;
     text("title", &descriptor.title, 1, 120)?;
@@ -55,7 +58,10 @@ pub(crate) fn descriptor_from_guest(
         name_in("items.code", &item.code)?;
         text("items.title", &item.title, 1, 120)?;
         if !codes.insert(item.code.clone()) {
-            return Err(invalid("items.code", format!("holds `{}` twice", item.code)));
+            return Err(invalid(
+                "items.code",
+                format!("holds `{}` twice", item.code),
+            ));
         }
     }
     match (kind, descriptor.items.is_empty()) {
@@ -79,7 +85,10 @@ pub(crate) fn descriptor_from_guest(
         text("presets.name", &preset.name, 1, 60)?;
         text("presets.title", &preset.title, 1, 120)?;
         if !preset_names.insert(preset.name.clone()) {
-            return Err(invalid("presets.name", format!("holds `{}` twice", preset.name)));
+            return Err(invalid(
+                "presets.name",
+                format!("holds `{}` twice", preset.name),
+            ));
         }
         presets.push(Preset {
             parameters: serde_json::from_str(&preset.parameters).map_err(|error| {

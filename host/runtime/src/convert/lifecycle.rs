@@ -8,12 +8,8 @@ use windlass_domain::{
 };
 
 use crate::{
-    bindings::{
-        tech_stack::exports::windlass::plugin::lifecycle as wit, types,
-    },
-    convert::{
-        environment_from_guest, environment_to_guest, script_from_guest, server_to_guest,
-    },
+    bindings::{tech_stack::exports::windlass::plugin::lifecycle as wit, types},
+    convert::{environment_from_guest, environment_to_guest, script_from_guest, server_to_guest},
     error::CallFailure,
 };
 
@@ -131,7 +127,10 @@ fn step_from_guest(field: &str, step: wit::Step) -> Result<StackStep, CallFailur
                 },
                 wit::Probe::Tcp(address) => Probe::Tcp { address },
                 wit::Probe::Extension(extension) => {
-                    return Err(unknown_code(&format!("{field}.action.probe"), &extension.code));
+                    return Err(unknown_code(
+                        &format!("{field}.action.probe"),
+                        &extension.code,
+                    ));
                 }
             },
             interval_ms: check.interval_ms,

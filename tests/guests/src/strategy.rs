@@ -1,0 +1,162 @@
+//! A deployment strategy: by default one server after the other; parameters choose which rule it breaks.
+//!
+//! `behave` is one of those that all kinds share, or `all-at-once` (every server of every application in one group),
+//! `skip-servers` (leaves out every second server), `cut-traffic` (sets every weight to 0 first), `judge-all-good` (a judge
+//! after every server, answered with go on whatever was seen), `judge-roll-back`, `unknown-server`, `duplicate-server`,
+//! `unknown-application`, `bad-parent`, `bad-weight`, `unknown-node`, `endless-gates`, `rollback-trap`, `rollback-all-at-once`.
+
+use windlass_sdk::{
+    DeploymentStrategy, Descriptor, Extension, PluginError,
+    strategy::{
+        JudgeRequest, Judgement, NodeKind, ParallelLimits, PlanBuilder, PlanRequest, ReleasePlan,
+        ReleaseUnit, Role, TrafficShift, UnitProgress, Verdict, Weight,
+    },
+};
+
+use crate::{
+    behave::{behave, how},
+    descriptor::{IsDiagnostic, describe},
+};
+
+/// The guest.
+#[derive(Debug)]
+pub struct Strategy;
+
+const NO_LIMIT: ParallelLimits = ParallelLimits {
+    max_in_flight: 0,
+    max_failures: u32::MAX,
+};
+
+impl DeploymentStrategy for Strategy {
+    fn describe() -> Descriptor {
+        describe("test-strategy", IsDiagnostic::No)
+    }
+
+    fn plan(request: PlanRequest) -> Result<ReleasePlan, PluginError> {
+        let how = how(&request.parameters);
+        behave(&how);
+        let mut plan = match how.as_str() {
+            "all-at-once" => all_at_once(&request),
+            "cut-traffic" => cut_traffic(&request),
+            other => one_by_one(&request, other),
+        };
+        match how.as_str() {
+            "bad-parent" => {
+                if let Some(node) = plan.nodes.first_mut() {
+                    node.parent = Some(0);
+                }
+            }
+            "unknown-node" => {
+                if let Some(node) = plan.nodes.last_mut() {
+                    node.kind = NodeKind::Extension(Extension {
+                        code: "teleport".into(),
+                        arguments: "{}".into(),
+                    });
+                }
+            }
+            "auto-rollback" | "rollback-trap" | "rollback-all-at-once" => {
+                plan.on_failure = "roll-back".into();
+            }
+            _ => {}
+        }
+        Ok(plan)
+    }
+
+    fn rollback(
+        request: PlanRequest,
+        progress: Vec<UnitProgress>,
+    ) -> Result<ReleasePlan, PluginError> {
+        drop(progress);
+        match how(&request.parameters).as_str() {
+            "rollback-trap" => panic!("this guest traps in rollback on purpose"),
+            "rollback-all-at-once" => Ok(all_at_once(&request)),
+            _ => Ok(one_by_one(&request, "")),
+        }
+    }
+
+    fn judge(request: JudgeRequest) -> Result<Judgement, PluginError> {
+        let how = how(&request.parameters);
+        behave(&how);
+        Ok(match how.as_str() {
+            "judge-roll-back" => Judgement::new(Verdict::RollBack, "for the test"),
+            "judge-hold" => Judgement::new(Verdict::Hold, "for the test"),
+            _ => Judgement::new(Verdict::GoOn, "all is always good"),
+        })
+    }
+}
+
+fn all_at_once(request: &PlanRequest) -> ReleasePlan {
+    let mut plan = PlanBuilder::new();
+    let group = plan.parallel(None, "everything", Role::Group, NO_LIMIT);
+    for application in &request.applications {
+        for server in &application.servers {
+            plan.release(
+                Some(group),
+                &server.name,
+                ReleaseUnit::new(&application.key, &server.id),
+            );
+        }
+    }
+    plan.build()
+}
+
+fn cut_traffic(request: &PlanRequest) -> ReleasePlan {
+    let mut plan = PlanBuilder::new();
+    for application in &request.applications {
+        let weights = application
+            .servers
+            .iter()
+            .map(|server| (server.id.clone(), Weight::Exactly(0)))
+            .collect();
+        plan.shift(
+            None,
+            "cut all traffic",
+            TrafficShift {
+                application: application.key.clone(),
+                weights,
+            },
+        );
+    }
+    let rest = one_by_one(request, "");
+    let mut plan = plan.build();
+    let offset = u32::try_from(plan.nodes.len()).unwrap_or(u32::MAX);
+    plan.nodes.extend(rest.nodes.into_iter().map(|mut node| {
+        node.parent = node.parent.map(|parent| parent + offset);
+        node
+    }));
+    plan
+}
+
+fn one_by_one(request: &PlanRequest, how: &str) -> ReleasePlan {
+    let mut plan = PlanBuilder::new();
+    for application in &request.applications {
+        let parent = plan.sequence(None, &application.key, Role::Application);
+        for (index, server) in application.servers.iter().enumerate() {
+            if how == "skip-servers" && index % 2 == 1 {
+                continue;
+            }
+            let mut unit = ReleaseUnit::new(&application.key, &server.id);
+            match how {
+                "unknown-server" => unit.server = "srv_nobody".into(),
+                "unknown-application" => unit.application = "nothing".into(),
+                "bad-weight" => unit.restore = Weight::Exactly(1000),
+                "duplicate-server" => {
+                    plan.release(Some(parent), &server.name, unit.clone());
+                }
+                "endless-gates" => {
+                    for _ in 0..100_000 {
+                        plan.gate(Some(parent), "wait", "for ever");
+                    }
+                }
+                _ => {}
+            }
+            plan.release(Some(parent), &server.name, unit);
+            if how.starts_with("judge-") {
+                plan.judge(Some(parent), "judge", &server.name);
+            }
+        }
+    }
+    plan.build()
+}
+
+windlass_sdk::deployment_strategy!(Strategy);
