@@ -248,6 +248,18 @@ impl Tally {
         self.0.iter().sum()
     }
 
+    /// Children in which something is under way or waits for a person.
+    pub(crate) const fn active(&self) -> u32 {
+        self.of(NodeState::Running)
+            + self.of(NodeState::Cancelling)
+            + self.of(NodeState::AwaitingConfirmation)
+    }
+
+    /// Children that a person has to mend.
+    pub(crate) const fn troubled(&self) -> u32 {
+        self.of(NodeState::Failed) + self.of(NodeState::Unknown) + self.of(NodeState::Drifted)
+    }
+
     const fn add(&mut self, state: NodeState) {
         self.0[state as usize] += 1;
     }
@@ -267,21 +279,22 @@ pub fn derive(kind: &NodeKind, marks: &NodeProgress, tally: &Tally) -> NodeState
     let any = |state| tally.of(state) > 0;
     let total = tally.total();
     let busy = any(S::Running) || any(S::Cancelling);
+    // An ignored server may still get its weight back.
     if marks.ignored {
-        return S::Ignored;
+        return if busy { S::Running } else { S::Ignored };
     }
     let settled = tally.of(S::Cancelled) + tally.of(S::Ignored) + tally.of(S::Succeeded);
     if settled == total {
-        return if total > 0 && tally.of(S::Cancelled) == total {
-            S::Cancelled
-        } else if marks.cancel && any(S::Cancelled) {
+        let all = total > 0 && tally.of(S::Cancelled) == total;
+        return if all || (marks.cancel && any(S::Cancelled)) {
             S::Cancelled
         } else {
             S::Succeeded
         };
     }
     if marks.cancel {
-        return if busy || marks.admission == Admission::Asked {
+        let asked = matches!(marks.admission, Admission::Asked | Admission::Held(_));
+        return if busy || asked || any(S::AwaitingConfirmation) {
             S::Cancelling
         } else {
             S::Cancelled
@@ -342,10 +355,30 @@ pub struct Progress {
     pub(crate) subtree_end: Vec<NodeIndex>,
     /// The nodes that are units.
     pub(crate) unit_nodes: Vec<NodeIndex>,
+    /// The states of all units.
+    pub(crate) units: Tally,
+    /// Failed units that do not stop the order.
+    pub(crate) allowed_failures: u32,
     /// Leaves that run or are being ended.
     pub(crate) busy_leaves: u32,
     /// Units that were asked for and whose answer is outstanding.
     pub(crate) asked: u32,
+    /// What is live in each subtree.
+    pub(crate) live: Vec<Live>,
+    /// Units in which something is live.
+    pub(crate) live_units: u32,
+}
+
+/// What is live in a subtree: leaves that run, wait for a person or are being ended, and units whose admission is asked.
+/// A node can be `running` and not live: between two turns nothing in it may start, for example for want of a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Live {
+    /// Whether the node itself is.
+    pub(crate) own: bool,
+    /// How many nodes of the subtree are, itself included.
+    pub(crate) count: u32,
+    /// In how many of its children something is.
+    pub(crate) children: u32,
 }
 
 /// The children of an inner node: indices in a shared list.
@@ -391,9 +424,17 @@ impl Progress {
                 .filter(|(_, node)| matches!(node.kind, NodeKind::Unit { .. }))
                 .map(|(index, _)| index)
                 .collect(),
+            units: Tally::default(),
+            allowed_failures: 0,
             busy_leaves: 0,
             asked: 0,
+            live: vec![Live::default(); count],
+            live_units: 0,
         };
+        progress.allowed_failures = plan
+            .limits
+            .max_failures
+            .of(u32::try_from(progress.unit_nodes.len()).unwrap_or(u32::MAX));
         // Depth-first order: children stand behind their parents, so going backwards meets them first.
         for index in (0..count).rev() {
             let node = &plan.nodes[index];
@@ -406,11 +447,8 @@ impl Progress {
             if node.kind.is_leaf() && state.is_busy() {
                 progress.busy_leaves += 1;
             }
-            if matches!(
-                progress.nodes[index].admission,
-                Admission::Asked | Admission::Held(_)
-            ) {
-                progress.asked += 1;
+            if matches!(node.kind, NodeKind::Unit { .. }) {
+                progress.units.add(state);
             }
             if let Some(parent) = node.parent {
                 let parent = parent as usize;
@@ -418,6 +456,9 @@ impl Progress {
                 progress.subtree_end[parent] =
                     progress.subtree_end[parent].max(progress.subtree_end[index]);
             }
+        }
+        for index in (0u32..).take(count) {
+            progress.refresh_live(plan, index);
         }
         progress
     }
@@ -446,7 +487,7 @@ impl Progress {
         &self.tallies[node as usize]
     }
 
-    /// Whether some leaf is under way or a server's admission is outstanding.
+    /// Whether no leaf is under way and no server's admission is outstanding.
     #[must_use]
     pub const fn is_quiet(&self) -> bool {
         self.busy_leaves == 0 && self.asked == 0
@@ -470,10 +511,17 @@ impl Progress {
                 derive(kind, &self.nodes[i], &self.tallies[i])
             };
             let before = std::mem::replace(&mut self.states[i], state);
+            if index == node {
+                self.refresh_live(plan, node);
+            }
             if before == state {
                 return;
             }
             changed(index, before);
+            if matches!(kind, NodeKind::Unit { .. }) {
+                self.units.remove(before);
+                self.units.add(state);
+            }
             if kind.is_leaf() {
                 self.busy_leaves =
                     self.busy_leaves + u32::from(state.is_busy()) - u32::from(before.is_busy());
@@ -482,8 +530,56 @@ impl Progress {
             if let Some(parent) = at {
                 self.tallies[parent as usize].remove(before);
                 self.tallies[parent as usize].add(state);
+                // What was passed can come back: a tolerated failure is retried, an ended server gets its weight back.
+                if before.is_settled() && !state.is_settled() {
+                    let branch = &mut self.branches[parent as usize];
+                    let position = branch.list.partition_point(|child| *child < index);
+                    branch.cursor = branch.cursor.min(position);
+                }
             }
         }
+    }
+
+    /// Brings what is counted of live nodes up to date after a row changed.
+    fn refresh_live(&mut self, plan: &Plan, node: NodeIndex) {
+        let kind = &plan.nodes[node as usize].kind;
+        let is = if kind.is_leaf() {
+            let state = self.states[node as usize];
+            state.is_busy() || state == NodeState::AwaitingConfirmation
+        } else {
+            matches!(
+                self.nodes[node as usize].admission,
+                Admission::Asked | Admission::Held(_)
+            )
+        };
+        let was = std::mem::replace(&mut self.live[node as usize].own, is);
+        if was == is {
+            return;
+        }
+        if !kind.is_leaf() {
+            self.asked = self.asked + u32::from(is) - u32::from(was);
+        }
+        let mut at = Some(node);
+        let mut child_turned = false;
+        while let Some(index) = at {
+            let planned = &plan.nodes[index as usize];
+            let live = &mut self.live[index as usize];
+            if child_turned {
+                live.children = live.children + u32::from(is) - u32::from(was);
+            }
+            let before = live.count;
+            live.count = live.count + u32::from(is) - u32::from(was);
+            child_turned = (before == 0) != (live.count == 0);
+            if child_turned && matches!(planned.kind, NodeKind::Unit { .. }) {
+                self.live_units = self.live_units + u32::from(is) - u32::from(was);
+            }
+            at = planned.parent;
+        }
+    }
+
+    /// Whether so many servers have failed, drifted or are unknown that no further one is started.
+    pub(crate) const fn is_over_failures(&self) -> bool {
+        self.units.troubled() > self.allowed_failures
     }
 
     /// The order's state: from the control flow, and while it is active from the root.
@@ -503,8 +599,18 @@ impl Progress {
                 NodeState::Drifted => OrderState::Drifted,
                 NodeState::Unknown => OrderState::Unknown,
                 NodeState::AwaitingConfirmation => OrderState::AwaitingConfirmation,
-                // Nothing is under way and nothing could be started: a limit or an unopened group stops it.
-                NodeState::Running | NodeState::NotStarted if self.is_quiet() => self.stopped_by(),
+                NodeState::Running | NodeState::NotStarted if self.stalled => OrderState::Blocked,
+                // The strategy tolerates more failures than the order does.
+                NodeState::Running | NodeState::NotStarted | NodeState::Succeeded
+                    if self.is_quiet() && self.is_over_failures() =>
+                {
+                    OrderState::Blocked
+                }
+                // Nothing is under way and no failure stops it: a group waits for being run. (Locks, drift and what is
+                // unknown show in the root's own state.)
+                NodeState::Running | NodeState::NotStarted if self.is_quiet() => {
+                    OrderState::AwaitingConfirmation
+                }
                 NodeState::NotStarted
                 | NodeState::Running
                 | NodeState::Cancelling
@@ -515,40 +621,17 @@ impl Progress {
         }
     }
 
-    /// Nothing runs although not everything is done: which state tells a person best.
-    fn stopped_by(&self) -> OrderState {
-        let any = |wanted| self.states.contains(&wanted);
-        if any(NodeState::Drifted) {
-            OrderState::Drifted
-        } else if any(NodeState::Unknown) {
-            OrderState::Unknown
-        } else if any(NodeState::Failed) || any(NodeState::Locked) || self.stalled {
-            OrderState::Blocked
-        } else {
-            OrderState::AwaitingConfirmation
-        }
-    }
-
     /// Servers by state.
     #[must_use]
-    pub fn counts(&self, plan: &Plan) -> Counts {
-        let mut counts = Counts::default();
-        for (node, state) in plan.nodes.iter().zip(&self.states) {
-            if !matches!(node.kind, NodeKind::Unit { .. }) {
-                continue;
-            }
-            let count = match state {
-                NodeState::NotStarted | NodeState::Locked => &mut counts.waiting,
-                NodeState::Running | NodeState::AwaitingConfirmation | NodeState::Cancelling => {
-                    &mut counts.running
-                }
-                NodeState::Succeeded => &mut counts.succeeded,
-                NodeState::Failed | NodeState::Drifted | NodeState::Unknown => &mut counts.failed,
-                NodeState::Ignored => &mut counts.ignored,
-                NodeState::Cancelled => &mut counts.cancelled,
-            };
-            *count += 1;
+    pub fn counts(&self, _plan: &Plan) -> Counts {
+        let of = |state| self.units.of(state);
+        Counts {
+            waiting: of(NodeState::NotStarted) + of(NodeState::Locked),
+            running: self.units.active(),
+            succeeded: of(NodeState::Succeeded),
+            failed: self.units.troubled(),
+            ignored: of(NodeState::Ignored),
+            cancelled: of(NodeState::Cancelled),
         }
-        counts
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! [`apply`] is deterministic and exhaustive: it looks at the plan, the progress and the event, and at nothing else. It
 //! either refuses the event and leaves the progress untouched, or changes it and says what changed. Each call does a
-//! bounded amount of work ([`TURN_BUDGET`] leaves), so that its result fits one store transaction; where more could be
-//! done, [`Delta::more`] asks for an [`Event::Advance`].
+//! bounded amount of work ([`TURN_BUDGET`]), so that its result fits one store transaction: at most [`MAX_ROWS`] rows
+//! change. Where more could be done, [`Delta::more`] asks for an [`Event::Advance`]. That wish lasts until an `Advance`
+//! has answered with `more: false` or the order has ended, whatever other events come between; after a restart each unfinished order gets one.
 //!
 //! **The outbox is the progress itself.** A leaf that is `running` *is* an effect that is due, as is a unit whose admission
 //! is asked for, an order that initialises, or one that ends for a rollback. [`due`] lists them all; recovery performs that
@@ -32,8 +33,15 @@ use crate::{
     time::Timestamp,
 };
 
-/// How many leaves one call starts, ends or resets at most.
+/// How many nodes one call starts, ends or resets at most.
 pub const TURN_BUDGET: usize = 12;
+
+/// How many rows one call changes at most: an event's own (see [`LOCKS_PER_TURN`]; others have at most
+/// `TURN_BUDGET + 1`), what is started or ended after it, and one node that is ended in two rows.
+pub const MAX_ROWS: usize = LOCKS_PER_TURN + TURN_BUDGET + 2;
+
+/// How many groups one [`Event::Initialised`] locks before it asks to be applied [`again`](Delta::again).
+const LOCKS_PER_TURN: usize = 2 * TURN_BUDGET;
 
 /// Automatic attempts at a change of weights: it can be repeated without harm.
 const TRAFFIC_ATTEMPTS: u32 = 3;
@@ -49,7 +57,10 @@ pub enum Event {
         locked: Vec<(NodeIndex, String)>,
     },
     /// Initialisation found that the order cannot run.
-    InitialisationFailed,
+    InitialisationFailed {
+        /// Why: kept in the order's header.
+        reason: String,
+    },
     /// Nothing drifted and the envelope allows it: the unit may start.
     UnitAdmitted(NodeIndex),
     /// The envelope says: not now.
@@ -184,7 +195,8 @@ pub struct Delta {
     pub effects: Vec<Effect>,
     /// Whether an [`Event::Advance`] would do more.
     pub more: bool,
-    /// Whether the same action should be applied again: it covers more nodes than one call may change.
+    /// Whether the same event should be applied again, at once and before any other: it covers more nodes than one call
+    /// may change. Can be true of `Initialised`, and of the actions `confirm`, `retry` and `ignore`.
     pub again: bool,
 }
 
@@ -295,10 +307,17 @@ pub fn due(plan: &Plan, progress: &Progress) -> Vec<Effect> {
         Control::NotStarted | Control::RollingBack => return effects,
         Control::Initialising => effects.push(Effect::Initialise),
         Control::Ended(_) => effects.push(Effect::Finish),
-        Control::EndingForRollback
-            if progress.is_quiet() && !cancelling_goes_on(plan, progress) =>
-        {
-            effects.push(Effect::StartRollback);
+        Control::EndingForRollback if progress.is_quiet() => {
+            // Due only when nothing is left to be ended: exactly what `Advance` finds out.
+            let ahead = apply(
+                plan,
+                &mut progress.clone(),
+                Event::Advance,
+                Timestamp::from_unix_ms(0),
+            );
+            if ahead.is_ok_and(|delta| delta.effects.contains(&Effect::StartRollback)) {
+                effects.push(Effect::StartRollback);
+            }
         }
         Control::Active | Control::Cancelling | Control::EndingForRollback => {}
     }
@@ -408,13 +427,18 @@ fn restore_of_untouched(plan: &Plan, progress: &Progress, unit: NodeIndex) -> Op
     })?
 }
 
-/// Whether ending still has something to start: a restore of an untouched server.
-fn cancelling_goes_on(plan: &Plan, progress: &Progress) -> bool {
-    (0u32..).zip(&plan.nodes).any(|(node, planned)| {
-        matches!(planned.kind, NodeKind::Unit { .. })
-            && !progress.state(node).is_settled()
-            && restore_of_untouched(plan, progress, node).is_some()
-    })
+/// Whether a server is as it was before its turn: nothing on it changed, and its weight was not taken or is back.
+fn is_as_before(plan: &Plan, progress: &Progress, unit: NodeIndex) -> bool {
+    let leaf_of = |wanted: fn(&TrafficAction) -> bool| {
+        progress.children(unit).iter().copied().find(|leaf| {
+            matches!(&plan.nodes[*leaf as usize].kind, NodeKind::Traffic(action) if wanted(action))
+        })
+    };
+    let drain = leaf_of(|action| matches!(action, TrafficAction::Drain { .. }));
+    let restore = leaf_of(|action| matches!(action, TrafficAction::Restore));
+    let drained = drain.is_some_and(|leaf| progress.node(leaf).remembered.is_some());
+    let restored = restore.is_none_or(|leaf| progress.state(leaf) == NodeState::Succeeded);
+    unit_state(plan, progress, unit) == UnitState::Untouched && (!drained || restored)
 }
 
 /// One call of [`apply`].
@@ -440,39 +464,69 @@ impl Turn<'_> {
                 for (node, _) in &locked {
                     self.known(*node)?;
                 }
-                for (node, reason) in locked {
+                let mut wanted = locked
+                    .into_iter()
+                    .filter(|(node, reason)| {
+                        self.progress.node(*node).locked.as_ref() != Some(reason)
+                    })
+                    .collect::<Vec<_>>();
+                self.delta.again = wanted.len() > LOCKS_PER_TURN;
+                wanted.truncate(LOCKS_PER_TURN);
+                for (node, reason) in wanted {
                     self.change(node, |row| row.locked = Some(reason));
                 }
-                self.progress.control = Control::Active;
+                if !self.delta.again {
+                    self.progress.control = Control::Active;
+                    self.schedule_all();
+                }
                 Ok(())
             }
-            Event::InitialisationFailed => {
+            Event::InitialisationFailed { .. } => {
                 self.expect_control(Control::Initialising, "initialisation failed")?;
                 self.progress.control = Control::NotStarted;
                 Ok(())
             }
             Event::UnitAdmitted(node) => {
                 self.asked(node)?;
-                self.progress.asked -= 1;
-                self.change(node, |row| {
-                    row.admission = Admission::Admitted;
-                    row.message.clear();
-                });
-                self.schedule_from(node);
+                if self.under_cancel(node) {
+                    self.cancel_in(node);
+                } else if self.is_held_back(node) {
+                    // It was asked for before the failure or the lock that now stands against it.
+                    self.withdraw(node);
+                    self.schedule_all();
+                } else {
+                    self.change(node, |row| {
+                        row.admission = Admission::Admitted;
+                        row.message.clear();
+                    });
+                    self.schedule_from(node);
+                }
                 Ok(())
             }
             Event::UnitHeld(node, reason) => {
                 self.asked(node)?;
-                self.change(node, |row| row.admission = Admission::Held(reason));
+                if self.under_cancel(node) {
+                    self.cancel_in(node);
+                } else if self.is_held_back(node) {
+                    self.withdraw(node);
+                    self.schedule_all();
+                } else {
+                    self.change(node, |row| row.admission = Admission::Held(reason));
+                }
                 Ok(())
             }
             Event::UnitDrifted(node, drift) => {
                 self.asked(node)?;
-                self.progress.asked -= 1;
-                self.change(node, |row| {
-                    row.admission = Admission::None;
-                    row.drift = drift;
-                });
+                if self.under_cancel(node) {
+                    self.cancel_in(node);
+                } else {
+                    self.change(node, |row| {
+                        row.admission = Admission::None;
+                        row.drift = drift;
+                    });
+                    self.withdraw_held();
+                    self.schedule_all();
+                }
                 Ok(())
             }
             Event::StepFinished {
@@ -505,8 +559,14 @@ impl Turn<'_> {
                 repeat,
             } => {
                 self.current(node, attempt, |kind| matches!(kind, NodeKind::Traffic(_)))?;
-                let cancelling = self.progress.state(node) == NodeState::Cancelling;
-                if repeat && !cancelling && attempt % TRAFFIC_ATTEMPTS != 0 {
+                let restore = matches!(
+                    self.plan.nodes[node as usize].kind,
+                    NodeKind::Traffic(TrafficAction::Restore)
+                );
+                let cancelling = self.progress.state(node) == NodeState::Cancelling
+                    || (!restore && self.under_cancel(node));
+                let stalled = self.progress.stalled && !restore;
+                if repeat && !cancelling && !stalled && attempt % TRAFFIC_ATTEMPTS != 0 {
                     self.change(node, |row| row.message = message);
                     self.start(node);
                 } else {
@@ -551,8 +611,13 @@ impl Turn<'_> {
                         verdict: Verdict::RollBack,
                         reason,
                     }) => {
+                        let at = self.at;
+                        self.change(node, |row| {
+                            row.state = NodeState::Failed;
+                            row.finished_at = Some(at);
+                            row.message = reason;
+                        });
                         self.end_for_rollback();
-                        self.end_leaf(node, NodeState::Failed, reason);
                     }
                     Err(reason) => self.end_leaf(node, NodeState::Failed, reason),
                 }
@@ -560,19 +625,26 @@ impl Turn<'_> {
             }
             Event::ProgressDeadline => {
                 self.expect_control(Control::Active, "progress deadline")?;
+                // A person who takes time is no missing progress.
+                if self.progress.order_state() != OrderState::Running {
+                    return Err(self.wrong_state("progress deadline"));
+                }
                 match self.plan.on_failure {
                     OnFailure::RollBack => self.end_for_rollback(),
-                    OnFailure::Block => self.progress.stalled = true,
+                    OnFailure::Block => {
+                        self.progress.stalled = true;
+                        self.withdraw_held();
+                    }
                 }
                 Ok(())
             }
             Event::RollbackStarted(_) => {
-                self.expect_control(Control::EndingForRollback, "rollback started")?;
+                self.expect_all_ended("rollback started")?;
                 self.progress.control = Control::RollingBack;
                 Ok(())
             }
             Event::RollbackImpossible(_) => {
-                self.expect_control(Control::EndingForRollback, "rollback impossible")?;
+                self.expect_all_ended("rollback impossible")?;
                 self.end(Ending::Failed);
                 Ok(())
             }
@@ -585,6 +657,8 @@ impl Turn<'_> {
                 Ok(())
             }
             Event::Advance => {
+                self.sweep();
+                self.withdraw_held();
                 self.schedule_all();
                 Ok(())
             }
@@ -635,8 +709,19 @@ impl Turn<'_> {
                         on: "waits for confirmation",
                     });
                 }
+                let mut waiting = waiting;
+                self.delta.again = waiting.len() > TURN_BUDGET;
+                waiting.truncate(TURN_BUDGET);
+                self.progress.stalled = false;
+                for leaf in &waiting {
+                    self.put(*leaf, NodeState::Succeeded, String::new());
+                }
+                // Nothing starts before all are confirmed: a gate that opens after this action is not confirmed by it.
                 for leaf in waiting {
-                    self.end_leaf(leaf, NodeState::Succeeded, String::new());
+                    self.release_if_done(leaf);
+                }
+                if !self.delta.again {
+                    self.schedule_all();
                 }
                 Ok(())
             }
@@ -651,6 +736,7 @@ impl Turn<'_> {
                     reason.clone()
                 };
                 self.change(*node, |row| row.locked = Some(reason));
+                self.withdraw_held();
                 Ok(())
             }
             Action::Unlock { node } => {
@@ -700,31 +786,57 @@ impl Turn<'_> {
                 choose: "an application, group or server",
             });
         }
-        if self.progress.state(node) != NodeState::NotStarted {
+        if self.progress.state(node).is_settled()
+            || self.progress.node(node).locked.is_some()
+            || self.in_dead_end(node)
+        {
             return Err(Refused::Nothing {
                 action: "run",
                 node,
-                on: "has not started",
+                on: "is neither done, ended nor locked",
             });
         }
-        // Everything that stands before it in a sequence comes first.
+        // Groups, servers and applications that stand before it in a sequence come first. Gates, pauses and the like
+        // between them belong to the way there and are run with it.
+        let mut on_the_way = Vec::new();
+        let mut opened_around = false;
         let mut at = node;
-        while let Some(parent) = self.plan.nodes[at as usize].parent {
+        loop {
+            opened_around |= self.progress.node(at).opened;
+            let Some(parent) = self.plan.nodes[at as usize].parent else {
+                break;
+            };
             if matches!(self.plan.nodes[parent as usize].kind, NodeKind::Sequence) {
-                let earlier = self
-                    .progress
-                    .children(parent)
-                    .iter()
-                    .take_while(|child| **child != at);
-                if let Some(before) = earlier
-                    .copied()
-                    .find(|child| !self.progress.state(*child).is_settled())
-                {
-                    let name = self.plan.nodes[before as usize].name.clone();
-                    return Err(Refused::NotReady { node, before, name });
+                for before in self.progress.children(parent) {
+                    if *before == at {
+                        break;
+                    }
+                    if self.progress.state(*before).is_settled() {
+                        continue;
+                    }
+                    let planned = &self.plan.nodes[*before as usize];
+                    if !planned.kind.is_leaf() || on_the_way.len() == TURN_BUDGET {
+                        return Err(Refused::NotReady {
+                            node,
+                            before: *before,
+                            name: planned.name.clone(),
+                        });
+                    }
+                    on_the_way.push(*before);
                 }
             }
             at = parent;
+        }
+        if opened_around && self.progress.control == Control::Active && !self.progress.stalled {
+            return Err(Refused::Nothing {
+                action: "run",
+                node,
+                on: "was not run before",
+            });
+        }
+        self.progress.stalled = false;
+        for leaf in on_the_way {
+            self.change(leaf, |row| row.opened = true);
         }
         self.change(node, |row| row.opened = true);
         if self.progress.control == Control::NotStarted {
@@ -781,8 +893,15 @@ impl Turn<'_> {
             let unit = self.unit_of(index);
             match unit {
                 // On a step: the server goes on with its next step. Above: the server is left as it is.
-                Some(unit) if !step => self.change(unit, |row| row.ignored = true),
-                Some(_) | None => self.end_leaf(index, NodeState::Ignored, String::new()),
+                Some(unit) if !step => {
+                    self.change(unit, |row| row.ignored = true);
+                    self.leave_unit(unit);
+                }
+                // It does not go on by itself: what has failed has given up its place among those in flight.
+                Some(_) | None => {
+                    self.put(index, NodeState::Ignored, String::new());
+                    self.release_if_done(index);
+                }
             }
         }
         self.progress.stalled = false;
@@ -802,6 +921,7 @@ impl Turn<'_> {
                 Control::Initialising | Control::Active => {
                     self.progress.control = Control::Cancelling;
                     self.change(0, |row| row.cancel = true);
+                    self.cancel_in(0);
                     Ok(())
                 }
                 Control::Cancelling
@@ -828,6 +948,7 @@ impl Turn<'_> {
             });
         }
         self.change(node, |row| row.cancel = true);
+        self.cancel_in(node);
         self.schedule_all();
         Ok(())
     }
@@ -841,6 +962,7 @@ impl Turn<'_> {
         if self.progress.control == Control::Active {
             self.progress.control = Control::EndingForRollback;
             self.change(0, |row| row.cancel = true);
+            self.cancel_in(0);
         }
     }
 
@@ -870,7 +992,9 @@ impl Turn<'_> {
             {
                 self.end_leaf(node, NodeState::Cancelled, message);
             }
-            Outcome::Failed | Outcome::TimedOut if self.may_repeat(node) => {
+            Outcome::Failed | Outcome::TimedOut
+                if self.may_repeat(node) && !self.under_cancel(node) && !self.progress.stalled =>
+            {
                 self.change(node, |row| row.message = message);
                 self.start(node);
             }
@@ -896,29 +1020,49 @@ impl Turn<'_> {
     }
 
     fn end_leaf(&mut self, node: NodeIndex, state: NodeState, message: String) {
+        self.put(node, state, message);
+        self.after_leaf(node);
+    }
+
+    /// A server whose last leaf has ended well is available again.
+    fn release_if_done(&mut self, node: NodeIndex) {
+        if let Some(unit) = self.unit_of(node)
+            && self.progress.state(unit) == NodeState::Succeeded
+        {
+            self.delta.effects.push(Effect::Release(unit));
+        }
+    }
+
+    fn put(&mut self, node: NodeIndex, state: NodeState, message: String) {
         let at = self.at;
         self.change(node, |row| {
             row.state = state;
             row.finished_at = Some(at);
             row.message = message;
         });
-        self.after_leaf(node);
     }
 
     fn after_leaf(&mut self, node: NodeIndex) {
-        match self.unit_of(node) {
-            Some(unit) if self.under_cancel(unit) => self.cancel_in(unit),
+        if self.progress.state(node).needs_mending() {
+            self.withdraw_held();
+        }
+        let Some(unit) = self.unit_of(node) else {
+            return self.schedule_all();
+        };
+        if self.under_cancel(unit) {
+            self.cancel_in(unit);
+        } else if self.progress.node(unit).ignored {
+            self.leave_unit(unit);
+        } else if self.progress.state(unit) == NodeState::Running {
             // Still the same server's turn: nothing else in the tree is affected.
-            Some(unit) if self.progress.state(unit) == NodeState::Running => {
-                self.schedule_from(unit)
-            }
-            Some(unit) => {
-                if self.progress.state(unit) == NodeState::Succeeded {
-                    self.delta.effects.push(Effect::Release(unit));
-                }
+            return self.schedule_from(unit);
+        }
+        if self.progress.live[unit as usize].count == 0 {
+            self.release_if_done(unit);
+            // While the order as a whole is being ended, `settle` goes on.
+            if self.progress.control == Control::Active {
                 self.schedule_all();
             }
-            None => self.schedule_all(),
         }
     }
 
@@ -977,12 +1121,18 @@ impl Turn<'_> {
                 self.visit_parallel(node, opened, locked, *max_in_flight, *max_failures);
             }
             NodeKind::Unit { .. } => match row.admission {
-                Admission::Admitted => self.visit_sequence(node, true, false),
+                // Its turn goes on when it has a place among those in flight: its own, or after a retry a free one.
+                Admission::Admitted => {
+                    if self.progress.live[node as usize].count > 0
+                        || self.progress.live_units < self.max_units_in_flight()
+                    {
+                        self.visit_sequence(node, true, false);
+                    }
+                }
                 Admission::Asked | Admission::Held(_) => {}
                 Admission::None => {
                     if opened && !locked && row.drift.is_empty() && self.may_start_unit() {
                         self.budget -= 1;
-                        self.progress.asked += 1;
                         self.change(node, |row| row.admission = Admission::Asked);
                         self.delta.effects.push(Effect::Admit(node));
                     }
@@ -993,8 +1143,11 @@ impl Turn<'_> {
             | NodeKind::Gate { .. }
             | NodeKind::Pause { .. }
             | NodeKind::Judge { .. } => {
+                // A server's turn goes on; beside it nothing starts after too many failures, a shift of traffic least of all.
+                let stopped = self.progress.is_over_failures() && self.unit_of(node).is_none();
                 if opened
                     && !locked
+                    && !stopped
                     && !self.progress.stalled
                     && self.progress.state(node) == NodeState::NotStarted
                 {
@@ -1028,11 +1181,6 @@ impl Turn<'_> {
         max_in_flight: u32,
         max_failures: u32,
     ) {
-        let active = |tally: &crate::progress::Tally| {
-            tally.of(NodeState::Running)
-                + tally.of(NodeState::Cancelling)
-                + tally.of(NodeState::AwaitingConfirmation)
-        };
         let count = self.progress.children(node).len();
         let mut prefix = true;
         for position in self.progress.branches[node as usize].cursor..count {
@@ -1045,13 +1193,23 @@ impl Turn<'_> {
                 continue;
             }
             prefix = false;
-            if state == NodeState::NotStarted {
-                let tally = self.progress.tally(node);
-                let failed = tally.of(NodeState::Failed)
-                    + tally.of(NodeState::Unknown)
-                    + tally.of(NodeState::Drifted);
-                if failed > max_failures || (max_in_flight > 0 && active(tally) >= max_in_flight) {
+            if !self.progress.node(child).cancel {
+                let unit = matches!(self.plan.nodes[child as usize].kind, NodeKind::Unit { .. });
+                let live = self.progress.live[child as usize].count > 0;
+                if unit && live {
+                    // Its own answers drive it.
                     continue;
+                }
+                // More than allowed can be live: restores of servers that a person ended need no place.
+                let others = self.progress.live[node as usize].children - u32::from(live);
+                if max_in_flight > 0 && others >= max_in_flight {
+                    continue;
+                }
+                if state == NodeState::NotStarted {
+                    let failed = self.progress.tally(node).troubled();
+                    if failed > max_failures || (unit && !self.may_start_unit()) {
+                        continue;
+                    }
                 }
             }
             if self.budget == 0 {
@@ -1062,26 +1220,63 @@ impl Turn<'_> {
         }
     }
 
+    /// Servers that may be worked on at once. A limit of 0 would never let an order end; it is taken for 1.
+    fn max_units_in_flight(&self) -> u32 {
+        self.plan.limits.max_in_flight.max(1)
+    }
+
     /// Whether the order's own limits allow one more server to start.
     fn may_start_unit(&self) -> bool {
-        let mut in_flight = 0u32;
-        let mut failed = 0u32;
-        for unit in &self.progress.unit_nodes {
-            match self.progress.state(*unit) {
-                NodeState::Running | NodeState::Cancelling | NodeState::AwaitingConfirmation => {
-                    in_flight += 1
+        self.progress.live_units < self.max_units_in_flight() && !self.progress.is_over_failures()
+    }
+
+    /// Whether a unit whose admission is outstanding would not be asked for now.
+    fn is_held_back(&self, unit: NodeIndex) -> bool {
+        if self.progress.stalled || self.progress.is_over_failures() {
+            return true;
+        }
+        let mut at = Some(unit);
+        while let Some(index) = at {
+            if self.progress.node(index).locked.is_some() {
+                return true;
+            }
+            at = self.plan.nodes[index as usize].parent;
+        }
+        self.plan.nodes[unit as usize].parent.is_some_and(|parent| {
+            matches!(self.plan.nodes[parent as usize].kind, NodeKind::Parallel { max_failures, .. }
+                if self.progress.tally(parent).troubled() > max_failures)
+        })
+    }
+
+    /// Takes back what was asked for: the unit has not started.
+    fn withdraw(&mut self, unit: NodeIndex) {
+        self.budget = self.budget.saturating_sub(1);
+        self.change(unit, |row| {
+            row.admission = Admission::None;
+            row.message.clear();
+        });
+        self.delta.effects.push(Effect::Release(unit));
+    }
+
+    /// Units that the envelope holds, and that would not be asked for any more, stop waiting: they would keep the order
+    /// busy for ever, for the envelope may hold them just because of what failed. Those without an answer get one.
+    fn withdraw_held(&mut self) {
+        if self.progress.asked == 0 || self.progress.control != Control::Active {
+            return;
+        }
+        for position in 0..self.progress.unit_nodes.len() {
+            let unit = self.progress.unit_nodes[position];
+            if matches!(self.progress.node(unit).admission, Admission::Held(_))
+                && !self.under_cancel(unit)
+                && self.is_held_back(unit)
+            {
+                if self.budget == 0 {
+                    self.delta.more = true;
+                    return;
                 }
-                NodeState::Failed | NodeState::Unknown | NodeState::Drifted => failed += 1,
-                NodeState::NotStarted
-                | NodeState::Locked
-                | NodeState::Cancelled
-                | NodeState::Ignored
-                | NodeState::Succeeded => {}
+                self.withdraw(unit);
             }
         }
-        let units = u32::try_from(self.progress.unit_nodes.len()).unwrap_or(u32::MAX);
-        in_flight < self.plan.limits.max_in_flight
-            && failed <= self.plan.limits.max_failures.of(units)
     }
 
     /// Starts a leaf: a new attempt.
@@ -1105,56 +1300,97 @@ impl Turn<'_> {
             .extend(effect_of(kind, node, self.progress.node(node)));
     }
 
+    /// Everything that was marked to be ended, wherever it stands: what an earlier turn had no budget for.
+    fn sweep(&mut self) {
+        let mut index = 0;
+        while index < self.end_of(0) {
+            if self.progress.node(index).cancel {
+                self.cancel_in(index);
+                index = self.end_of(index);
+            } else {
+                index += 1;
+            }
+        }
+    }
+
     /// Ends what is under way in a node that is marked to be ended, as far as the budget goes.
     fn cancel_in(&mut self, node: NodeIndex) {
-        for index in node..self.end_of(node) {
+        let mut index = node;
+        while index < self.end_of(node) {
             if self.budget == 0 {
                 self.delta.more = true;
                 return;
             }
             let state = self.progress.state(index);
             let row = self.progress.node(index);
+            let live = self.progress.live[index as usize].count > 0;
             match &self.plan.nodes[index as usize].kind {
                 NodeKind::Sequence | NodeKind::Parallel { .. } => {
-                    if !row.cancel
-                        && !row.ignored
-                        && !state.is_settled()
-                        && state != NodeState::NotStarted
-                    {
+                    if state == NodeState::NotStarted && !live {
+                        index = self.end_of(index);
+                        continue;
+                    }
+                    if !row.cancel && !state.is_settled() {
                         self.mark_cancelled(index);
                     }
+                    index += 1;
                 }
-                NodeKind::Unit { .. } => self.cancel_unit(index),
-                NodeKind::Step { .. } => {
-                    if state == NodeState::Running {
-                        self.budget -= 1;
-                        self.change(index, |row| row.state = NodeState::Cancelling);
-                        let attempt = self.progress.node(index).attempt;
-                        self.delta.effects.push(Effect::Revoke {
-                            node: index,
-                            attempt,
-                        });
+                NodeKind::Unit { .. } => {
+                    let end = self.end_of(index);
+                    if live {
+                        // Its leaves first: what ends at once makes the way free for its restore.
+                        for leaf in index + 1..end {
+                            self.cancel_leaf(leaf);
+                        }
                     }
+                    self.cancel_unit(index);
+                    index = end;
                 }
-                // A restore gives a healthy or untouched server its weight back: it ends by itself.
-                NodeKind::Traffic(TrafficAction::Restore) => {}
-                NodeKind::Traffic(TrafficAction::Drain { .. } | TrafficAction::Set { .. }) => {
-                    if state == NodeState::Running {
-                        self.budget -= 1;
-                        self.change(index, |row| row.state = NodeState::Cancelling);
-                    }
-                }
-                NodeKind::Gate { .. } | NodeKind::Pause { .. } | NodeKind::Judge { .. } => {
-                    if matches!(state, NodeState::Running | NodeState::AwaitingConfirmation) {
-                        self.budget -= 1;
-                        let at = self.at;
-                        self.change(index, |row| {
-                            row.state = NodeState::Cancelled;
-                            row.finished_at = Some(at);
-                        });
-                    }
+                NodeKind::Step { .. }
+                | NodeKind::Traffic(_)
+                | NodeKind::Gate { .. }
+                | NodeKind::Pause { .. }
+                | NodeKind::Judge { .. } => {
+                    self.cancel_leaf(index);
+                    index += 1;
                 }
             }
+        }
+    }
+
+    fn cancel_leaf(&mut self, leaf: NodeIndex) {
+        let state = self.progress.state(leaf);
+        match &self.plan.nodes[leaf as usize].kind {
+            NodeKind::Step { .. } => {
+                if state == NodeState::Running {
+                    self.budget = self.budget.saturating_sub(1);
+                    self.change(leaf, |row| row.state = NodeState::Cancelling);
+                    let attempt = self.progress.node(leaf).attempt;
+                    self.delta.effects.push(Effect::Revoke {
+                        node: leaf,
+                        attempt,
+                    });
+                }
+            }
+            // A restore gives a healthy or untouched server its weight back: it ends by itself.
+            NodeKind::Traffic(TrafficAction::Restore) => {}
+            NodeKind::Traffic(TrafficAction::Drain { .. } | TrafficAction::Set { .. }) => {
+                if state == NodeState::Running {
+                    self.budget = self.budget.saturating_sub(1);
+                    self.change(leaf, |row| row.state = NodeState::Cancelling);
+                }
+            }
+            NodeKind::Gate { .. } | NodeKind::Pause { .. } | NodeKind::Judge { .. } => {
+                if matches!(state, NodeState::Running | NodeState::AwaitingConfirmation) {
+                    self.budget = self.budget.saturating_sub(1);
+                    let at = self.at;
+                    self.change(leaf, |row| {
+                        row.state = NodeState::Cancelled;
+                        row.finished_at = Some(at);
+                    });
+                }
+            }
+            NodeKind::Sequence | NodeKind::Parallel { .. } | NodeKind::Unit { .. } => {}
         }
     }
 
@@ -1172,29 +1408,32 @@ impl Turn<'_> {
                 }
             }
             Admission::Asked | Admission::Held(_) => {
-                self.progress.asked -= 1;
-                self.change(unit, |row| row.admission = Admission::None);
-                self.mark_cancelled(unit);
-                self.delta.effects.push(Effect::Release(unit));
+                self.withdraw(unit);
+                if !marked {
+                    self.change(unit, |row| row.cancel = true);
+                }
             }
             Admission::Admitted => {
-                let busy = self
-                    .progress
-                    .children(unit)
-                    .iter()
-                    .any(|leaf| self.progress.state(*leaf).is_busy());
-                let untouched = unit_state(self.plan, self.progress, unit) == UnitState::Untouched;
-                if !busy && let Some(restore) = restore_of_untouched(self.plan, self.progress, unit)
-                {
-                    self.start(restore);
-                } else if !busy && untouched {
-                    self.change(unit, |row| row.admission = Admission::None);
-                    self.delta.effects.push(Effect::Release(unit));
-                }
+                self.leave_unit(unit);
                 if !marked {
                     self.mark_cancelled(unit);
                 }
             }
+        }
+    }
+
+    /// Leaves a server whose turn a person ended: it gets its weight back if nothing on it changed, and is available
+    /// again when it is as it was.
+    fn leave_unit(&mut self, unit: NodeIndex) {
+        let tally = self.progress.tally(unit);
+        let busy = tally.of(NodeState::Running) + tally.of(NodeState::Cancelling) > 0;
+        if busy || self.progress.node(unit).admission != Admission::Admitted {
+            return;
+        }
+        if let Some(restore) = restore_of_untouched(self.plan, self.progress, unit) {
+            self.start(restore);
+        } else if is_as_before(self.plan, self.progress, unit) {
+            self.withdraw(unit);
         }
     }
 
@@ -1207,25 +1446,49 @@ impl Turn<'_> {
     fn settle(&mut self) {
         match self.progress.control {
             Control::Active => {
-                let root = self.progress.state(0);
-                if root.is_settled() {
-                    self.end(if root == NodeState::Cancelled {
-                        Ending::Cancelled
-                    } else {
-                        Ending::Succeeded
+                if self.progress.state(0).is_settled() {
+                    self.sweep();
+                    let root = self.progress.state(0);
+                    if self.delta.more || !self.progress.is_quiet() || !root.is_settled() {
+                        return;
+                    }
+                    // A strategy can tolerate more failures than the order does: then it is not over.
+                    if self.progress.is_over_failures() {
+                        if self.plan.on_failure == OnFailure::RollBack {
+                            self.end_for_rollback();
+                            self.settle();
+                        }
+                        return;
+                    }
+                    let failed = self.has_trouble();
+                    self.end(match root {
+                        NodeState::Cancelled if failed => Ending::Failed,
+                        NodeState::Cancelled => Ending::Cancelled,
+                        NodeState::NotStarted
+                        | NodeState::Running
+                        | NodeState::AwaitingConfirmation
+                        | NodeState::Locked
+                        | NodeState::Drifted
+                        | NodeState::Unknown
+                        | NodeState::Failed
+                        | NodeState::Cancelling
+                        | NodeState::Ignored
+                        | NodeState::Succeeded => Ending::Succeeded,
                     });
                 } else if self.plan.on_failure == OnFailure::RollBack
                     && !self.delta.more
+                    && !self.delta.again
                     && self.progress.is_quiet()
-                    && self.progress.order_state() == OrderState::Blocked
-                    && self.progress.states.contains(&NodeState::Failed)
+                    && self.is_stopped_by_failure()
                 {
                     self.end_for_rollback();
-                    self.cancel_in(0);
                     self.settle();
                 }
             }
             Control::Cancelling | Control::EndingForRollback => {
+                if !self.progress.is_quiet() {
+                    return;
+                }
                 self.cancel_in(0);
                 if self.delta.more || !self.progress.is_quiet() {
                     return;
@@ -1233,8 +1496,7 @@ impl Turn<'_> {
                 if self.progress.control == Control::EndingForRollback {
                     self.delta.effects.push(Effect::StartRollback);
                 } else {
-                    let troubled = |state: &NodeState| state.needs_mending();
-                    let failed = self.progress.states.iter().any(troubled);
+                    let failed = self.has_trouble();
                     self.end(if failed {
                         Ending::Failed
                     } else {
@@ -1249,14 +1511,40 @@ impl Turn<'_> {
         }
     }
 
+    /// Whether something failed, drifted or is unknown, wherever it stands.
+    fn has_trouble(&self) -> bool {
+        self.progress
+            .states
+            .iter()
+            .any(|state| state.needs_mending())
+    }
+
+    /// Whether it is a failure that stops an order in which nothing is under way: not a tolerated one, not a lock. What
+    /// drifted or is unknown is for a person to decide.
+    fn is_stopped_by_failure(&self) -> bool {
+        match self.progress.state(0) {
+            NodeState::Failed => true,
+            NodeState::Running | NodeState::AwaitingConfirmation | NodeState::Locked => {
+                self.progress.is_over_failures()
+            }
+            NodeState::NotStarted
+            | NodeState::Drifted
+            | NodeState::Unknown
+            | NodeState::Cancelling
+            | NodeState::Cancelled
+            | NodeState::Ignored
+            | NodeState::Succeeded => false,
+        }
+    }
+
     // ------------------------------------------------------------------------------------------ the tree
 
     fn change(&mut self, node: NodeIndex, change: impl FnOnce(&mut NodeProgress)) {
         change(&mut self.progress.nodes[node as usize]);
         self.delta.rows.push(node);
-        let delta = &mut self.delta;
+        let before = &mut self.before;
         self.progress.refresh(self.plan, node, |index, state| {
-            delta.states.push((index, state))
+            before.entry(index).or_insert(state);
         });
     }
 
@@ -1374,6 +1662,16 @@ impl Turn<'_> {
         }
     }
 
+    /// The answer to [`Effect::StartRollback`]: due when nothing is under way any more.
+    fn expect_all_ended(&self, action: &'static str) -> Result<(), Refused> {
+        self.expect_control(Control::EndingForRollback, action)?;
+        if self.progress.is_quiet() {
+            Ok(())
+        } else {
+            Err(self.wrong_state(action))
+        }
+    }
+
     fn expect_active(&self, action: &'static str) -> Result<(), Refused> {
         self.expect_control(Control::Active, action)
     }
@@ -1407,3 +1705,6 @@ impl Turn<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
