@@ -1,1 +1,3 @@
+//! What tests and benches of the whole share.
 
+pub mod simulated;

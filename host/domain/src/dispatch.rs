@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Time-out of the core's own steps: a fetch of the largest package over a slow line.
-const CORE_TIMEOUT_MS: u64 = 1_800_000;
+pub const CORE_TIMEOUT_MS: u64 = 1_800_000;
 
 /// What a task carries beside what its plan says.
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +20,7 @@ pub struct Attempt {
     pub order: OrderId,
     /// Which attempt.
     pub attempt: u32,
-    /// The order's fence.
+    /// Higher than every fence that an earlier order used on the same server.
     pub fence: u64,
     /// When the agent may no longer start it.
     pub expires_at: Timestamp,

@@ -3,21 +3,30 @@
 //! Pure: no input or output, no async, no clock, no random numbers. Times and ids are inputs. One type per concept: what is
 //! here is what is stored and what the API returns.
 
+pub mod activation;
+pub mod application;
 pub mod digest;
 pub mod dispatch;
 pub mod expand;
 pub mod id;
 pub mod inbox;
+pub mod instance;
 pub mod limits;
 pub mod manifest;
+pub mod name;
 pub mod order;
+pub mod package;
 pub mod plan;
 pub mod plugin;
+pub mod pool;
 pub mod progress;
 pub mod reducer;
+pub mod server;
 pub mod task;
 pub mod time;
+pub mod token;
 pub mod value;
+pub mod workspace;
 
 pub use digest::Digest;
 pub use time::Timestamp;

@@ -211,10 +211,11 @@ pub struct Order {
     pub counts: Counts,
     /// Where its control flow is.
     pub control: Control,
+    /// Nothing finished within the progress deadline; nothing more is started until a person goes on.
+    #[serde(default)]
+    pub stalled: bool,
     /// The order whose locks it uses: itself, or for a rollback the first of the line.
     pub lock_owner: OrderId,
-    /// Rises with every order that locks a server: tasks carry it, agents refuse lower ones. 0 before it runs.
-    pub fence: u64,
     /// Sequence number of its last event.
     pub last_event: u64,
     /// The order that rolls it back.

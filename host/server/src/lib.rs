@@ -4,4 +4,6 @@
 //! runtime and the `engine`. The `gateway` holds agents' sessions. Handlers never touch the store.
 
 pub mod clock;
+pub mod engine;
+pub mod gateway;
 pub mod ids;

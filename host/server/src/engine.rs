@@ -1,0 +1,557 @@
+//! The engine: drives orders.
+//!
+//! An order is a plan and its progress. One [`actor`] per order folds the events that wait into one commit and then performs
+//! the effects that fell due, at least once; the pure reducer in `windlass_domain::reducer` decides everything. The outbox
+//! *is* the progress: recovery reads unfinished orders and performs what `due` lists. There is no other path.
+//!
+//! ```text
+//! service::orders ── act ──►┐
+//! gateway ── report ───────►│ actor: fold ─► apply (pure) ─► one commit ─► answer ─► effects ─┐
+//! executor ── answers ─────►┘◄────────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | [`actor`] | one order: its header, rows, events, inbox slots |
+//! | `executor` | performing effects, each safe to repeat |
+//! | `keeper` | the safety envelope across all orders |
+//! | [`traffic`] | the seam to load balancers |
+//! | [`rows`] | keys and JSON of the rows above |
+
+pub mod actor;
+mod batch;
+mod executor;
+mod initialise;
+mod keeper;
+pub mod rows;
+pub mod traffic;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use windlass_domain::{
+    id::{InstanceId, OrderId, ServerId},
+    inbox::JournalEpoch,
+    order::{Action, Control, Order},
+    plan::{NodeIndex, Plan, Read},
+    plugin::Judgement,
+    progress::Progress,
+    reducer::{Event, Refused},
+    task::{TaskId, TaskResult},
+};
+use windlass_store::{BlobError, Blobs, CommitError, Lease, Store, Txn};
+
+use actor::Command;
+use keeper::{Keeper, KeeperTask};
+use rows::RowError;
+use traffic::TrafficPools;
+
+/// Commands that may wait for one order.
+const QUEUE: usize = 4096;
+/// How long an order stays with a server that no longer says it is alive.
+const LEASE_TTL_MS: u64 = 10_000;
+
+/// What the engine needs of agents' sessions.
+pub trait Agents: Send + Sync + 'static {
+    /// The epoch of the agent's journal, where a session is up.
+    fn current_epoch(&self, server: ServerId) -> Option<JournalEpoch>;
+
+    /// Whether a session is up.
+    fn is_online(&self, server: ServerId) -> bool;
+
+    /// A slot of the server's inbox changed: push it. Only a hint; the gateway watches the inbox too.
+    fn nudge(&self, server: ServerId);
+}
+
+/// A rollback that was planned.
+#[derive(Debug, Clone)]
+pub struct PlannedRollback {
+    /// The new order's header, not started.
+    pub order: Order,
+    /// Its plan, whose blob is stored.
+    pub plan: Arc<Plan>,
+}
+
+/// What the engine needs of the catalogue and the plugins while an order runs.
+#[async_trait]
+pub trait Planning: Send + Sync + 'static {
+    /// What the subjects are now, in the words of [`Plan::reads`]; one that is gone is absent. An error is shown to people.
+    async fn reread(
+        &self,
+        plan: &Plan,
+        subjects: &[String],
+    ) -> Result<BTreeMap<String, Read>, String>;
+
+    /// Why servers cannot take part now; empty: all can. Source: spec "Release orders", "initialisation".
+    async fn check_servers(&self, plan: &Plan) -> Result<Vec<String>, String>;
+
+    /// The servers of a service instance, each with its cell's identifier.
+    async fn members(&self, instance: InstanceId) -> Result<Vec<(ServerId, String)>, String>;
+
+    /// Asks the order's strategy.
+    async fn judge(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        stage: &str,
+    ) -> Result<Judgement, String>;
+
+    /// Plans the rollback of an order. An error says why there is nothing to roll back to.
+    async fn plan_rollback(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        reason: &str,
+    ) -> Result<PlannedRollback, String>;
+}
+
+/// Why an order did not take an action or a report.
+#[derive(Debug, thiserror::Error)]
+pub enum ActError {
+    /// There is no such order.
+    #[error("there is no order {0}")]
+    NoSuchOrder(OrderId),
+    /// The order's state does not allow it.
+    #[error(transparent)]
+    Refused(#[from] Refused),
+    /// Another order holds a server of the group.
+    #[error("server {server} is held by the order {holder}: unlock the group when that has ended")]
+    Held {
+        /// The server.
+        server: ServerId,
+        /// Its holder.
+        holder: OrderId,
+    },
+    /// It cannot be done now; nothing was changed, or it will be seen that it was. Try again.
+    #[error("the order {0} cannot be changed right now: try again")]
+    Busy(OrderId),
+    /// A row could not be read.
+    #[error("the order {id} could not be read")]
+    Row {
+        /// The order.
+        id: OrderId,
+        /// The cause.
+        #[source]
+        source: RowError,
+    },
+    /// Its plan could not be read.
+    #[error("the plan of order {id} could not be read")]
+    Plan {
+        /// The order.
+        id: OrderId,
+        /// The cause.
+        #[source]
+        source: PlanError,
+    },
+}
+
+/// Why a plan could not be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    /// The blob store failed, or the blob is gone.
+    #[error("the blob store failed")]
+    Blob(#[from] BlobError),
+    /// It is not a plan.
+    #[error("the plan's blob is not a plan")]
+    Malformed(#[from] serde_json::Error),
+}
+
+/// The engine's parts, shared by its tasks.
+pub(crate) struct Shared {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) blobs: Blobs,
+    pub(crate) agents: Arc<dyn Agents>,
+    pub(crate) planning: Arc<dyn Planning>,
+    pub(crate) pools: Arc<dyn TrafficPools>,
+    keeper: OnceLock<Keeper>,
+    lease: OnceLock<Lease>,
+    /// Names this engine in the rows of orders that it drives.
+    pub(crate) name: String,
+    actors: Mutex<HashMap<OrderId, mpsc::Sender<Command>>>,
+    tasks: TaskTracker,
+    pub(crate) stop: CancellationToken,
+}
+
+/// Drives orders. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    pub(crate) shared: Arc<Shared>,
+}
+
+/// The parts that an engine is made of.
+pub struct EngineParts {
+    /// Rows.
+    pub store: Arc<dyn Store>,
+    /// Plans.
+    pub blobs: Blobs,
+    /// Sessions.
+    pub agents: Arc<dyn Agents>,
+    /// Catalogue and plugins.
+    pub planning: Arc<dyn Planning>,
+    /// Load balancers.
+    pub pools: Arc<dyn TrafficPools>,
+}
+
+impl Engine {
+    /// An engine that does nothing until [`Engine::start`].
+    #[must_use]
+    pub fn new(parts: EngineParts) -> Self {
+        let EngineParts {
+            store,
+            blobs,
+            agents,
+            planning,
+            pools,
+        } = parts;
+        let shared = Shared {
+            store,
+            blobs,
+            agents,
+            planning,
+            pools,
+            keeper: OnceLock::new(),
+            lease: OnceLock::new(),
+            name: crate::ids::new_uuid().to_string(),
+            actors: Mutex::default(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Opens the safety envelope and takes up every order that is not finished.
+    ///
+    /// # Errors
+    /// [`RowError`] when the store cannot be read.
+    pub async fn start(&self) -> Result<(), RowError> {
+        let shared = &self.shared;
+        let lease = shared
+            .store
+            .lease(LEASE_TTL_MS)
+            .await
+            .map_err(|source| RowError::Store {
+                key: "lease".to_owned(),
+                source,
+            })?;
+        let keep = lease.clone();
+        let stop = shared.stop.clone();
+        shared.tasks.spawn(async move {
+            let mut ticks = tokio::time::interval(Duration::from_millis(LEASE_TTL_MS / 3));
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => break,
+                    _ = ticks.tick() => {
+                        if let Err(error) = keep.keep_alive().await {
+                            tracing::error!(error = &error as &dyn std::error::Error, "the engine's lease was lost");
+                            break;
+                        }
+                    }
+                }
+            }
+        });
+        shared.lease.get_or_init(|| lease);
+        let (keeper, task) = KeeperTask::open(
+            shared.store.clone(),
+            shared.agents.clone(),
+            shared.pools.clone(),
+        )
+        .await?;
+        shared.keeper.get_or_init(|| keeper);
+        let stop = shared.stop.clone();
+        shared.tasks.spawn(async move {
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = task.run() => {}
+            }
+        });
+        for entry in rows::read_all(&*shared.store, &rows::all_active()).await? {
+            if let Some(id) = entry
+                .key
+                .segments()
+                .next_back()
+                .and_then(|id| id.parse().ok())
+            {
+                self.take_up(id);
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends every task of the engine and waits for them. Orders stay as they are and are taken up at the next start.
+    pub async fn shutdown(&self) {
+        self.shared.stop.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+    }
+
+    /// Keeps a new order, not started. `with` is committed together with it: an idempotency record.
+    ///
+    /// # Errors
+    /// [`CommitError`], a conflict when a precondition of `with` does not hold.
+    pub async fn create(&self, order: &Order, with: Txn) -> Result<(), CommitError> {
+        self.shared
+            .store
+            .commit(executor::new_order(order).and(with))
+            .await?;
+        Ok(())
+    }
+
+    /// A person acts on an order. Returns once it is durable. `with` is committed together with it: an idempotency record.
+    ///
+    /// # Errors
+    /// [`ActError`].
+    pub async fn act(
+        &self,
+        id: OrderId,
+        action: Action,
+        by: &str,
+        with: Txn,
+    ) -> Result<(), ActError> {
+        if let Action::Unlock { node } = &action {
+            self.take_locks_of(id, *node).await?;
+        }
+        self.send(id, Event::Act(action), by.to_owned(), with).await
+    }
+
+    /// A group can be unlocked once its servers are ours.
+    async fn take_locks_of(&self, id: OrderId, node: NodeIndex) -> Result<(), ActError> {
+        let shared = &self.shared;
+        let found = rows::read_order(&*shared.store, id)
+            .await
+            .map_err(|source| ActError::Row { id, source })?;
+        let Some((order, _)) = found else {
+            return Err(ActError::NoSuchOrder(id));
+        };
+        if order.control != Control::Active {
+            return Ok(());
+        }
+        let plan = shared
+            .plan(order.plan)
+            .await
+            .map_err(|source| ActError::Plan { id, source })?;
+        match initialise::lock_node(shared, &plan, node, order.lock_owner).await {
+            Ok(None) => Ok(()),
+            Ok(Some((server, holder))) => Err(ActError::Held { server, holder }),
+            Err(error) => {
+                tracing::error!(order.id = %id, error = &error as &dyn std::error::Error, "locks could not be taken");
+                Err(ActError::Busy(id))
+            }
+        }
+    }
+
+    /// An order's header.
+    ///
+    /// # Errors
+    /// [`RowError`].
+    pub async fn order(&self, id: OrderId) -> Result<Option<Order>, RowError> {
+        Ok(rows::read_order(&*self.shared.store, id)
+            .await?
+            .map(|(order, _)| order))
+    }
+
+    /// Where every node of an order is, as far as it is durable. `None` when there is no such order.
+    ///
+    /// # Errors
+    /// [`ActError::Row`], [`ActError::Plan`].
+    pub async fn progress(
+        &self,
+        id: OrderId,
+    ) -> Result<Option<(Order, Arc<Plan>, Progress)>, ActError> {
+        let store = &*self.shared.store;
+        let found = rows::read_order(store, id)
+            .await
+            .map_err(|source| ActError::Row { id, source })?;
+        let Some((order, _)) = found else {
+            return Ok(None);
+        };
+        let plan = self
+            .shared
+            .plan(order.plan)
+            .await
+            .map_err(|source| ActError::Plan { id, source })?;
+        let nodes = rows::read_nodes(store, id)
+            .await
+            .map_err(|source| ActError::Row { id, source })?;
+        let progress = Progress::load(&plan, order.control, order.stalled, nodes);
+        Ok(Some((order, Arc::new(plan), progress)))
+    }
+
+    /// An agent reports how a task ended. Returns once that is durable, so that the agent may forget it.
+    ///
+    /// # Errors
+    /// [`ActError`]; [`Refused::NotCurrent`] and [`Refused::Terminal`] when nobody waits for it any more.
+    pub async fn report(
+        &self,
+        server: ServerId,
+        task: TaskId,
+        result: TaskResult,
+    ) -> Result<(), ActError> {
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Report {
+            server,
+            task,
+            result: Box::new(result),
+            reply,
+        };
+        self.deliver(task.order, command).await?;
+        answer.await.map_err(|_| ActError::Busy(task.order))?
+    }
+
+    pub(crate) async fn send(
+        &self,
+        id: OrderId,
+        event: Event,
+        by: String,
+        with: Txn,
+    ) -> Result<(), ActError> {
+        let (reply, answer) = oneshot::channel();
+        self.deliver(
+            id,
+            Command::Event {
+                event,
+                by,
+                with,
+                reply: Some(reply),
+            },
+        )
+        .await?;
+        answer.await.map_err(|_| ActError::Busy(id))?
+    }
+
+    async fn deliver(&self, id: OrderId, mut command: Command) -> Result<(), ActError> {
+        // An actor that ends just now hands the command back: the next one takes it.
+        for _ in 0..3 {
+            let sender = self.sender(id).await?;
+            match sender.send(command).await {
+                Ok(()) => return Ok(()),
+                Err(returned) => command = returned.0,
+            }
+        }
+        Err(ActError::Busy(id))
+    }
+
+    async fn sender(&self, id: OrderId) -> Result<mpsc::Sender<Command>, ActError> {
+        if let Some(sender) = self.live(id) {
+            return Ok(sender);
+        }
+        let found = rows::read_order(&*self.shared.store, id)
+            .await
+            .map_err(|source| ActError::Row { id, source })?;
+        match found {
+            None => Err(ActError::NoSuchOrder(id)),
+            Some((order, _)) if order.state.is_terminal() => Err(Refused::Terminal.into()),
+            Some(_) => Ok(self.take_up(id)),
+        }
+    }
+
+    fn live(&self, id: OrderId) -> Option<mpsc::Sender<Command>> {
+        let actors = self
+            .shared
+            .actors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        actors
+            .get(&id)
+            .filter(|sender| !sender.is_closed())
+            .cloned()
+    }
+
+    /// Starts the actor of an order unless it runs.
+    pub(crate) fn take_up(&self, id: OrderId) -> mpsc::Sender<Command> {
+        let mut actors = self
+            .shared
+            .actors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(sender) = actors.get(&id).filter(|sender| !sender.is_closed()) {
+            return sender.clone();
+        }
+        let (sender, commands) = mpsc::channel(QUEUE);
+        actors.insert(id, sender.clone());
+        drop(actors);
+        let engine = self.clone();
+        let back = sender.downgrade();
+        self.shared.tasks.spawn(async move {
+            let ended = actor::run(engine.clone(), id, commands, back).await;
+            engine.forget(id);
+            if let Err(error) = ended {
+                tracing::error!(order.id = %id, error = &error as &dyn std::error::Error, "an order stopped; it will be taken up again");
+                engine.take_up_later(id);
+            }
+        });
+        sender
+    }
+
+    fn forget(&self, id: OrderId) {
+        let mut actors = self
+            .shared
+            .actors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if actors.get(&id).is_some_and(mpsc::Sender::is_closed) {
+            actors.remove(&id);
+        }
+    }
+
+    fn take_up_later(&self, id: OrderId) {
+        let engine = self.clone();
+        self.shared.tasks.spawn(async move {
+            tokio::select! {
+                () = engine.shared.stop.cancelled() => {}
+                () = tokio::time::sleep(Duration::from_secs(1)) => drop(engine.take_up(id)),
+            }
+        });
+    }
+}
+
+impl Shared {
+    /// The keeper; the engine has started.
+    pub(crate) fn keeper(&self) -> Option<&Keeper> {
+        self.keeper.get()
+    }
+
+    pub(crate) fn lease(&self) -> Option<&Lease> {
+        self.lease.get()
+    }
+
+    /// A plan by its digest.
+    pub(crate) async fn plan(&self, digest: windlass_domain::Digest) -> Result<Plan, PlanError> {
+        load_plan(&self.blobs, digest).await
+    }
+}
+
+/// The largest plan that is read: 1,000 servers in 20 applications with long scripts stay far below.
+const PLAN_MAX_BYTES: u64 = 256 * 1024 * 1024;
+
+/// Reads a plan by its digest.
+///
+/// # Errors
+/// [`PlanError`].
+pub async fn load_plan(blobs: &Blobs, digest: windlass_domain::Digest) -> Result<Plan, PlanError> {
+    let digest = windlass_store::BlobDigest::from_bytes(*digest.as_bytes());
+    let bytes = blobs.get_bytes(digest, PLAN_MAX_BYTES).await?;
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// Stores a plan under its digest: its canonical JSON *is* the blob.
+///
+/// # Errors
+/// [`PlanError`].
+pub async fn store_json<T: serde::Serialize + Sync>(
+    blobs: &Blobs,
+    record: &T,
+) -> Result<windlass_domain::Digest, PlanError> {
+    let bytes = serde_json::to_value(record)?.to_string();
+    let digest = blobs.put_bytes(bytes.into()).await?;
+    Ok(windlass_domain::Digest::from_bytes(*digest.as_bytes()))
+}

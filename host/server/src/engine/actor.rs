@@ -1,0 +1,862 @@
+//! The actor of one order.
+//!
+//! Owns the order's header, node rows, event rows and inbox slots: nobody else writes them (the gateway stamps a slot's
+//! epoch by compare-and-swap, nothing more). It folds the commands that wait into one commit that compares and swaps the
+//! header; a conflict there means that another server drives the order, and the actor ends. Only after the commit are
+//! callers answered and effects performed.
+//!
+//! | step | when it fails |
+//! | --- | --- |
+//! | load | logged, tried again after a second |
+//! | claim the owner row | another server drives the order: the actor ends |
+//! | apply | the event is refused, the order is as it was |
+//! | commit | nothing was promised: callers are told to try again, the order is loaded afresh |
+//! | effect | repeated by the executor until it has an answer; performed again after a restart |
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::mpsc,
+    task::{AbortHandle, JoinSet},
+};
+use windlass_domain::{
+    Timestamp,
+    dispatch::{self, Attempt},
+    id::{OrderId, ServerId},
+    inbox::InboxEntry,
+    manifest::Installed,
+    order::{Control, Happened, Order, OrderEvent, OrderState},
+    plan::{NodeIndex, NodeKind, Plan, StepTemplate},
+    progress::{NodeState, Progress},
+    reducer::{self, Effect, Event, Refused},
+    task::{Outcome, TaskId, TaskResult},
+};
+use windlass_store::{CommitError, Revision, StoreError, Txn, crash::crash_point};
+
+use super::{
+    Engine, PlanError, batch,
+    batch::{Batch, Reply, SlotChange},
+    executor,
+    rows::{self, RowError},
+};
+use crate::clock;
+
+/// How much longer than its own time-out a task may stay unanswered before its outcome counts as unknown.
+const ANSWER_GRACE_MS: u64 = 60_000;
+
+/// Something for an order.
+pub(crate) enum Command {
+    /// An event, from a person or from the executor.
+    Event {
+        event: Event,
+        by: String,
+        /// Committed together with it.
+        with: Txn,
+        reply: Option<Reply>,
+    },
+    /// An agent's report.
+    Report {
+        server: ServerId,
+        task: TaskId,
+        result: Box<TaskResult>,
+        reply: Reply,
+    },
+}
+
+impl Command {
+    /// An answer of the executor.
+    pub(crate) fn internal(event: Event) -> Self {
+        Self::Event {
+            event,
+            by: String::new(),
+            with: Txn::new(),
+            reply: None,
+        }
+    }
+}
+
+/// Why an actor ended although its order has not.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Stopped {
+    #[error("a row could not be read")]
+    Row(#[from] RowError),
+    #[error("the plan could not be read")]
+    Plan(#[from] PlanError),
+    #[error("the store failed")]
+    Store(#[from] StoreError),
+    #[error("a commit failed")]
+    Commit(#[from] CommitError),
+}
+
+/// Drives one order until it has ended, has nothing to do, or the engine stops.
+pub(crate) async fn run(
+    engine: Engine,
+    id: OrderId,
+    commands: mpsc::Receiver<Command>,
+    back: mpsc::WeakSender<Command>,
+) -> Result<(), Stopped> {
+    let Some(mut actor) = Actor::load(engine, id, back).await? else {
+        return Ok(());
+    };
+    let ended = actor.drive(commands).await;
+    actor.effects.shutdown().await;
+    ended
+}
+
+struct Actor {
+    engine: Engine,
+    order: Order,
+    revision: Revision,
+    plan: Arc<Plan>,
+    progress: Progress,
+    owner_claimed: bool,
+    effects: JoinSet<Effect>,
+    performing: HashMap<Effect, AbortHandle>,
+    /// When something has to be looked at although nobody reported: sorted by time.
+    deadlines: BTreeSet<(Timestamp, NodeIndex, u32)>,
+    back: mpsc::WeakSender<Command>,
+}
+
+impl Actor {
+    async fn load(
+        engine: Engine,
+        id: OrderId,
+        back: mpsc::WeakSender<Command>,
+    ) -> Result<Option<Self>, Stopped> {
+        let store = &*engine.shared.store;
+        let Some((order, revision)) = rows::read_order(store, id).await? else {
+            return Ok(None);
+        };
+        let plan = Arc::new(engine.shared.plan(order.plan).await?);
+        let nodes = rows::read_nodes(store, id).await?;
+        let progress = Progress::load(&plan, order.control, order.stalled, nodes);
+        let mut actor = Self {
+            engine,
+            order,
+            revision,
+            plan,
+            progress,
+            owner_claimed: false,
+            effects: JoinSet::new(),
+            performing: HashMap::new(),
+            deadlines: BTreeSet::new(),
+            back,
+        };
+        for node in 0..u32::try_from(actor.plan.nodes.len()).unwrap_or(u32::MAX) {
+            actor.watch_deadline(node);
+        }
+        Ok(Some(actor))
+    }
+
+    async fn drive(&mut self, mut commands: mpsc::Receiver<Command>) -> Result<(), Stopped> {
+        if !self.claim().await? {
+            return Ok(());
+        }
+        // Recovery: go on with what can be done, then perform everything that is due.
+        if !self.is_idle() {
+            let again = Command::internal(Event::Advance);
+            self.fold(again, &mut commands).await?;
+            self.perform(reducer::due(&self.plan, &self.progress));
+        }
+        let stop = self.engine.shared.stop.clone();
+        loop {
+            if self.is_over() || (self.is_idle() && commands.is_empty()) {
+                commands.close();
+                if commands.is_empty() {
+                    return self.leave().await;
+                }
+            }
+            let deadline = self.next_deadline();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                Some(done) = self.effects.join_next() => {
+                    if let Ok(effect) = done {
+                        self.performing.remove(&effect);
+                    }
+                }
+                command = commands.recv() => match command {
+                    Some(command) => self.fold(command, &mut commands).await?,
+                    None if self.is_over() || self.is_idle() => return self.leave().await,
+                    None => return Ok(()),
+                },
+                () = sleep_until(deadline) => self.overdue(&mut commands).await?,
+            }
+        }
+    }
+
+    /// Nothing happens to the order unless somebody acts.
+    fn is_idle(&self) -> bool {
+        self.progress.control == Control::NotStarted
+    }
+
+    /// The order has ended and the last effect is performed.
+    fn is_over(&self) -> bool {
+        matches!(self.progress.control, Control::Ended(_))
+            && self.performing.is_empty()
+            && self.effects.is_empty()
+    }
+
+    /// Makes this engine the order's owner, while its lease lives.
+    async fn claim(&mut self) -> Result<bool, Stopped> {
+        let shared = &self.engine.shared;
+        let Some(lease) = shared.lease() else {
+            return Ok(false);
+        };
+        let key = rows::owner(self.order.id);
+        let name = rows::encode(&shared.name);
+        if let Some(entry) = shared.store.get(&key).await? {
+            // The actor before this one of the same engine.
+            self.owner_claimed = entry.value == name;
+            return Ok(self.owner_claimed);
+        }
+        let claim = Txn::new()
+            .revision_is(rows::order(self.order.id), self.revision)
+            .absent(key.clone())
+            .put_leased(key, name, lease.id());
+        match shared.store.commit(claim).await {
+            Ok(_) => {
+                self.owner_claimed = true;
+                Ok(true)
+            }
+            Err(CommitError::Conflict { .. }) => {
+                tracing::info!(order.id = %self.order.id, "another server drives this order");
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn leave(&mut self) -> Result<(), Stopped> {
+        if self.owner_claimed {
+            self.engine
+                .shared
+                .store
+                .commit(Txn::new().delete(rows::owner(self.order.id)))
+                .await?;
+        }
+        Ok(())
+    }
+
+    // ------------------------------------------------------------------------------------------ folding
+
+    /// Folds a command and those that wait behind it into commits, until the reducer has no more to do.
+    async fn fold(
+        &mut self,
+        first: Command,
+        commands: &mut mpsc::Receiver<Command>,
+    ) -> Result<(), Stopped> {
+        let mut next = Some(first);
+        loop {
+            let mut batch = Batch::default();
+            while let Some(command) = next.take() {
+                crash_point("engine.before_apply");
+                next = self.take(&mut batch, command);
+                crash_point("engine.after_apply");
+                if !batch.has_room() {
+                    break;
+                }
+                if next.is_none() {
+                    next = commands.try_recv().ok();
+                }
+            }
+            while batch.more && batch.has_room() {
+                batch.more = false;
+                self.advance(&mut batch);
+            }
+            let more = batch.more;
+            self.commit(batch).await?;
+            if next.is_none() {
+                if !more {
+                    return Ok(());
+                }
+                next = Some(Command::internal(Event::Advance));
+            }
+        }
+    }
+
+    fn advance(&mut self, batch: &mut Batch) {
+        let command = Command::internal(Event::Advance);
+        if self.take(batch, command).is_some() {
+            batch.more = true;
+        }
+    }
+
+    /// Applies one command. Returns it when it has to be applied again because it covers more than one turn may change.
+    fn take(&mut self, batch: &mut Batch, command: Command) -> Option<Command> {
+        let at = clock::now();
+        let (event, by, with, reply) = match command {
+            Command::Event {
+                event,
+                by,
+                with,
+                reply,
+            } => (event, by, with, reply),
+            Command::Report {
+                server,
+                task,
+                result,
+                reply,
+            } => {
+                let on_this_server = dispatch::unit_of(&self.plan, task.node)
+                    .is_some_and(|(_, _, unit)| unit.server == server);
+                if !on_this_server {
+                    batch
+                        .replies
+                        .push((reply, Err(Refused::NotCurrent { node: task.node }.into())));
+                    return None;
+                }
+                let event = Event::StepFinished {
+                    node: task.node,
+                    attempt: task.attempt,
+                    result,
+                };
+                (event, String::new(), Txn::new(), Some(reply))
+            }
+        };
+        let finished = match &event {
+            Event::StepFinished { node, result, .. } => {
+                Some((*node, result.outcome, result.output.len()))
+            }
+            Event::Act(_)
+            | Event::Initialised { .. }
+            | Event::InitialisationFailed { .. }
+            | Event::UnitAdmitted(_)
+            | Event::UnitHeld(..)
+            | Event::UnitDrifted(..)
+            | Event::TrafficRemembered { .. }
+            | Event::TrafficDone { .. }
+            | Event::TrafficFailed { .. }
+            | Event::PauseElapsed { .. }
+            | Event::Judged { .. }
+            | Event::ProgressDeadline
+            | Event::RollbackStarted(_)
+            | Event::RollbackImpossible(_)
+            | Event::RollbackEnded { .. }
+            | Event::Advance => None,
+        };
+        let control = self.progress.control;
+        let repeat = event.clone();
+        let delta = match reducer::apply(&self.plan, &mut self.progress, event, at) {
+            Ok(delta) => delta,
+            Err(refused) => {
+                if let Some(reply) = reply {
+                    batch.replies.push((reply, Err(refused.into())));
+                }
+                return None;
+            }
+        };
+        if let Event::Act(action) = &repeat {
+            self.note(
+                batch,
+                at,
+                &by,
+                Happened::Action {
+                    did: action.clone(),
+                },
+            );
+        }
+        self.header_follows(batch, &repeat, control, at);
+        if let Some((node, outcome, bytes)) = finished {
+            self.step_is_over(batch, node, outcome);
+            batch.bytes += bytes;
+            self.order.last_progress_at = Some(at);
+            batch.header = true;
+        }
+        batch.nodes.extend(&delta.rows);
+        for (node, state) in &delta.states {
+            self.note_node(batch, at, *node, *state);
+        }
+        for effect in delta.effects {
+            self.fall_due(batch, effect, at);
+        }
+        batch.more |= delta.more;
+        if !with.operations().is_empty() || !with.preconditions().is_empty() {
+            batch.with.push(with);
+        }
+        if delta.again {
+            return Some(Command::Event {
+                event: repeat,
+                by,
+                with: Txn::new(),
+                reply,
+            });
+        }
+        if let Some(reply) = reply {
+            batch.replies.push((reply, Ok(())));
+        }
+        None
+    }
+
+    /// The parts of the header that an event sets besides the state.
+    fn header_follows(&mut self, batch: &mut Batch, event: &Event, before: Control, at: Timestamp) {
+        let control = self.progress.control;
+        if control != before {
+            batch.header = true;
+        }
+        self.order.control = control;
+        self.order.stalled = self.progress.stalled;
+        match event {
+            Event::RollbackStarted(order) => self.order.rolled_back_by = Some(*order),
+            Event::RollbackImpossible(reason) | Event::InitialisationFailed { reason } => {
+                self.order.state_reason.clone_from(reason);
+            }
+            Event::Act(_)
+            | Event::Initialised { .. }
+            | Event::UnitAdmitted(_)
+            | Event::UnitHeld(..)
+            | Event::UnitDrifted(..)
+            | Event::StepFinished { .. }
+            | Event::TrafficRemembered { .. }
+            | Event::TrafficDone { .. }
+            | Event::TrafficFailed { .. }
+            | Event::PauseElapsed { .. }
+            | Event::Judged { .. }
+            | Event::ProgressDeadline
+            | Event::RollbackEnded { .. }
+            | Event::Advance => {}
+        }
+        if before == Control::NotStarted && control == Control::Initialising {
+            self.order.started_at = Some(at);
+        }
+        if control == Control::Active && before == Control::Initialising {
+            self.order.last_progress_at = Some(at);
+        }
+        if matches!(control, Control::Ended(_)) && self.order.finished_at.is_none() {
+            self.order.finished_at = Some(at);
+        }
+    }
+
+    /// A task has ended: its slot is free, and a release may have become the installed one.
+    fn step_is_over(&mut self, batch: &mut Batch, node: NodeIndex, outcome: Outcome) {
+        let Some((_, unit_index, unit)) = dispatch::unit_of(&self.plan, node) else {
+            return;
+        };
+        batch
+            .slots
+            .insert((unit.server, unit_index), SlotChange::Delete);
+        let NodeKind::Step { step } = self.plan.nodes[node as usize].kind else {
+            return;
+        };
+        if outcome == Outcome::Succeeded
+            && matches!(self.plan.steps[step as usize], StepTemplate::Activate)
+        {
+            let manifest = dispatch::manifest(&self.plan, unit);
+            batch.bytes += 4096;
+            batch
+                .installs
+                .push((manifest.instance, unit.server, manifest));
+        }
+    }
+
+    fn fall_due(&mut self, batch: &mut Batch, effect: Effect, at: Timestamp) {
+        match effect {
+            Effect::Dispatch { node, attempt } => {
+                let expires_at = at.plus_ms(self.plan.delivery_deadline_ms);
+                // The revision of the order's last commit rises over all orders. An order that waited for a server's lock
+                // has committed since the one before it gave the lock back, so its fence is higher.
+                let fence = self.revision.0;
+                let attempt = Attempt {
+                    order: self.order.id,
+                    attempt,
+                    fence,
+                    expires_at,
+                };
+                let task = dispatch::task(&self.plan, node, attempt);
+                let unit = dispatch::unit_of(&self.plan, node);
+                if let (Some(task), Some((_, unit_index, unit))) = (task, unit) {
+                    let epoch = self.engine.shared.agents.current_epoch(unit.server);
+                    let entry = InboxEntry::new(task, epoch);
+                    batch.bytes += 2048;
+                    batch
+                        .slots
+                        .insert((unit.server, unit_index), SlotChange::Put(Box::new(entry)));
+                }
+            }
+            Effect::Revoke { node, .. } => {
+                if let Some((_, unit_index, unit)) = dispatch::unit_of(&self.plan, node) {
+                    batch
+                        .slots
+                        .insert((unit.server, unit_index), SlotChange::Revoke);
+                }
+                batch.effects.push(effect);
+            }
+            Effect::Initialise
+            | Effect::Admit(_)
+            | Effect::Release(_)
+            | Effect::Traffic { .. }
+            | Effect::Pause { .. }
+            | Effect::Judge { .. }
+            | Effect::StartRollback
+            | Effect::Finish => batch.effects.push(effect),
+        }
+    }
+
+    fn note(&mut self, batch: &mut Batch, at: Timestamp, by: &str, what: Happened) {
+        self.order.last_event += 1;
+        batch.events.push(OrderEvent {
+            seq: self.order.last_event,
+            at,
+            by: by.to_owned(),
+            what,
+        });
+    }
+
+    fn note_node(&mut self, batch: &mut Batch, at: Timestamp, node: NodeIndex, state: NodeState) {
+        let server = dispatch::unit_of(&self.plan, node).map(|(_, _, unit)| unit.server);
+        let row = self.progress.node(node);
+        let what = Happened::Node {
+            node,
+            name: self.plan.nodes[node as usize].name.clone(),
+            server,
+            state,
+            attempt: row.attempt,
+            message: row.message.clone(),
+        };
+        self.note(batch, at, "", what);
+    }
+
+    // ------------------------------------------------------------------------------------------ committing
+
+    async fn commit(&mut self, mut batch: Batch) -> Result<(), Stopped> {
+        if !batch.is_empty() {
+            let at = clock::now();
+            let state = self.progress.order_state();
+            let was = std::mem::replace(&mut self.order.state, state);
+            self.order.counts = self.progress.counts(&self.plan);
+            if state != was {
+                if state != OrderState::Failed {
+                    self.order.state_reason = self.reason(state);
+                }
+                let reason = self.order.state_reason.clone();
+                self.note(&mut batch, at, "", Happened::Order { state, reason });
+            }
+            self.write(&batch).await?;
+            crash_point("engine.after_commit");
+        }
+        for server in batch.slots.keys().map(|(server, _)| *server) {
+            self.engine.shared.agents.nudge(server);
+        }
+        for node in &batch.nodes {
+            self.watch_deadline(*node);
+        }
+        for (reply, answer) in batch.replies {
+            // A caller that went away does not need the answer.
+            drop(reply.send(answer));
+        }
+        self.perform(batch.effects);
+        Ok(())
+    }
+
+    async fn write(&mut self, batch: &Batch) -> Result<(), Stopped> {
+        let header = rows::order(self.order.id);
+        loop {
+            let txn = self.txn(batch, &header).await?;
+            match self.engine.shared.store.commit(txn).await {
+                Ok(revision) => {
+                    self.revision = revision;
+                    return Ok(());
+                }
+                // The gateway stamped a slot that is to be revoked: read it again.
+                Err(CommitError::Conflict { key, .. })
+                    if key != header && batch.with.is_empty() => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    async fn txn(&self, batch: &Batch, header: &windlass_store::Key) -> Result<Txn, Stopped> {
+        let store = &*self.engine.shared.store;
+        let id = self.order.id;
+        let mut txn = Txn::new()
+            .revision_is(header.clone(), self.revision)
+            .put(header.clone(), rows::encode(&self.order));
+        for node in &batch.nodes {
+            txn = txn.put(
+                rows::node(id, *node),
+                rows::encode_node(self.progress.node(*node)),
+            );
+        }
+        for (first, value) in batch::event_rows(&batch.events) {
+            txn = txn.put(rows::event(id, first), value);
+        }
+        for ((server, unit), change) in &batch.slots {
+            let key = rows::slot(*server, id, *unit);
+            txn = match change {
+                SlotChange::Put(entry) => txn.put(key, rows::encode(entry)),
+                SlotChange::Delete => txn.delete(key),
+                SlotChange::Revoke => {
+                    match rows::read::<InboxEntry>(store, &key, "an inbox entry").await? {
+                        Some((entry, revision)) => {
+                            let revoked = rows::encode(&entry.revoke());
+                            txn.revision_is(key.clone(), revision).put(key, revoked)
+                        }
+                        None => txn,
+                    }
+                }
+            };
+        }
+        for (instance, server, manifest) in &batch.installs {
+            let key = rows::installed(*instance, *server);
+            let before = rows::read::<Installed>(store, &key, "what is installed").await?;
+            let installed = before
+                .map(|(installed, _)| installed)
+                .unwrap_or_default()
+                .activate(manifest.clone());
+            txn = txn.put(key, rows::encode(&installed));
+        }
+        for with in &batch.with {
+            txn = txn.and(with.clone());
+        }
+        if batch.effects.contains(&Effect::Initialise) {
+            txn = txn.put(rows::active(id), "");
+        }
+        Ok(txn)
+    }
+
+    /// Why the order is in its state, for people.
+    fn reason(&self, state: OrderState) -> String {
+        let first = |wanted: fn(NodeState) -> bool| {
+            (0u32..).zip(&self.plan.nodes).find(|(node, planned)| {
+                planned.kind.is_leaf() && wanted(self.progress.state(*node))
+                    || (!self.progress.node(*node).drift.is_empty()
+                        && wanted(self.progress.state(*node)))
+            })
+        };
+        let told = |found: Option<(u32, &windlass_domain::plan::Node)>| {
+            found.map_or_else(String::new, |(node, planned)| {
+                let on = dispatch::unit_of(&self.plan, node)
+                    .map(|(_, _, unit)| format!(" on {}", unit.server_name));
+                let row = self.progress.node(node);
+                let drift = row
+                    .drift
+                    .first()
+                    .map(|d| format!("{} was {} and is {}", d.subject, d.before, d.after));
+                let message = drift.unwrap_or_else(|| row.message.clone());
+                format!("{}{}: {message}", planned.name, on.unwrap_or_default())
+            })
+        };
+        match state {
+            OrderState::Blocked if self.progress.stalled => {
+                "nothing finished within the progress deadline".to_owned()
+            }
+            OrderState::Blocked | OrderState::RollingBack => {
+                let failed = told(first(|state| state == NodeState::Failed));
+                if !failed.is_empty() {
+                    return failed;
+                }
+                let held = (0u32..).zip(&self.plan.nodes).find_map(|(node, planned)| {
+                    let reason = self.progress.node(node).locked.as_ref()?;
+                    Some(format!("{} is locked: {reason}", planned.name))
+                });
+                held.unwrap_or_default()
+            }
+            OrderState::Drifted => told(first(|state| state == NodeState::Drifted)),
+            OrderState::Unknown => told(first(|state| state == NodeState::Unknown)),
+            OrderState::AwaitingConfirmation => {
+                told(first(|state| state == NodeState::AwaitingConfirmation))
+            }
+            OrderState::NotStarted => self.order.state_reason.clone(),
+            OrderState::Initialising
+            | OrderState::Running
+            | OrderState::Cancelling
+            | OrderState::Succeeded
+            | OrderState::Failed
+            | OrderState::Cancelled
+            | OrderState::RolledBack => String::new(),
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------ effects
+
+    fn perform(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            match effect {
+                // Dispatches are slots, written with the commit: the gateway pushes them.
+                Effect::Dispatch { .. } => continue,
+                Effect::Release(node) => {
+                    if let Some(admission) = self.performing.remove(&Effect::Admit(node)) {
+                        admission.abort();
+                    }
+                }
+                Effect::Initialise
+                | Effect::Admit(_)
+                | Effect::Revoke { .. }
+                | Effect::Traffic { .. }
+                | Effect::Pause { .. }
+                | Effect::Judge { .. }
+                | Effect::StartRollback
+                | Effect::Finish => {}
+            }
+            if self.performing.contains_key(&effect) {
+                continue;
+            }
+            let Some(back) = self.back.upgrade() else {
+                continue;
+            };
+            let job = executor::Job {
+                engine: self.engine.clone(),
+                order: self.order.clone(),
+                plan: self.plan.clone(),
+                effect,
+                back,
+                view: executor::View::of(&self.plan, &self.progress, effect),
+            };
+            let handle = self.effects.spawn(async move {
+                executor::perform(job).await;
+                effect
+            });
+            self.performing.insert(effect, handle);
+        }
+    }
+
+    // ------------------------------------------------------------------------------------------ deadlines
+
+    /// Notes when a task that runs has to be looked at.
+    fn watch_deadline(&mut self, node: NodeIndex) {
+        let NodeKind::Step { step } = self.plan.nodes[node as usize].kind else {
+            return;
+        };
+        let row = self.progress.node(node);
+        let (true, Some(started)) = (row.state.is_busy(), row.started_at) else {
+            return;
+        };
+        let timeout_ms = match &self.plan.steps[step as usize] {
+            StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => {
+                dispatch::CORE_TIMEOUT_MS
+            }
+            StepTemplate::Stack(step) => step.timeout_ms,
+        };
+        let delivery = started.plus_ms(self.plan.delivery_deadline_ms);
+        self.deadlines.insert((delivery, node, row.attempt));
+        self.deadlines.insert((
+            delivery.plus_ms(timeout_ms).plus_ms(ANSWER_GRACE_MS),
+            node,
+            row.attempt,
+        ));
+    }
+
+    fn next_deadline(&self) -> Option<Timestamp> {
+        let step = self.deadlines.first().map(|(at, ..)| *at);
+        let progress = match (
+            self.progress.order_state(),
+            self.plan.progress_deadline_ms,
+            self.order.last_progress_at,
+        ) {
+            (OrderState::Running, Some(deadline_ms), Some(last)) if !self.progress.stalled => {
+                Some(last.plus_ms(deadline_ms))
+            }
+            _ => None,
+        };
+        step.into_iter().chain(progress).min()
+    }
+
+    async fn overdue(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<(), Stopped> {
+        let now = clock::now();
+        if let (Some(deadline_ms), Some(last)) =
+            (self.plan.progress_deadline_ms, self.order.last_progress_at)
+            && self.progress.order_state() == OrderState::Running
+            && last.plus_ms(deadline_ms) <= now
+        {
+            self.fold(Command::internal(Event::ProgressDeadline), commands)
+                .await?;
+        }
+        while let Some((at, node, attempt)) = self.deadlines.first().copied() {
+            if at > now {
+                break;
+            }
+            self.deadlines.pop_first();
+            let row = self.progress.node(node);
+            if !row.state.is_busy() || row.attempt != attempt {
+                continue;
+            }
+            if let Some(result) = self.unanswered(node, row.started_at, now).await? {
+                let event = Event::StepFinished {
+                    node,
+                    attempt,
+                    result: Box::new(result),
+                };
+                self.fold(Command::internal(event), commands).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What to make of a task that nobody reported in time: not delivered, or unknown.
+    async fn unanswered(
+        &self,
+        node: NodeIndex,
+        started: Option<Timestamp>,
+        now: Timestamp,
+    ) -> Result<Option<TaskResult>, Stopped> {
+        let Some((_, unit_index, unit)) = dispatch::unit_of(&self.plan, node) else {
+            return Ok(None);
+        };
+        let store = &*self.engine.shared.store;
+        let key = rows::slot(unit.server, self.order.id, unit_index);
+        let slot = rows::read::<InboxEntry>(store, &key, "an inbox entry").await?;
+        let delivery_ms = self.plan.delivery_deadline_ms;
+        let (outcome, message) = match slot {
+            Some((entry, revision)) if entry.epoch.is_none() => {
+                // Never pushed. Taking the slot away first keeps it so.
+                let take = Txn::new().revision_is(key.clone(), revision).delete(key);
+                match store_commit(store, take).await? {
+                    true => (
+                        Outcome::Refused,
+                        format!(
+                            "not delivered: the agent of {} was not connected for {delivery_ms} ms",
+                            unit.server_name
+                        ),
+                    ),
+                    false => return Ok(None),
+                }
+            }
+            // Pushed: the agent has until its time-out.
+            Some(_)
+                if started.is_some_and(|started| {
+                    now.since_ms(started) < delivery_ms.saturating_add(ANSWER_GRACE_MS)
+                }) =>
+            {
+                return Ok(None);
+            }
+            Some(_) | None => (
+                Outcome::Unknown,
+                format!(
+                    "the agent of {} did not report in time: whether the step ran cannot be known",
+                    unit.server_name
+                ),
+            ),
+        };
+        Ok(Some(TaskResult {
+            outcome,
+            exit_code: None,
+            output: String::new(),
+            dropped_bytes: 0,
+            message,
+            started_at: None,
+            finished_at: now,
+        }))
+    }
+}
+
+/// Commits; `false` on a conflict.
+async fn store_commit(store: &dyn windlass_store::Store, txn: Txn) -> Result<bool, Stopped> {
+    match store.commit(txn).await {
+        Ok(_) => Ok(true),
+        Err(CommitError::Conflict { .. }) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn sleep_until(deadline: Option<Timestamp>) {
+    match deadline {
+        Some(at) => {
+            tokio::time::sleep(Duration::from_millis(at.since_ms(clock::now()).max(1))).await
+        }
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,603 @@
+//! The executor: performs effects and answers the order's actor.
+//!
+//! Every effect may be performed again after a crash or a lost answer; each here is written so that this does no harm:
+//! weights are set to absolute values after the old ones were kept, admissions and locks are rows that name their order,
+//! a rollback order comes into being in the commit that tells its parent. An effect that cannot be performed now is tried
+//! again until it can be, or the actor ends it.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::mpsc;
+use windlass_domain::{
+    dispatch,
+    inbox::InboxEntry,
+    order::{Action, Control, Ending, Order, Purpose},
+    plan::{NodeIndex, NodeKind, Plan, TrafficAction},
+    plugin::RestoreWeight,
+    progress::{Drift, PoolWeight, Progress},
+    reducer::{self, Effect, Event},
+    task::{Outcome, TaskResult},
+};
+use windlass_store::{Txn, crash::crash_point};
+
+use super::{
+    Engine,
+    actor::Command,
+    initialise,
+    keeper::{Admission, Answer, Seat},
+    rows,
+    traffic::{TrafficError, set_and_read_back},
+};
+use crate::clock;
+
+/// Between two looks at something that nobody announces.
+const POLL: Duration = Duration::from_millis(200);
+/// Before an effect that failed for reasons of the store is tried again.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// What an effect needs to know of the progress at the time it fell due.
+pub(crate) enum View {
+    /// Nothing.
+    Nothing,
+    /// Of a traffic leaf: weights that were remembered in its unit.
+    Remembered(Option<Vec<PoolWeight>>),
+    /// Everything.
+    Whole(Box<Progress>),
+}
+
+impl View {
+    pub(crate) fn of(plan: &Plan, progress: &Progress, effect: Effect) -> Self {
+        match effect {
+            Effect::Traffic { node, .. } => {
+                let unit = dispatch::unit_of(plan, node).map(|(unit, ..)| unit);
+                let remembered = unit.and_then(|unit| {
+                    progress
+                        .children(unit)
+                        .iter()
+                        .find_map(|leaf| progress.node(*leaf).remembered.clone())
+                });
+                Self::Remembered(remembered)
+            }
+            Effect::Judge { .. } | Effect::StartRollback => Self::Whole(Box::new(progress.clone())),
+            Effect::Initialise
+            | Effect::Admit(_)
+            | Effect::Release(_)
+            | Effect::Dispatch { .. }
+            | Effect::Revoke { .. }
+            | Effect::Pause { .. }
+            | Effect::Finish => Self::Nothing,
+        }
+    }
+}
+
+/// One effect to perform.
+pub(crate) struct Job {
+    pub(crate) engine: Engine,
+    pub(crate) order: Order,
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) effect: Effect,
+    pub(crate) back: mpsc::Sender<Command>,
+    pub(crate) view: View,
+}
+
+impl Job {
+    async fn answer(&self, event: Event) {
+        self.answer_with(event, Txn::new()).await;
+    }
+
+    async fn answer_with(&self, event: Event, with: Txn) {
+        let command = Command::Event {
+            event,
+            by: String::new(),
+            with,
+            reply: None,
+        };
+        // The actor is gone when the server shuts down: the effect is still due then.
+        drop(self.back.send(command).await);
+    }
+}
+
+/// Performs an effect to its answer.
+pub(crate) async fn perform(job: Job) {
+    crash_point("executor.before_effect");
+    match job.effect {
+        Effect::Initialise => initialise::initialise(&job).await,
+        Effect::Admit(node) => admit(&job, node).await,
+        Effect::Release(node) => release(&job, node).await,
+        Effect::Dispatch { .. } => {}
+        Effect::Revoke { node, attempt } => revoke(&job, node, attempt).await,
+        Effect::Traffic { node, attempt } => traffic(&job, node, attempt).await,
+        Effect::Pause { node, attempt } => pause(&job, node, attempt).await,
+        Effect::Judge { node, attempt } => judge(&job, node, attempt).await,
+        Effect::StartRollback => start_rollback(&job).await,
+        Effect::Finish => finish(&job).await,
+    }
+    crash_point("executor.after_effect");
+}
+
+// ---------------------------------------------------------------------------------------------- units
+
+fn seat(plan: &Plan, node: NodeIndex) -> Option<Seat> {
+    let (_, _, unit) = dispatch::unit_of(plan, node)?;
+    let part = plan.parts.get(unit.part as usize)?;
+    Some(Seat {
+        instance: part.instance,
+        cell: unit.cell.clone(),
+        server: unit.server,
+    })
+}
+
+/// Checks drift and the envelope until the unit may start, or has drifted.
+async fn admit(job: &Job, node: NodeIndex) {
+    let shared = &job.engine.shared;
+    let (Some(seat), Some((_, _, unit))) =
+        (seat(&job.plan, node), dispatch::unit_of(&job.plan, node))
+    else {
+        return;
+    };
+    let Some(keeper) = shared.keeper() else {
+        return;
+    };
+    let part = &job.plan.parts[unit.part as usize];
+    let changed = keeper.changed();
+    let mut told = String::new();
+    loop {
+        let notified = changed.notified();
+        match drift(job, &unit.reads).await {
+            Ok(drift) if !drift.is_empty() => {
+                return job.answer(Event::UnitDrifted(node, drift)).await;
+            }
+            Ok(_) => {}
+            Err(reason) => {
+                hold(job, node, &mut told, reason).await;
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
+        }
+        let members = match shared.planning.members(part.instance).await {
+            Ok(members) => members,
+            Err(reason) => {
+                hold(job, node, &mut told, reason).await;
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
+        };
+        let admission = Admission {
+            order: job.order.id,
+            seat: seat.clone(),
+            limits: job.plan.limits.clone(),
+            pools: part.pools.clone(),
+            members,
+        };
+        match keeper.admit(admission).await {
+            Ok(Answer::Admitted) => return job.answer(Event::UnitAdmitted(node)).await,
+            Ok(Answer::Held(reason)) => {
+                hold(job, node, &mut told, reason).await;
+                // A server that comes back is not announced by the keeper.
+                drop(tokio::time::timeout(AGAIN, notified).await);
+            }
+            Err(_) => return,
+        }
+    }
+}
+
+/// Tells once per reason why a unit does not start.
+async fn hold(job: &Job, node: NodeIndex, told: &mut String, reason: String) {
+    if *told != reason {
+        told.clone_from(&reason);
+        job.answer(Event::UnitHeld(node, reason)).await;
+    }
+}
+
+/// What differs from what was planned.
+async fn drift(job: &Job, subjects: &[String]) -> Result<Vec<Drift>, String> {
+    let now = job
+        .engine
+        .shared
+        .planning
+        .reread(&job.plan, subjects)
+        .await?;
+    Ok(differences(&job.plan, subjects, &now))
+}
+
+/// The differences between what a plan read and what is.
+#[must_use]
+pub(crate) fn differences(
+    plan: &Plan,
+    subjects: &[String],
+    now: &std::collections::BTreeMap<String, windlass_domain::plan::Read>,
+) -> Vec<Drift> {
+    subjects
+        .iter()
+        .filter_map(|subject| {
+            let before = plan.reads.get(subject)?;
+            let after = now.get(subject);
+            if after.is_some_and(|after| after.digest == before.digest) {
+                return None;
+            }
+            let shown = after.map_or_else(|| "gone".to_owned(), |after| after.shown.clone());
+            Some(Drift {
+                subject: subject.clone(),
+                before: before.shown.clone(),
+                after: shown,
+            })
+        })
+        .collect()
+}
+
+async fn release(job: &Job, node: NodeIndex) {
+    if let (Some(seat), Some(keeper)) = (seat(&job.plan, node), job.engine.shared.keeper()) {
+        while keeper.release(job.order.id, seat.clone()).await.is_err() {
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+}
+
+/// A task that was never pushed ends here; one that was is ended by the agent.
+async fn revoke(job: &Job, node: NodeIndex, attempt: u32) {
+    let Some((_, unit_index, unit)) = dispatch::unit_of(&job.plan, node) else {
+        return;
+    };
+    let store = &*job.engine.shared.store;
+    let key = rows::slot(unit.server, job.order.id, unit_index);
+    let slot = match rows::read::<InboxEntry>(store, &key, "an inbox entry").await {
+        Ok(slot) => slot,
+        Err(error) => {
+            tracing::error!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "a task to be ended could not be read");
+            return;
+        }
+    };
+    let Some((entry, revision)) = slot else {
+        return;
+    };
+    if entry.epoch.is_some() {
+        return;
+    }
+    let take = Txn::new().revision_is(key.clone(), revision).delete(key);
+    if store.commit(take).await.is_ok() {
+        let result = TaskResult {
+            outcome: Outcome::Revoked,
+            exit_code: None,
+            output: String::new(),
+            dropped_bytes: 0,
+            message: "ended before it was sent to the server".to_owned(),
+            started_at: None,
+            finished_at: clock::now(),
+        };
+        job.answer(Event::StepFinished {
+            node,
+            attempt,
+            result: Box::new(result),
+        })
+        .await;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- traffic
+
+async fn traffic(job: &Job, node: NodeIndex, attempt: u32) {
+    let event = match steer(job, node, attempt).await {
+        Ok(()) => Event::TrafficDone { node, attempt },
+        Err(Steering { message, repeat }) => Event::TrafficFailed {
+            node,
+            attempt,
+            message,
+            repeat,
+        },
+    };
+    job.answer(event).await;
+}
+
+/// Why weights were not changed.
+struct Steering {
+    message: String,
+    repeat: bool,
+}
+
+impl From<TrafficError> for Steering {
+    fn from(error: TrafficError) -> Self {
+        Self {
+            message: error.to_string(),
+            repeat: true,
+        }
+    }
+}
+
+async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering> {
+    let shared = &job.engine.shared;
+    let pools = &*shared.pools;
+    let NodeKind::Traffic(action) = &job.plan.nodes[node as usize].kind else {
+        return Ok(());
+    };
+    let remembered = match &job.view {
+        View::Remembered(Some(weights)) => Some(weights),
+        View::Remembered(None) | View::Nothing | View::Whole(_) => None,
+    };
+    match action {
+        TrafficAction::Drain { deadline_ms } => {
+            let Some((_, _, unit)) = dispatch::unit_of(&job.plan, node) else {
+                return Ok(());
+            };
+            let mine = &job.plan.parts[unit.part as usize].pools;
+            if remembered.is_none() {
+                let mut weights = Vec::with_capacity(mine.len());
+                for pool in mine {
+                    weights.push(PoolWeight {
+                        pool: *pool,
+                        weight: pools.weight(*pool, unit.server).await?,
+                    });
+                }
+                // Durable before the first weight changes: after a crash the old weights are known.
+                let event = Event::TrafficRemembered {
+                    node,
+                    attempt,
+                    weights,
+                };
+                let kept = job
+                    .engine
+                    .send(job.order.id, event, String::new(), Txn::new())
+                    .await;
+                kept.map_err(|error| Steering {
+                    message: error.to_string(),
+                    repeat: true,
+                })?;
+            }
+            for pool in mine {
+                set_and_read_back(pools, *pool, unit.server, 0).await?;
+            }
+            let drained = async {
+                loop {
+                    let mut open = 0;
+                    for pool in mine {
+                        open += pools.connections(*pool, unit.server).await?;
+                    }
+                    if open == 0 {
+                        return Ok::<(), TrafficError>(());
+                    }
+                    tokio::time::sleep(POLL).await;
+                }
+            };
+            // Past the deadline the release goes on: connections that do not end must not block it for ever.
+            match tokio::time::timeout(Duration::from_millis(*deadline_ms), drained).await {
+                Ok(result) => Ok(result?),
+                Err(_) => {
+                    tracing::warn!(order.id = %job.order.id, server.id = %unit.server, "connections did not end before the drain deadline");
+                    Ok(())
+                }
+            }
+        }
+        TrafficAction::Restore => {
+            let Some((_, _, unit)) = dispatch::unit_of(&job.plan, node) else {
+                return Ok(());
+            };
+            for pool in &job.plan.parts[unit.part as usize].pools {
+                let before = remembered
+                    .and_then(|weights| weights.iter().find(|weight| weight.pool == *pool));
+                let wanted = match (unit.restore, before) {
+                    (RestoreWeight::Remembered, Some(before)) => before.weight,
+                    (RestoreWeight::Remembered, None) => super::traffic::DEFAULT_WEIGHT,
+                    (RestoreWeight::KeepZero, _) => 0,
+                    (RestoreWeight::Override(weight), _) => weight,
+                };
+                set_and_read_back(pools, *pool, unit.server, wanted).await?;
+            }
+            Ok(())
+        }
+        TrafficAction::Set { part, weights } => {
+            let part = &job.plan.parts[*part as usize];
+            let members = shared
+                .planning
+                .members(part.instance)
+                .await
+                .map_err(|message| Steering {
+                    message,
+                    repeat: true,
+                })?;
+            let minimum = job.plan.limits.min_healthy_members;
+            for pool in &part.pools {
+                let mut serving = 0u32;
+                for (server, _) in &members {
+                    let set = weights
+                        .iter()
+                        .find(|(changed, _)| changed == server)
+                        .map(|(_, weight)| *weight);
+                    let weight = match set {
+                        Some(weight) => weight,
+                        None => pools.weight(*pool, *server).await?,
+                    };
+                    serving += u32::from(weight > 0 && shared.agents.is_online(*server));
+                }
+                if members.len() > 1 && serving < minimum {
+                    let message = format!(
+                        "min_healthy_members is {minimum}, and these weights would leave the pool {pool} with {serving} \
+                         healthy members with traffic: nothing was changed"
+                    );
+                    return Err(Steering {
+                        message,
+                        repeat: false,
+                    });
+                }
+                // Raise before lowering, so that the pool never has less than both states have.
+                let mut ordered = weights.clone();
+                ordered.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
+                for (server, weight) in ordered {
+                    set_and_read_back(pools, *pool, server, weight).await?;
+                }
+            }
+            Ok(())
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- waiting and judging
+
+async fn pause(job: &Job, node: NodeIndex, attempt: u32) {
+    let NodeKind::Pause { duration_ms } = job.plan.nodes[node as usize].kind else {
+        return;
+    };
+    let key = rows::node(job.order.id, node);
+    let row = rows::read::<windlass_domain::progress::NodeProgress>(
+        &*job.engine.shared.store,
+        &key,
+        "a node's progress",
+    )
+    .await;
+    let started = match row {
+        Ok(row) => row.and_then(|(row, _)| row.started_at),
+        Err(error) => {
+            tracing::error!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "a pause could not be read; it starts again");
+            None
+        }
+    };
+    let now = clock::now();
+    let until = started.unwrap_or(now).plus_ms(duration_ms);
+    tokio::time::sleep(Duration::from_millis(until.since_ms(now))).await;
+    job.answer(Event::PauseElapsed { node, attempt }).await;
+}
+
+async fn judge(job: &Job, node: NodeIndex, attempt: u32) {
+    let (NodeKind::Judge { stage }, View::Whole(progress)) =
+        (&job.plan.nodes[node as usize].kind, &job.view)
+    else {
+        return;
+    };
+    let judgement = job
+        .engine
+        .shared
+        .planning
+        .judge(&job.order, &job.plan, progress, stage)
+        .await;
+    job.answer(Event::Judged {
+        node,
+        attempt,
+        judgement,
+    })
+    .await;
+}
+
+// ---------------------------------------------------------------------------------------------- the order as a whole
+
+async fn start_rollback(job: &Job) {
+    let View::Whole(progress) = &job.view else {
+        return;
+    };
+    let shared = &job.engine.shared;
+    let reason = if job.order.state_reason.is_empty() {
+        "asked for"
+    } else {
+        &job.order.state_reason
+    };
+    let planned = match shared
+        .planning
+        .plan_rollback(&job.order, &job.plan, progress, reason)
+        .await
+    {
+        Ok(planned) => planned,
+        Err(reason) => return job.answer(Event::RollbackImpossible(reason)).await,
+    };
+    let (id, with) = match new_order_running(planned.order, &planned.plan) {
+        Ok(created) => created,
+        Err(refused) => {
+            return job
+                .answer(Event::RollbackImpossible(refused.to_string()))
+                .await;
+        }
+    };
+    // The rollback order comes into being in the commit that tells its parent.
+    let started = job
+        .engine
+        .send(
+            job.order.id,
+            Event::RollbackStarted(id),
+            String::new(),
+            with,
+        )
+        .await;
+    match started {
+        Ok(()) => drop(job.engine.take_up(id)),
+        Err(error) => {
+            tracing::info!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "the rollback order was not made now")
+        }
+    }
+}
+
+/// The rows of an order that runs from the start.
+pub(crate) fn new_order_running(
+    mut order: Order,
+    plan: &Plan,
+) -> Result<(windlass_domain::id::OrderId, Txn), reducer::Refused> {
+    let mut progress = Progress::load(plan, Control::NotStarted, false, []);
+    let at = clock::now();
+    let delta = reducer::apply(plan, &mut progress, Event::Act(Action::Run), at)?;
+    order.control = progress.control;
+    order.state = progress.order_state();
+    order.counts = progress.counts(plan);
+    order.started_at = Some(at);
+    let mut txn = new_order(&order).put(rows::active(order.id), "");
+    for node in delta.rows {
+        txn = txn.put(
+            rows::node(order.id, node),
+            rows::encode_node(progress.node(node)),
+        );
+    }
+    Ok((order.id, txn))
+}
+
+/// The rows of a new order.
+pub(crate) fn new_order(order: &Order) -> Txn {
+    Txn::new()
+        .absent(rows::order(order.id))
+        .put(rows::order(order.id), rows::encode(order))
+        .put(rows::order_of(&order.workspace, order.id), "")
+}
+
+/// Gives locks back, tells the parent, and takes the order out of the list of unfinished ones.
+async fn finish(job: &Job) {
+    loop {
+        match try_finish(job).await {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::warn!(order.id = %job.order.id, error = &*error, "an order could not be finished yet");
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+}
+
+async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    let shared = &job.engine.shared;
+    let order = &job.order;
+    if let Purpose::Rollback { of, .. } = &order.purpose {
+        let ending = match order.control {
+            Control::Ended(ending) => ending,
+            Control::NotStarted
+            | Control::Initialising
+            | Control::Active
+            | Control::Cancelling
+            | Control::EndingForRollback
+            | Control::RollingBack => Ending::Failed,
+        };
+        match job
+            .engine
+            .send(
+                *of,
+                Event::RollbackEnded { ending },
+                String::new(),
+                Txn::new(),
+            )
+            .await
+        {
+            // Told already, or rolled back after it had ended.
+            Ok(()) | Err(super::ActError::Refused(_) | super::ActError::NoSuchOrder(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if order.lock_owner == order.id {
+        initialise::unlock_all(shared, &job.plan, order.id).await?;
+    }
+    shared
+        .store
+        .commit(Txn::new().delete(rows::active(order.id)))
+        .await?;
+    Ok(())
+}

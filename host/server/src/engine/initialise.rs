@@ -1,0 +1,234 @@
+//! Initialisation: which servers can take part, and the locks that keep two orders off one server.
+//!
+//! Owns the rows `lock/{server}`. A lock names the first order of a line, so that a rollback works under the locks of the
+//! order it rolls back. A group of which a server is held by another order is locked in this one, with that order's title.
+//! Taking locks again does no harm: those that are ours already are kept.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use windlass_domain::{
+    id::{OrderId, ServerId},
+    plan::{Level, NodeIndex, NodeKind, Plan},
+    reducer::Event,
+};
+use windlass_store::{CommitError, Txn};
+
+use super::{
+    Shared,
+    executor::Job,
+    rows::{self, ServerLock},
+};
+
+/// Locks taken or given back with one commit.
+const CHUNK: usize = 100;
+
+/// Why locks could not be taken or given back now.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LockError {
+    #[error("a lock could not be read")]
+    Row(#[from] rows::RowError),
+    #[error("a lock could not be written")]
+    Commit(#[from] CommitError),
+}
+
+/// Checks the servers and takes their locks.
+pub(crate) async fn initialise(job: &Job) {
+    let shared = &job.engine.shared;
+    match shared.planning.check_servers(&job.plan).await {
+        Ok(problems) if problems.is_empty() => {}
+        Ok(problems) => {
+            let shown: Vec<&str> = problems.iter().take(10).map(String::as_str).collect();
+            let rest = problems.len().saturating_sub(shown.len());
+            let more = if rest > 0 {
+                format!("; and {rest} more")
+            } else {
+                String::new()
+            };
+            return fail(
+                job,
+                format!("these servers cannot take part: {}{more}", shown.join("; ")),
+            )
+            .await;
+        }
+        Err(reason) => return fail(job, reason).await,
+    }
+    match lock_all(shared, &job.plan, job.order.lock_owner).await {
+        Ok(held) => {
+            let locked = groups_of(shared, &job.plan, &held).await;
+            answer(job, Event::Initialised { locked }).await;
+        }
+        Err(error) => {
+            tracing::error!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "servers could not be locked");
+            fail(job, "servers could not be locked: try again".to_owned()).await;
+        }
+    }
+}
+
+async fn fail(job: &Job, reason: String) {
+    if let Err(error) = unlock_all(&job.engine.shared, &job.plan, job.order.lock_owner).await {
+        tracing::error!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "locks could not be given back");
+    }
+    answer(job, Event::InitialisationFailed { reason }).await;
+}
+
+async fn answer(job: &Job, event: Event) {
+    drop(job.back.send(super::actor::Command::internal(event)).await);
+}
+
+fn servers(plan: &Plan) -> BTreeSet<ServerId> {
+    plan.units.iter().map(|unit| unit.server).collect()
+}
+
+/// Takes the lock of every server that is free; answers those that others hold, with their holder.
+async fn lock_all(
+    shared: &Shared,
+    plan: &Plan,
+    owner: OrderId,
+) -> Result<BTreeMap<ServerId, OrderId>, LockError> {
+    let store = &*shared.store;
+    let mut held = BTreeMap::new();
+    let servers: Vec<ServerId> = servers(plan).into_iter().collect();
+    for chunk in servers.chunks(CHUNK) {
+        // Another order may take one between the look and the commit: look again.
+        loop {
+            let mut txn = Txn::new();
+            for server in chunk {
+                let key = rows::lock(*server);
+                match rows::read::<ServerLock>(store, &key, "a server's lock").await? {
+                    Some((lock, _)) if lock.owner == owner => drop(held.remove(server)),
+                    Some((lock, _)) => drop(held.insert(*server, lock.owner)),
+                    None => {
+                        held.remove(server);
+                        txn = txn
+                            .absent(key.clone())
+                            .put(key, rows::encode(&ServerLock { owner }));
+                    }
+                }
+            }
+            if txn.operations().is_empty() {
+                break;
+            }
+            match store.commit(txn).await {
+                Ok(_) => break,
+                Err(CommitError::Conflict { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(held)
+}
+
+/// Takes the locks of one node's servers; answers who holds one of them.
+pub(crate) async fn lock_node(
+    shared: &Shared,
+    plan: &Plan,
+    node: NodeIndex,
+    owner: OrderId,
+) -> Result<Option<(ServerId, OrderId)>, LockError> {
+    let mut part = plan.clone();
+    part.units = units_in(plan, node);
+    let held = lock_all(shared, &part, owner).await?;
+    Ok(held.into_iter().next())
+}
+
+fn units_in(plan: &Plan, node: NodeIndex) -> Vec<windlass_domain::plan::Unit> {
+    let below = |mut at: NodeIndex| loop {
+        if at == node {
+            return true;
+        }
+        match plan.nodes[at as usize].parent {
+            Some(parent) => at = parent,
+            None => return false,
+        }
+    };
+    (0u32..)
+        .zip(&plan.nodes)
+        .filter_map(|(index, planned)| match planned.kind {
+            NodeKind::Unit { unit } if below(index) => plan.units.get(unit as usize).cloned(),
+            NodeKind::Unit { .. }
+            | NodeKind::Sequence
+            | NodeKind::Parallel { .. }
+            | NodeKind::Step { .. }
+            | NodeKind::Traffic(_)
+            | NodeKind::Gate { .. }
+            | NodeKind::Pause { .. }
+            | NodeKind::Judge { .. } => None,
+        })
+        .collect()
+}
+
+/// Gives back every lock that is this order's.
+pub(crate) async fn unlock_all(
+    shared: &Shared,
+    plan: &Plan,
+    owner: OrderId,
+) -> Result<(), LockError> {
+    let store = &*shared.store;
+    let servers: Vec<ServerId> = servers(plan).into_iter().collect();
+    for chunk in servers.chunks(CHUNK) {
+        let mut txn = Txn::new();
+        for server in chunk {
+            let key = rows::lock(*server);
+            // Only its owner deletes a lock, so nothing can change between the look and the commit.
+            if let Some((lock, revision)) =
+                rows::read::<ServerLock>(store, &key, "a server's lock").await?
+                && lock.owner == owner
+            {
+                txn = txn.revision_is(key.clone(), revision).delete(key);
+            }
+        }
+        if !txn.operations().is_empty() {
+            store.commit(txn).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The groups to lock because of servers that others hold, each with the reason.
+async fn groups_of(
+    shared: &Shared,
+    plan: &Plan,
+    held: &BTreeMap<ServerId, OrderId>,
+) -> Vec<(NodeIndex, String)> {
+    let mut locked: BTreeMap<NodeIndex, String> = BTreeMap::new();
+    for (index, planned) in (0u32..).zip(&plan.nodes) {
+        let NodeKind::Unit { unit } = planned.kind else {
+            continue;
+        };
+        let Some(unit) = plan.units.get(unit as usize) else {
+            continue;
+        };
+        let Some(holder) = held.get(&unit.server) else {
+            continue;
+        };
+        let group = group_of(plan, index);
+        if locked.contains_key(&group) {
+            continue;
+        }
+        let title = match rows::read_order(&*shared.store, *holder).await {
+            Ok(Some((order, _))) => format!("`{}` ", order.title),
+            Ok(None) | Err(_) => String::new(),
+        };
+        locked.insert(
+            group,
+            format!(
+                "{} is held by the order {title}({holder}): unlock the group when that has ended",
+                unit.server_name
+            ),
+        );
+    }
+    locked.into_iter().collect()
+}
+
+/// The group around a server; the server itself where there is none.
+fn group_of(plan: &Plan, unit: NodeIndex) -> NodeIndex {
+    let mut at = Some(unit);
+    while let Some(index) = at {
+        let node = &plan.nodes[index as usize];
+        if matches!(node.level, Level::Group | Level::Application) {
+            return index;
+        }
+        at = node.parent;
+    }
+    unit
+}

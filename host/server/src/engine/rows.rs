@@ -1,0 +1,289 @@
+//! The engine's rows: their keys and their JSON.
+//!
+//! | key (below the tenant) | value |
+//! | --- | --- |
+//! | `order/{id}` | [`Order`], the header; every change of the order compares and swaps it |
+//! | `order-of/{workspace}/{id}` | empty: orders of a workspace, by age |
+//! | `order-node/{id}/{node}` | [`NodeProgress`]; absent: not started |
+//! | `order-event/{id}/{first seq}` | the [`OrderEvent`]s of one commit |
+//! | `order-active/{id}` | empty: the order still has effects to perform; recovery starts here |
+//! | `order-owner/{id}` | which server's engine drives it; hangs on a lease |
+//! | `lock/{server}` | [`ServerLock`] |
+//! | `installed/{instance}/{server}` | [`Installed`] |
+//! | `unavailable/{instance}/{cell}/{server}` | [`Unavailable`]: counted by the safety envelope |
+//! | `inbox/{server}/{order}/{unit}` | the task that an agent has to do, or to end: the outbox of dispatches |
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use windlass_domain::{
+    id::{InstanceId, OrderId, ServerId},
+    order::{Order, OrderEvent},
+    plan::NodeIndex,
+    progress::NodeProgress,
+};
+use windlass_store::{Entry, Key, Prefix, Revision, Store, StoreError, sortable};
+
+/// The tenant of every row until there are several.
+const TENANT: &str = "default";
+
+/// A node's row is kept below this, so that it fits a value with room to spare.
+const NODE_MAX_BYTES: usize = 30 * 1024;
+
+/// A server is held by an order: no other order may work on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServerLock {
+    /// The first order of the line: a rollback uses the locks of the order it rolls back.
+    pub owner: OrderId,
+}
+
+/// A server of an instance that takes no part in serving because of an order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unavailable {
+    /// The order.
+    pub order: OrderId,
+}
+
+/// Why a row could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum RowError {
+    /// The store failed.
+    #[error("the store failed while the engine read `{key}`")]
+    Store {
+        /// The row.
+        key: String,
+        /// The cause.
+        #[source]
+        source: StoreError,
+    },
+    /// The row is not what it should be.
+    #[error(
+        "the row `{key}` cannot be read as {what}: the store was written by another version, or is damaged"
+    )]
+    Malformed {
+        /// The row.
+        key: String,
+        /// What it should be.
+        what: &'static str,
+        /// The cause.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+fn key<const N: usize>(segments: [&str; N]) -> Key {
+    Key::from_segments(std::iter::once(TENANT).chain(segments))
+        .expect("ids and numbers are short and hold no separator")
+}
+
+fn prefix<const N: usize>(segments: [&str; N]) -> Prefix {
+    key(segments).below()
+}
+
+pub(crate) fn order(id: OrderId) -> Key {
+    key(["order", &id.to_string()])
+}
+
+pub(crate) fn order_of(workspace: &str, id: OrderId) -> Key {
+    key(["order-of", workspace, &id.to_string()])
+}
+
+pub(crate) fn orders_of(workspace: &str) -> Prefix {
+    prefix(["order-of", workspace])
+}
+
+pub(crate) fn node(id: OrderId, node: NodeIndex) -> Key {
+    key(["order-node", &id.to_string(), &sortable(u64::from(node))])
+}
+
+pub(crate) fn nodes(id: OrderId) -> Prefix {
+    prefix(["order-node", &id.to_string()])
+}
+
+pub(crate) fn event(id: OrderId, first_seq: u64) -> Key {
+    key(["order-event", &id.to_string(), &sortable(first_seq)])
+}
+
+pub(crate) fn events(id: OrderId) -> Prefix {
+    prefix(["order-event", &id.to_string()])
+}
+
+pub(crate) fn active(id: OrderId) -> Key {
+    key(["order-active", &id.to_string()])
+}
+
+pub(crate) fn all_active() -> Prefix {
+    prefix(["order-active"])
+}
+
+pub(crate) fn owner(id: OrderId) -> Key {
+    key(["order-owner", &id.to_string()])
+}
+
+pub(crate) fn lock(server: ServerId) -> Key {
+    key(["lock", &server.to_string()])
+}
+
+pub(crate) fn installed(instance: InstanceId, server: ServerId) -> Key {
+    key(["installed", &instance.to_string(), &server.to_string()])
+}
+
+pub(crate) fn unavailable(instance: InstanceId, cell: &str, server: ServerId) -> Key {
+    key([
+        "unavailable",
+        &instance.to_string(),
+        cell,
+        &server.to_string(),
+    ])
+}
+
+pub(crate) fn all_unavailable() -> Prefix {
+    prefix(["unavailable"])
+}
+
+pub(crate) fn slot(server: ServerId, order: OrderId, unit: u32) -> Key {
+    key([
+        "inbox",
+        &server.to_string(),
+        &order.to_string(),
+        &sortable(u64::from(unit)),
+    ])
+}
+
+pub(crate) fn pool_weight(pool: &str, server: ServerId) -> Key {
+    key(["pool-weight", pool, &server.to_string()])
+}
+
+pub(crate) fn pool_weights(pool: &str) -> Prefix {
+    prefix(["pool-weight", pool])
+}
+
+pub(crate) fn pool_fault(pool: &str) -> Key {
+    key(["pool-fault", pool])
+}
+
+/// The node index at the end of a node's key.
+pub(crate) fn node_index(key: &Key) -> Option<NodeIndex> {
+    key.segments()
+        .next_back()
+        .and_then(|segment| segment.parse().ok())
+}
+
+/// A record as bytes.
+pub(crate) fn encode<T: Serialize>(record: &T) -> Bytes {
+    serde_json::to_vec(record)
+        .expect("records have string keys")
+        .into()
+}
+
+/// A node's row as bytes, with its output cut further where escapes made it too large.
+pub(crate) fn encode_node(row: &NodeProgress) -> Bytes {
+    let mut bytes = encode(row);
+    if bytes.len() <= NODE_MAX_BYTES {
+        return bytes;
+    }
+    let mut row = row.clone();
+    while bytes.len() > NODE_MAX_BYTES {
+        let Some(result) = &mut row.result else { break };
+        let before = result.output.len();
+        result.output = cut_middle(&result.output, before / 2);
+        result.dropped_bytes += (before.saturating_sub(result.output.len())) as u64;
+        if result.output.len() >= before {
+            result.output.clear();
+            result.message.truncate(1000);
+        }
+        bytes = encode(&row);
+    }
+    bytes
+}
+
+/// Head and tail of a text with a line between them.
+fn cut_middle(text: &str, keep: usize) -> String {
+    let half = keep / 2;
+    let head_end = (0..=half.min(text.len()))
+        .rev()
+        .find(|at| text.is_char_boundary(*at))
+        .unwrap_or(0);
+    let tail_start = (text.len().saturating_sub(half)..=text.len())
+        .find(|at| text.is_char_boundary(*at))
+        .unwrap_or(text.len());
+    format!(
+        "{}\n[… cut …]\n{}",
+        &text[..head_end],
+        &text[tail_start.max(head_end)..]
+    )
+}
+
+/// Reads a record.
+pub(crate) fn decode<T: DeserializeOwned>(
+    entry: &Entry,
+    what: &'static str,
+) -> Result<T, RowError> {
+    serde_json::from_slice(&entry.value).map_err(|source| RowError::Malformed {
+        key: entry.key.to_string(),
+        what,
+        source,
+    })
+}
+
+/// One record by its key.
+pub(crate) async fn read<T: DeserializeOwned>(
+    store: &dyn Store,
+    key: &Key,
+    what: &'static str,
+) -> Result<Option<(T, Revision)>, RowError> {
+    let entry = store.get(key).await.map_err(|source| RowError::Store {
+        key: key.to_string(),
+        source,
+    })?;
+    entry
+        .map(|entry| Ok((decode(&entry, what)?, entry.revision)))
+        .transpose()
+}
+
+/// Every row below a prefix.
+pub(crate) async fn read_all(store: &dyn Store, prefix: &Prefix) -> Result<Vec<Entry>, RowError> {
+    let mut all: Vec<Entry> = Vec::new();
+    loop {
+        let page = store
+            .scan(
+                prefix,
+                all.last().map(|entry| &entry.key),
+                windlass_store::PAGE_MAX_ENTRIES,
+            )
+            .await
+            .map_err(|source| RowError::Store {
+                key: prefix.to_string(),
+                source,
+            })?;
+        let more = page.more;
+        all.extend(page.entries);
+        if !more {
+            return Ok(all);
+        }
+    }
+}
+
+/// An order's header.
+pub(crate) async fn read_order(
+    store: &dyn Store,
+    id: OrderId,
+) -> Result<Option<(Order, Revision)>, RowError> {
+    read(store, &order(id), "an order").await
+}
+
+/// Every node row of an order.
+pub(crate) async fn read_nodes(
+    store: &dyn Store,
+    id: OrderId,
+) -> Result<Vec<(NodeIndex, NodeProgress)>, RowError> {
+    let rows = read_all(store, &nodes(id)).await?;
+    rows.iter()
+        .filter_map(|entry| Some((node_index(&entry.key)?, entry)))
+        .map(|(index, entry)| Ok((index, decode(entry, "a node's progress")?)))
+        .collect()
+}
+
+/// The events of one commit.
+pub(crate) fn decode_events(entry: &Entry) -> Result<Vec<OrderEvent>, RowError> {
+    decode(entry, "an order's events")
+}

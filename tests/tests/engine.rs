@@ -1,0 +1,353 @@
+//! The engine with a simulated fleet: releases to their end, with failures, restarts and limits.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex},
+};
+
+use windlass_domain::{
+    id::{PoolId, ServerId},
+    limits::{Amount, Limits},
+    order::{Action, OrderState},
+    plan::Level,
+    plugin::{
+        NodeRole, OnFailure, RestoreWeight, StrategyNode, StrategyNodeKind, StrategyPlan,
+        StrategyUnit,
+    },
+    progress::NodeState,
+    task::Outcome,
+};
+use windlass_store::{Blobs, Txn, memory::{self, MemoryOptions}};
+use windlass_tests::simulated::{Answer, Fleet, GivenPlans, Release, plan, server, uuid};
+
+fn node(parent: Option<u32>, name: &str, role: NodeRole, kind: StrategyNodeKind) -> StrategyNode {
+    StrategyNode {
+        parent,
+        name: name.to_owned(),
+        role,
+        kind,
+    }
+}
+
+fn unit(parent: u32, number: u32) -> StrategyNode {
+    let kind = StrategyNodeKind::Unit(StrategyUnit {
+        application: "app".to_owned(),
+        server: server(number).to_string(),
+        restore: RestoreWeight::Remembered,
+        healthy_for_ms: 0,
+        health_deadline_ms: None,
+    });
+    node(
+        Some(parent),
+        &format!("server-{number}"),
+        NodeRole::Plain,
+        kind,
+    )
+}
+
+/// Groups one after the other, the servers of each side by side.
+fn groups(sizes: &[u32], max_failures: u32) -> StrategyPlan {
+    let mut nodes = Vec::new();
+    let mut next = 1;
+    for (index, size) in sizes.iter().enumerate() {
+        let group = u32::try_from(nodes.len()).unwrap();
+        let kind = StrategyNodeKind::Parallel {
+            max_in_flight: 0,
+            max_failures,
+        };
+        nodes.push(node(
+            None,
+            &format!("group {}", index + 1),
+            NodeRole::Group,
+            kind,
+        ));
+        for _ in 0..*size {
+            nodes.push(unit(group, next));
+            next += 1;
+        }
+    }
+    StrategyPlan {
+        nodes,
+        on_failure: OnFailure::Block,
+        progress_deadline_ms: None,
+    }
+}
+
+fn generous() -> Limits {
+    Limits {
+        max_unavailable: Amount::Percent(100),
+        max_in_flight: 1000,
+        min_healthy_members: 0,
+        ..Limits::default()
+    }
+}
+
+fn release(sizes: &[u32]) -> Release {
+    Release {
+        servers: sizes.iter().sum(),
+        steps: 2,
+        strategy: groups(sizes, 0),
+        limits: generous(),
+        on_failure: OnFailure::Block,
+        pools: Vec::new(),
+    }
+}
+
+async fn fleet(directory: &tempfile::TempDir, servers: u32, answer: Arc<Answer>) -> Fleet {
+    let blobs = Blobs::open_directory(directory.path().join("blobs"))
+        .await
+        .unwrap();
+    let planning = GivenPlans {
+        reads: Mutex::default(),
+        members: (1..=servers)
+            .map(|number| (server(number), "cell-a".to_owned()))
+            .collect(),
+        rollback: Some(plan(release(&[1]))),
+        blobs: blobs.clone(),
+    };
+    Fleet::start(memory::open(MemoryOptions::default()).unwrap(), blobs, planning, answer).await
+}
+
+fn all_good() -> Arc<Answer> {
+    Arc::new(|_, _| Outcome::Succeeded)
+}
+
+#[tokio::test]
+async fn a_release_of_two_groups_succeeds_and_runs_each_step_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let fleet = fleet(&directory, 5, all_good()).await;
+    let id = fleet.create(&plan(release(&[1, 4]))).await;
+    fleet
+        .engine
+        .act(id, Action::Run, "test", Txn::new())
+        .await
+        .unwrap();
+    let order = fleet.wait_ended(id).await;
+    assert_eq!(order.state, OrderState::Succeeded, "{}", order.state_reason);
+    assert_eq!(order.counts.succeeded, 5);
+    let executed = fleet.executed.lock().unwrap().clone();
+    // fetch, unpack, activate and two steps of the stack
+    assert_eq!(executed.len(), 5 * 5);
+    let ids: HashSet<_> = executed.iter().map(|(_, task)| task.id).collect();
+    assert_eq!(ids.len(), executed.len());
+    assert_eq!(
+        executed[..5]
+            .iter()
+            .map(|(server, _)| *server)
+            .collect::<HashSet<_>>(),
+        [server(1)].into()
+    );
+    fleet.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_failure_blocks_after_the_first_group_and_a_retry_goes_on() {
+    let directory = tempfile::tempdir().unwrap();
+    let broken = Arc::new(Mutex::new(true));
+    let is_broken = broken.clone();
+    let answer: Arc<Answer> = Arc::new(move |on: ServerId, task| {
+        let broken = *is_broken.lock().unwrap() && on == server(1) && task.id.node % 7 == 5;
+        if broken {
+            Outcome::Failed
+        } else {
+            Outcome::Succeeded
+        }
+    });
+    let fleet = fleet(&directory, 3, answer).await;
+    let id = fleet.create(&plan(release(&[1, 2]))).await;
+    fleet
+        .engine
+        .act(id, Action::Run, "test", Txn::new())
+        .await
+        .unwrap();
+    let order = fleet
+        .wait_for(id, |order| order.state == OrderState::Blocked)
+        .await;
+    assert_eq!((order.counts.failed, order.counts.waiting), (1, 2));
+    *broken.lock().unwrap() = false;
+    fleet
+        .engine
+        .act(id, Action::Retry { node: 0 }, "test", Txn::new())
+        .await
+        .unwrap();
+    assert_eq!(fleet.wait_ended(id).await.state, OrderState::Succeeded);
+    fleet.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_failure_rolls_back_by_itself_where_the_plan_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let seen = Arc::new(Mutex::new(HashSet::new()));
+    let answer: Arc<Answer> = Arc::new(move |_, task| {
+        // The first order's last step fails; the rollback order's does not.
+        let mut seen = seen.lock().unwrap();
+        seen.insert(task.id.order);
+        if seen.len() == 1 && task.id.node % 7 == 0 {
+            Outcome::Failed
+        } else {
+            Outcome::Succeeded
+        }
+    });
+    let fleet = fleet(&directory, 3, answer).await;
+    let id = fleet
+        .create(&plan(Release {
+            on_failure: OnFailure::RollBack,
+            ..release(&[1, 2])
+        }))
+        .await;
+    fleet
+        .engine
+        .act(id, Action::Run, "test", Txn::new())
+        .await
+        .unwrap();
+    let order = fleet.wait_ended(id).await;
+    assert_eq!(
+        order.state,
+        OrderState::RolledBack,
+        "{}",
+        order.state_reason
+    );
+    let rollback = fleet.wait_ended(order.rolled_back_by.unwrap()).await;
+    assert_eq!(rollback.state, OrderState::Succeeded);
+    fleet.shutdown().await;
+}
+
+#[tokio::test]
+async fn no_more_servers_are_unavailable_than_the_envelope_allows() {
+    let directory = tempfile::tempdir().unwrap();
+    let busy = Arc::new(Mutex::new((HashSet::new(), 0)));
+    let seen = busy.clone();
+    let answer: Arc<Answer> = Arc::new(move |server, task| {
+        let mut busy = seen.lock().unwrap();
+        busy.0.insert(server);
+        busy.1 = busy.1.max(busy.0.len());
+        if task.id.node % 6 == 1 {
+            busy.0.remove(&server);
+        }
+        Outcome::Succeeded
+    });
+    let fleet = fleet(&directory, 8, answer).await;
+    let limits = Limits {
+        max_unavailable: Amount::Count(2),
+        ..generous()
+    };
+    // A strategy that plans all servers at once.
+    let id = fleet
+        .create(&plan(Release {
+            limits,
+            ..release(&[8])
+        }))
+        .await;
+    fleet
+        .engine
+        .act(id, Action::Run, "test", Txn::new())
+        .await
+        .unwrap();
+    assert_eq!(fleet.wait_ended(id).await.state, OrderState::Succeeded);
+    assert!(busy.lock().unwrap().1 <= 2, "{:?}", busy.lock().unwrap());
+    fleet.shutdown().await;
+}
+
+#[tokio::test]
+async fn weights_are_remembered_set_to_zero_and_restored() {
+    let directory = tempfile::tempdir().unwrap();
+    let fleet = fleet(&directory, 2, all_good()).await;
+    let pool = PoolId::from_uuid(uuid(9));
+    use windlass::engine::traffic::TrafficPools as _;
+    fleet.pools.set_weight(pool, server(1), 40).await.unwrap();
+    let limits = Limits {
+        min_healthy_members: 1,
+        ..generous()
+    };
+    let id = fleet
+        .create(&plan(Release {
+            pools: vec![pool],
+            limits,
+            ..release(&[1, 1])
+        }))
+        .await;
+    fleet
+        .engine
+        .act(id, Action::Run, "test", Txn::new())
+        .await
+        .unwrap();
+    assert_eq!(fleet.wait_ended(id).await.state, OrderState::Succeeded);
+    assert_eq!(
+        fleet.pools.weights(pool).await.unwrap(),
+        [(server(1), 40), (server(2), 100)]
+    );
+    fleet.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_second_order_on_the_same_server_is_locked_until_the_first_has_ended() {
+    let directory = tempfile::tempdir().unwrap();
+    let fleet = fleet(&directory, 1, all_good()).await;
+    let gate = StrategyNodeKind::Gate {
+        message: "look".to_owned(),
+    };
+    let mut waits = release(&[1]);
+    waits
+        .strategy
+        .nodes
+        .push(node(None, "confirm", NodeRole::Plain, gate));
+    let first = fleet.create(&plan(waits)).await;
+    fleet
+        .engine
+        .act(first, Action::Run, "test", Txn::new())
+        .await
+        .unwrap();
+    fleet
+        .wait_for(first, |order| {
+            order.state == OrderState::AwaitingConfirmation
+        })
+        .await;
+    let second = fleet.create(&plan(release(&[1]))).await;
+    fleet
+        .engine
+        .act(second, Action::Run, "test", Txn::new())
+        .await
+        .unwrap();
+    let blocked = fleet
+        .wait_for(second, |order| order.state == OrderState::Blocked)
+        .await;
+    assert!(
+        blocked.state_reason.contains(&first.to_string()),
+        "{}",
+        blocked.state_reason
+    );
+    let (_, tree, progress) = fleet.engine.progress(second).await.unwrap().unwrap();
+    let group = tree
+        .nodes
+        .iter()
+        .position(|node| node.level == Level::Group)
+        .unwrap();
+    let group = u32::try_from(group).unwrap();
+    assert_eq!(progress.state(group), NodeState::Locked);
+    let unlock = Action::Unlock { node: group };
+    assert!(
+        fleet
+            .engine
+            .act(second, unlock.clone(), "test", Txn::new())
+            .await
+            .is_err()
+    );
+    fleet
+        .engine
+        .act(first, Action::Confirm { node: None }, "test", Txn::new())
+        .await
+        .unwrap();
+    fleet.wait_ended(first).await;
+    // Locks are given back by the last effect, a moment after the end.
+    let mut ticks = tokio::time::interval(std::time::Duration::from_millis(5));
+    while fleet
+        .engine
+        .act(second, unlock.clone(), "test", Txn::new())
+        .await
+        .is_err()
+    {
+        ticks.tick().await;
+    }
+    assert_eq!(fleet.wait_ended(second).await.state, OrderState::Succeeded);
+    fleet.shutdown().await;
+}
