@@ -370,7 +370,7 @@ impl World {
                     assert!(!locked, "{event:?}: {node} started under a lock");
                     assert!(!self.progress.stalled, "{event:?}: {node} while stalled");
                 }
-                if !ended_at_once {
+                if !ended_at_once && !was.state.is_busy() {
                     self.check_order(node, unit, event);
                 }
                 assert!(
