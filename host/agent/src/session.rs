@@ -11,7 +11,7 @@ use futures_util::{
 use tokio::{
     net::TcpStream,
     sync::{mpsc, oneshot},
-    time::{Instant, timeout},
+    time::timeout,
 };
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::{
@@ -35,8 +35,6 @@ use crate::{
 
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// A session that lasted so long was a good one: the pause begins anew.
-const SETTLED: Duration = Duration::from_secs(5);
 /// Messages that may wait for the network. More, and the session is closed.
 const OUTBOUND: usize = 2048;
 /// Buffers of an idle connection are this small.
@@ -96,15 +94,15 @@ type Socket = WebSocketStream<TlsStream<TcpStream>>;
 pub async fn keep(peer: Peer, commands: mpsc::Sender<Command>, stop: CancellationToken) -> Over {
     let mut pause = FIRST_PAUSE;
     loop {
-        let began = Instant::now();
+        let mut opened = false;
         let ended = tokio::select! {
             () = stop.cancelled() => return Over::Stopped,
-            ended = session(&peer, &commands) => ended,
+            ended = session(&peer, &commands, &mut opened) => ended,
         };
         if commands.send(Command::Closed).await.is_err() {
             return Over::Stopped;
         }
-        if began.elapsed() >= SETTLED {
+        if opened {
             pause = FIRST_PAUSE;
         }
         let mut wait = pause;
@@ -144,8 +142,8 @@ fn jittered(pause: Duration) -> Duration {
     pause.mul_f64(0.5 + share / 2.0)
 }
 
-async fn session(peer: &Peer, commands: &mpsc::Sender<Command>) -> SessionError {
-    match open_and_carry(peer, commands).await {
+async fn session(peer: &Peer, commands: &mpsc::Sender<Command>, opened: &mut bool) -> SessionError {
+    match open_and_carry(peer, commands, opened).await {
         Ok(never) => match never {},
         Err(error) => error,
     }
@@ -154,6 +152,7 @@ async fn session(peer: &Peer, commands: &mpsc::Sender<Command>) -> SessionError 
 async fn open_and_carry(
     peer: &Peer,
     commands: &mpsc::Sender<Command>,
+    opened: &mut bool,
 ) -> Result<std::convert::Infallible, SessionError> {
     let silent = |_| SessionError::Silent(CONNECT_TIMEOUT.as_millis());
     let stream = peer.platform.connect().await?;
@@ -171,6 +170,7 @@ async fn open_and_carry(
         .await
         .map_err(silent)??;
     tracing::info!(server.id = %peer.server_id, platform = %peer.platform.address(), "connected");
+    *opened = true;
     crash::point("welcomed");
     let (outbound, messages) = mpsc::channel(OUTBOUND);
     // Read only in the part that carries: nothing can come before the agent knows of the session.

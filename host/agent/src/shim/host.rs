@@ -348,7 +348,8 @@ impl Host {
         let mut buffer = [0; 8192];
         // What a pipe holds is at most 1 MiB: a tree that writes without end cannot keep the shim here.
         for _ in 0..256 {
-            match reader.try_read(&mut buffer) {
+            // Not `try_read`: the runtime may not have heard of the bytes yet.
+            match rustix::io::read(&*reader, &mut buffer) {
                 Ok(0) | Err(_) => return,
                 Ok(count) => self.output.push(&buffer[..count]),
             }

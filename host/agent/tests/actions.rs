@@ -1,0 +1,484 @@
+//! Each action, and what surrounds every script.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+};
+
+use windlass_domain::{
+    Timestamp,
+    task::{Action, Check, Outcome, PackageFormat, Probe},
+    value::Value,
+};
+
+use crate::support::*;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_script_runs_with_its_environment_and_its_result_is_whole() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start_with(&[("LEAK", "of the agent".into())]);
+    let mut order = Order::new();
+    let mut task = order
+        .script("echo out; echo err >&2; echo \"GREETING=$GREETING\"; env | sort; pwd; exit 7");
+    task.env.insert(
+        "GREETING".into(),
+        Value::Plain("it's $(date) \"x\"\nline".into()),
+    );
+    let result = gateway.run(task.clone()).await;
+    assert_eq!(
+        (result.outcome, result.exit_code),
+        (Outcome::Failed, Some(7)),
+        "{result:?}"
+    );
+    assert!(
+        result.message.starts_with("ExitCodeNonzero"),
+        "{}",
+        result.message
+    );
+    for part in [
+        "out\n",
+        "err\n",
+        "GREETING=it's $(date) \"x\"\nline",
+        "WINDLASS_DATA_DIR=/",
+        "HOME=",
+        "LANG=C.UTF-8",
+    ] {
+        assert!(result.output.contains(part), "{part}: {}", result.output);
+    }
+    assert!(
+        result
+            .output
+            .contains(&format!("WINDLASS_INSTANCE={}", order.instance))
+    );
+    assert!(!result.output.contains("LEAK"), "{}", result.output);
+    assert!(gateway.state().started.contains(&task.id));
+    // The server has it: the run's directory goes.
+    let run = agent.data().join("runs").join(task.id.to_string());
+    until("removal of the run", || (!run.exists()).then_some(())).await;
+    // Asked again, it is not run again.
+    let again = gateway.run(task).await;
+    assert_eq!(again.outcome, Outcome::Failed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_start_says_why() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let mut task = order.script("true");
+    let Action::Script(script) = &mut task.action else {
+        unreachable!()
+    };
+    script.interpreter = vec!["/no/such/interpreter".into()];
+    let result = gateway.run(task).await;
+    assert!(
+        result.message.starts_with("InterpreterMissing"),
+        "{result:?}"
+    );
+
+    let mut task = order.script("true");
+    let Action::Script(script) = &mut task.action else {
+        unreachable!()
+    };
+    script.working_dir = Some("/no/such/directory".into());
+    let result = gateway.run(task).await;
+    assert!(
+        result.message.starts_with("DirectoryNotExists"),
+        "{result:?}"
+    );
+
+    let mut task = order.script("true");
+    task.run_as = Some("no-such-user".into());
+    let result = gateway.run(task).await;
+    assert!(result.message.starts_with("UserNotExists"), "{result:?}");
+
+    let mut task = order.script("true");
+    task.env
+        .insert("X".into(), Value::SecretRef("missing".into()));
+    let result = gateway.run(task).await;
+    assert!(result.message.contains("`missing`"), "{result:?}");
+
+    let mut task = order.script("true");
+    task.expires_at = Timestamp::from_unix_ms(1000);
+    let result = gateway.run(task).await;
+    assert_eq!(result.outcome, Outcome::Refused);
+    assert!(result.message.contains("expired"), "{result:?}");
+
+    let mut task = order.script("true");
+    task.fence = 9;
+    assert_eq!(gateway.run(task).await.outcome, Outcome::Succeeded);
+    agent.kill();
+    agent.start();
+    let mut task = order.script("true");
+    task.fence = 8;
+    let result = gateway.run(task).await;
+    assert_eq!(result.outcome, Outcome::Refused);
+    assert!(
+        result.message.contains("fence is 8") && result.message.contains("seen 9"),
+        "{result:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_user_is_another_user() {
+    if !is_root() {
+        eprintln!("skipped: only root can run scripts as another user");
+        return;
+    }
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let mut task = order.script(
+        "id -un; id -Gn; touch $WINDLASS_DATA_DIR/mine; cat /proc/self/status | grep CapEff",
+    );
+    task.run_as = Some("nobody".into());
+    let result = gateway.run(task).await;
+    assert_eq!(result.outcome, Outcome::Succeeded, "{result:?}");
+    assert!(
+        result.output.starts_with("nobody\nnogroup\n"),
+        "{}",
+        result.output
+    );
+    assert!(
+        result.output.contains("CapEff:\t0000000000000000"),
+        "{}",
+        result.output
+    );
+    let mut task = order.script("true");
+    task.run_as = Some("daemon".into());
+    let result = gateway.run(task).await;
+    assert!(
+        result.message.contains("allow-list") && result.message.contains("nobody"),
+        "{result:?}"
+    );
+    drop(agent);
+
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.policy(|policy| policy.root = false);
+    agent.start();
+    let result = gateway.run(Order::new().script("true")).await;
+    assert!(result.message.contains("policy.root"), "{result:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn secrets_are_hidden_everywhere() {
+    let gateway = Gateway::start().await;
+    gateway
+        .state()
+        .secrets
+        .insert("db".into(), "hunter2-hunter2".into());
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let mut task = order.script(
+        "printf 'a %s b\\n' \"$PASSWORD\"; printf %s \"${PASSWORD%hunter2}\"; sleep 0.3; echo hunter2 end",
+    );
+    task.env
+        .insert("PASSWORD".into(), Value::SecretRef("db".into()));
+    gateway.state().hold_acks = true;
+    let result = gateway.run(task.clone()).await;
+    assert_eq!(result.outcome, Outcome::Succeeded, "{result:?}");
+    assert_eq!(result.output, "a [secret] b\n[secret] end\n");
+    assert_eq!(gateway.state().output[&task.id], result.output);
+    agent.kill();
+    // Nothing that the agent keeps holds it.
+    let mut files = vec![agent.dir.path().to_owned()];
+    let mut seen = 0;
+    while let Some(path) = files.pop() {
+        if path.is_dir() {
+            files.extend(
+                fs::read_dir(&path)
+                    .unwrap()
+                    .map(|entry| entry.unwrap().path()),
+            );
+        } else if path.is_file() {
+            seen += 1;
+            let content = fs::read(&path).unwrap();
+            assert!(
+                !content.windows(15).any(|part| part == b"hunter2-hunter2"),
+                "{}",
+                path.display()
+            );
+        }
+    }
+    assert!(seen > 5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_release_is_fetched_unpacked_activated_started_checked_and_stopped() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let port = {
+        std::net::TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port()
+    };
+    let program =
+        b"#!/bin/sh\necho starting on $PORT\nexec python3 -m http.server --bind 127.0.0.1 $PORT\n"
+            .to_vec();
+    let package = package(&gateway, program, PackageFormat::Plain, "app");
+    // The first download breaks off; it goes on from there.
+    gateway.state().cut_download_after = Some(20);
+    let fetch = order.task(Action::Fetch(package.clone()));
+    assert_eq!(gateway.run(fetch).await.outcome, Outcome::Succeeded);
+    assert_eq!(gateway.state().download_starts, [0, 20]);
+    for (n, release) in ["r1", "r2", "r3"].into_iter().enumerate() {
+        let mut steps = vec![
+            order.task(Action::Unpack {
+                package: package.clone(),
+                release: release.into(),
+            }),
+            order.task(Action::WriteFile {
+                path: "www/index.html".into(),
+                content: format!("hello from {release}"),
+                mode: 0o640,
+            }),
+            order.script(
+                "test -x \"$WINDLASS_PACKAGE_FILE\"; test \"$PWD\" = \"$WINDLASS_RELEASE_DIR\"",
+            ),
+            order.task(Action::Activate(Box::new(order_manifest(
+                &order, release, &package,
+            )))),
+        ];
+        let mut start = order.start(&["${WINDLASS_PACKAGE_FILE}"]);
+        let Action::Start(supervise) = &mut start.action else {
+            unreachable!()
+        };
+        supervise.working_dir = Some("www".into());
+        start
+            .env
+            .insert("PORT".into(), Value::Plain(port.to_string()));
+        steps.push(start);
+        let mut check = order.task(Action::Check(Check {
+            probe: Probe::Http {
+                url: "http://127.0.0.1:${PORT}/".into(),
+                statuses: vec![],
+                body_contains: Some(format!("hello from {release}")),
+            },
+            interval_ms: 50,
+            try_timeout_ms: 1000,
+            healthy_for_ms: 200,
+        }));
+        check
+            .env
+            .insert("PORT".into(), Value::Plain(port.to_string()));
+        steps.push(check);
+        let mut check = order.task(Action::Check(Check {
+            probe: Probe::Tcp {
+                address: format!("127.0.0.1:{port}"),
+            },
+            interval_ms: 50,
+            try_timeout_ms: 1000,
+            healthy_for_ms: 0,
+        }));
+        check.release = None;
+        steps.push(check);
+        for mut step in steps {
+            step.release = Some(release.into());
+            let what = step.action.clone();
+            let result = gateway.run(step).await;
+            assert_eq!(
+                result.outcome,
+                Outcome::Succeeded,
+                "{release} {what:?}: {result:?}"
+            );
+        }
+        let instance = agent
+            .data()
+            .join("instances")
+            .join(order.instance.to_string());
+        assert_eq!(
+            fs::read_link(instance.join("current")).unwrap(),
+            std::path::Path::new("releases").join(release)
+        );
+        let file = fs::metadata(instance.join("current/www/index.html")).unwrap();
+        assert_eq!(file.permissions().mode() & 0o7777, 0o640);
+        let mut releases: Vec<_> = fs::read_dir(instance.join("releases"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| !name.ends_with(".json"))
+            .collect();
+        releases.sort();
+        let expect: &[&str] = [&["r1"][..], &["r1", "r2"], &["r2", "r3"]][n];
+        assert_eq!(releases, expect);
+    }
+    let pid = gateway
+        .until("pid", |state| state.states.last()?.apps.first()?.pid)
+        .await;
+    assert!(is_alive(pid));
+    let result = gateway
+        .run(order.task(Action::StopSupervised { grace_ms: 3000 }))
+        .await;
+    assert_eq!(result.outcome, Outcome::Succeeded, "{result:?}");
+    assert!(!is_alive(pid));
+    let again = gateway
+        .run(order.task(Action::StopSupervised { grace_ms: 3000 }))
+        .await;
+    assert_eq!(again.outcome, Outcome::Succeeded);
+    // A check that fails says what it saw last.
+    let mut check = order.task(Action::Check(Check {
+        probe: Probe::Script(script("echo not yet; exit 3")),
+        interval_ms: 20,
+        try_timeout_ms: 1000,
+        healthy_for_ms: 0,
+    }));
+    check.timeout_ms = 700;
+    let result = gateway.run(check).await;
+    assert_eq!(result.outcome, Outcome::TimedOut);
+    assert!(
+        result.message.contains("exit code 3") && result.message.contains("not yet"),
+        "{}",
+        result.message
+    );
+}
+
+fn order_manifest(
+    order: &Order,
+    release: &str,
+    package: &windlass_domain::task::PackageRef,
+) -> windlass_domain::manifest::Manifest {
+    order.manifest(release, package)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_package_with_other_bytes_is_refused() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let package = package(
+        &gateway,
+        b"what was promised".to_vec(),
+        PackageFormat::Plain,
+        "app",
+    );
+    gateway
+        .state()
+        .blobs
+        .insert(package.digest, b"something differs".to_vec());
+    let result = gateway
+        .run(order.task(Action::Fetch(package.clone())))
+        .await;
+    assert_eq!(result.outcome, Outcome::Failed);
+    assert!(
+        result.message.contains("SHA-256") && result.message.contains(&package.digest.to_string()),
+        "{}",
+        result.message
+    );
+    assert_eq!(fs::read_dir(agent.data().join("cache")).unwrap().count(), 0);
+    let unpack = order.task(Action::Unpack {
+        package,
+        release: "r1".into(),
+    });
+    let result = gateway.run(unpack).await;
+    assert!(
+        result.message.contains("fetch it first"),
+        "{}",
+        result.message
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_are_written_only_where_they_may_be() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    let root = agent.dir.path().join("etc");
+    fs::create_dir(&root).unwrap();
+    agent.policy(|policy| policy.path_roots = vec![root.clone()]);
+    agent.start();
+    let mut order = Order::new();
+    let mut write = |path: String| {
+        order.task(Action::WriteFile {
+            path,
+            content: "x".into(),
+            mode: 0o6755,
+        })
+    };
+    let good = root.join("a/b.conf");
+    let result = gateway.run(write(good.display().to_string())).await;
+    assert_eq!(result.outcome, Outcome::Succeeded, "{result:?}");
+    assert_eq!(fs::metadata(&good).unwrap().mode() & 0o7777, 0o755);
+    std::os::unix::fs::symlink("/tmp", root.join("link")).unwrap();
+    for (path, part) in [
+        ("/etc/passwd.windlass".to_owned(), "policy.path_roots"),
+        (format!("{}/../x", root.display()), "not a path"),
+        (format!("{}/link/x", root.display()), "not a path"),
+        ("relative".to_owned(), "not unpacked"),
+    ] {
+        let result = gateway.run(write(path.clone())).await;
+        assert_eq!(result.outcome, Outcome::Failed, "{path}");
+        assert!(result.message.contains(part), "{path}: {}", result.message);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tasks_are_revoked_before_and_after_their_start_and_before_they_arrive() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let log = agent.open_file("runs.log");
+    let first =
+        gateway.push(order.script(&format!("echo one >> {}; exec sleep 600", log.display())));
+    let second = gateway.push(order.script(&format!("echo two >> {}", log.display())));
+    until("first line", || (lines(&log) == ["one"]).then_some(())).await;
+    gateway
+        .until("second accepted", |state| {
+            state.accepted.contains(&second).then_some(())
+        })
+        .await;
+    gateway.revoke(second);
+    let result = gateway.result(second).await;
+    assert_eq!(
+        (result.outcome, result.started_at),
+        (Outcome::Revoked, None)
+    );
+    gateway.revoke(first);
+    let result = gateway.result(first).await;
+    assert_eq!(result.outcome, Outcome::Revoked, "{result:?}");
+    assert!(result.started_at.is_some());
+    // A revoke that comes before its task.
+    let late = order.script(&format!("echo late >> {}", log.display()));
+    let revoke = windlass_protocol::ToAgent::Revoke { task_id: late.id };
+    gateway.change(|state| state.raw.push(windlass_protocol::encode(&revoke).unwrap()));
+    assert_eq!(gateway.result(late.id).await.outcome, Outcome::Revoked);
+    let id = gateway.push_again(late);
+    assert_eq!(gateway.result(id).await.outcome, Outcome::Revoked);
+    assert_eq!(lines(&log), ["one"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn output_comes_live_and_is_bounded() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let flag = agent.dir.path().join("go");
+    let task = order.script(&format!(
+        "echo early; while [ ! -e {} ]; do sleep 0.02; done; i=0; while [ $i -lt 8000 ]; do echo line $i; i=$((i+1)); done",
+        flag.display()
+    ));
+    let id = gateway.push(task);
+    gateway
+        .until("early output", |state| {
+            state.output.get(&id)?.contains("early").then_some(())
+        })
+        .await;
+    assert!(!gateway.state().results.contains_key(&id));
+    fs::write(&flag, "").unwrap();
+    let result = gateway.result(id).await;
+    assert!(result.output.len() <= 24 * 1024 && result.dropped_bytes > 0);
+    assert!(result.output.starts_with("early\nline 0\n") && result.output.ends_with("line 7999\n"));
+    assert!(
+        result
+            .output
+            .contains(&format!("{} bytes dropped", result.dropped_bytes))
+    );
+}
