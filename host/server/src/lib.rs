@@ -3,6 +3,7 @@
 //! Layers, top down: `api` (the only place that knows HTTP) → `service` (one module per resource) → the store, the plugin
 //! runtime and the `engine`. The `gateway` holds agents' sessions. Handlers never touch the store.
 
+pub mod api;
 pub mod clock;
 pub mod engine;
 pub mod gateway;

@@ -1,0 +1,3 @@
+//! The HTTP surface: the only place that knows HTTP.
+
+pub mod agents;
