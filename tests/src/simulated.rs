@@ -442,6 +442,7 @@ pub fn plan(release: Release) -> Plan {
                     cell: "cell-a".to_owned(),
                     env: BTreeMap::new(),
                     installed: None,
+                    drained_by: None,
                     reads: Vec::new(),
                 })
                 .collect(),

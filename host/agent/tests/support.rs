@@ -684,6 +684,7 @@ impl Order {
             start: vec![],
             check: vec![],
             env: Environment::new(),
+            plan: None,
         }
     }
 

@@ -134,6 +134,8 @@ fn plan(servers: u32, in_flight: u32) -> Plan {
             cell: "a".to_owned(),
             env: BTreeMap::new(),
             restore: RestoreWeight::Remembered,
+            before: None,
+            drained_by: None,
             reads: Vec::new(),
         });
     }

@@ -71,13 +71,17 @@ pub enum CodeRefusal {
         at: Timestamp,
     },
     /// Used up.
-    #[error("the activation code is used up: {quota} of {quota} servers have registered; ask for a new one")]
+    #[error(
+        "the activation code is used up: {quota} of {quota} servers have registered; ask for a new one"
+    )]
     UsedUp {
         /// Its quota.
         quota: u32,
     },
     /// Wrong place.
-    #[error("the activation code may not be used from {from}; register from an allowed address, or ask for a code that allows it")]
+    #[error(
+        "the activation code may not be used from {from}; register from an allowed address, or ask for a code that allows it"
+    )]
     Source {
         /// From where it was tried.
         from: IpAddr,
@@ -207,7 +211,9 @@ mod tests {
         );
         assert_eq!(
             code().refuses(at(0), from("10.3.0.1")),
-            Err(CodeRefusal::Source { from: from("10.3.0.1") })
+            Err(CodeRefusal::Source {
+                from: from("10.3.0.1")
+            })
         );
     }
 

@@ -1,6 +1,7 @@
 //! From a node of a plan to the task that an agent gets: pure, so that a task can be made again after a crash and is the same.
 
 use crate::{
+    digest::Digest,
     id::OrderId,
     manifest::Manifest,
     plan::{NodeIndex, NodeKind, Plan, StepTemplate, Unit},
@@ -18,6 +19,8 @@ pub const CORE_TIMEOUT_MS: u64 = 1_800_000;
 pub struct Attempt {
     /// The order.
     pub order: OrderId,
+    /// The plan's digest.
+    pub plan: Digest,
     /// Which attempt.
     pub attempt: u32,
     /// Higher than every fence that an earlier order used on the same server.
@@ -60,7 +63,7 @@ pub fn release_name(plan: &Plan, unit: &Unit) -> String {
 
 /// The manifest that a unit's activation writes.
 #[must_use]
-pub fn manifest(plan: &Plan, unit: &Unit) -> Manifest {
+pub fn manifest(plan: &Plan, digest: Digest, unit: &Unit) -> Manifest {
     let part = &plan.parts[unit.part as usize];
     let mut env = part.env.clone();
     env.extend(unit.env.clone());
@@ -74,6 +77,7 @@ pub fn manifest(plan: &Plan, unit: &Unit) -> Manifest {
         start: part.start.clone(),
         check: part.check.clone(),
         env,
+        plan: Some(digest),
     }
 }
 
@@ -97,7 +101,7 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
             package: part.package.clone(),
             release,
         },
-        StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, unit))),
+        StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, attempt.plan, unit))),
         StepTemplate::Stack(step) => {
             if step.phase == Phase::Stop {
                 // What is stopped is what is installed, wherever the link points, with the environment it has.

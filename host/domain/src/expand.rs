@@ -32,8 +32,12 @@ pub const MAX_TIMEOUT_MS: u64 = 86_400_000;
 pub const MAX_RETRIES: u32 = 10;
 /// A stack gives at most so many steps for all phases of one application.
 pub const MAX_STEPS: usize = 200;
-/// The text of one script.
-pub const MAX_SCRIPT_BYTES: usize = 256 * 1024;
+/// One step as JSON: it has to fit a row of the inbox together with its environment.
+pub const MAX_STEP_BYTES: usize = 20 * 1024;
+/// The stop, start and check steps of one application together, as JSON: they have to fit a manifest's row.
+pub const MAX_MANIFEST_BYTES: usize = 20 * 1024;
+/// The environment of one server, as JSON.
+pub const MAX_ENV_BYTES: usize = 8 * 1024;
 
 /// One application to be planned.
 #[derive(Debug, Clone)]
@@ -61,6 +65,8 @@ pub struct ServerInput {
     pub env: Environment,
     /// What is installed there now.
     pub installed: Option<Manifest>,
+    /// Of a rollback: the drain that remembers its weights.
+    pub drained_by: Option<NodeIndex>,
     /// Keys in the plan's reads that concern it.
     pub reads: Vec<String>,
 }
@@ -201,6 +207,14 @@ pub enum BadPlan {
     },
     #[error("the tech stack of `{application}` returned two steps named `{step}` in one phase")]
     DuplicateStep { application: String, step: String },
+    #[error(
+        "the environment of `{application}` on `{server}` has {bytes} bytes; the limit is {MAX_ENV_BYTES}: put large values into files of the package"
+    )]
+    EnvironmentTooLarge {
+        application: String,
+        server: String,
+        bytes: u64,
+    },
     #[error(
         "the tech stack of `{application}` gives no `start` step: nothing would run after the release"
     )]
@@ -431,6 +445,11 @@ impl Builder {
             cell: server.cell.clone(),
             env,
             restore: planned.restore,
+            before: server
+                .installed
+                .as_ref()
+                .map(|installed| installed.release.clone()),
+            drained_by: server.drained_by,
             reads: server.reads.clone(),
         });
         let node = self.push(
@@ -747,6 +766,11 @@ fn check_steps(part: &PartInput) -> Result<(), BadPlan> {
         )?;
         limit("timeout_ms", step.timeout_ms, MAX_TIMEOUT_MS)?;
         limit("retries", u64::from(step.retries), u64::from(MAX_RETRIES))?;
+        limit(
+            "its size as JSON in bytes",
+            json_bytes(step),
+            MAX_STEP_BYTES as u64,
+        )?;
         if !names.insert((step.phase, &step.name)) {
             return Err(BadPlan::DuplicateStep {
                 application: application(),
@@ -763,27 +787,57 @@ fn check_steps(part: &PartInput) -> Result<(), BadPlan> {
             });
         }
         match &step.action {
-            StackAction::Script(script) => limit(
-                "the script's bytes",
-                script.text.len() as u64,
-                MAX_SCRIPT_BYTES as u64,
-            )?,
-            StackAction::WriteFile { path, content, .. } => {
-                limit(
-                    "the file's bytes",
-                    content.len() as u64,
-                    MAX_SCRIPT_BYTES as u64,
-                )?;
+            StackAction::Script(_) | StackAction::Start(_) => {}
+            StackAction::WriteFile { path, .. } => {
                 check_path(part, step, path)?;
             }
             StackAction::Check(check) => {
                 limit("healthy_for_ms", check.healthy_for_ms, MAX_TIMEOUT_MS)?
             }
             StackAction::Stop { grace_ms } => limit("grace_ms", *grace_ms, MAX_TIMEOUT_MS)?,
-            StackAction::Start(_) => {}
+        }
+    }
+    let kept: Vec<&StackStep> = steps
+        .iter()
+        .filter(|step| matches!(step.phase, Phase::Stop | Phase::Start | Phase::Check))
+        .collect();
+    if json_bytes(&kept) > MAX_MANIFEST_BYTES as u64 {
+        let (step, field) = (
+            "stop, start and check".to_owned(),
+            "their size as JSON in bytes",
+        );
+        let (value, limit) = (json_bytes(&kept), MAX_MANIFEST_BYTES as u64);
+        return Err(BadPlan::StepLimit {
+            application: application(),
+            step,
+            field,
+            value,
+            limit,
+        });
+    }
+    for server in &part.servers {
+        let mut env = part.part.env.clone();
+        env.extend(
+            part.steps
+                .server_env
+                .get(&server.id.to_string())
+                .cloned()
+                .unwrap_or_default(),
+        );
+        env.extend(server.env.clone());
+        if json_bytes(&env) > MAX_ENV_BYTES as u64 {
+            return Err(BadPlan::EnvironmentTooLarge {
+                application: application(),
+                server: server.name.clone(),
+                bytes: json_bytes(&env),
+            });
         }
     }
     Ok(())
+}
+
+fn json_bytes<T: serde::Serialize>(value: &T) -> u64 {
+    serde_json::to_vec(value).map_or(u64::MAX, |bytes| bytes.len() as u64)
 }
 
 fn check_path(part: &PartInput, step: &StackStep, path: &str) -> Result<(), BadPlan> {

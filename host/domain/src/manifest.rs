@@ -48,6 +48,9 @@ pub struct Manifest {
     pub check: Vec<StackStep>,
     /// Environment that it was planned with.
     pub env: Environment,
+    /// The plan that installed it: what a rollback to it takes its steps from. Kept as long as a manifest names it.
+    #[serde(default)]
+    pub plan: Option<Digest>,
 }
 
 /// What a server has of one service instance: the current release and the one before.
@@ -57,21 +60,4 @@ pub struct Installed {
     pub current: Option<Manifest>,
     /// What was installed before it.
     pub previous: Option<Manifest>,
-}
-
-impl Installed {
-    /// The record after `manifest` was activated. Activating the same release again keeps `previous`.
-    #[must_use]
-    pub fn activate(self, manifest: Manifest) -> Self {
-        match self.current {
-            Some(current) if current.release == manifest.release => Self {
-                current: Some(manifest),
-                previous: self.previous,
-            },
-            before => Self {
-                current: Some(manifest),
-                previous: before,
-            },
-        }
-    }
 }

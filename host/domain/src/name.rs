@@ -282,7 +282,17 @@ mod tests {
     fn names_at_each_limit() {
         check::<AppName>(
             &["a", "A-b_9", &"a".repeat(60)],
-            &["", "9a", "-a", "a-", "a_", "a b", "ä", "a/b", &"a".repeat(61)],
+            &[
+                "",
+                "9a",
+                "-a",
+                "a-",
+                "a_",
+                "a b",
+                "ä",
+                "a/b",
+                &"a".repeat(61),
+            ],
         );
         check::<WorkspaceName>(
             &["ab", "prod-1", &"a".repeat(40)],
@@ -295,7 +305,17 @@ mod tests {
         );
         check::<FileName>(
             &["a", "shop-1.0.tar.gz", "_a", &"a".repeat(200)],
-            &["", ".", "..", "../a", "a/b", ".a", "-a", "a b", &"a".repeat(201)],
+            &[
+                "",
+                ".",
+                "..",
+                "../a",
+                "a/b",
+                ".a",
+                "-a",
+                "a b",
+                &"a".repeat(201),
+            ],
         );
         check::<ServerName>(&["9a.b", &"a".repeat(128)], &["", "a.", &"a".repeat(129)]);
         check::<NamePrefix>(&["web-", &"a".repeat(50)], &["", "-web", &"a".repeat(51)]);

@@ -98,6 +98,12 @@ pub struct Unit {
     pub env: Environment,
     /// What happens to its weight after success.
     pub restore: RestoreWeight,
+    /// The release that was installed when it was planned.
+    #[serde(default)]
+    pub before: Option<String>,
+    /// Of a rollback: the drain of this server in the order that is rolled back, which remembers its weights.
+    #[serde(default)]
+    pub drained_by: Option<NodeIndex>,
     /// Keys in [`Plan::reads`] that concern this server, checked again before its first step.
     pub reads: Vec<String>,
 }

@@ -74,7 +74,17 @@ pub struct Cell {
 
 /// Fault-domain division of a workspace's zones; there are at most two.
 #[derive(
-    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, utoipa::ToSchema,
+    Debug,
+    Clone,
+    Copy,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    utoipa::ToSchema,
 )]
 #[serde(rename_all = "snake_case")]
 pub enum DeploymentZone {
@@ -139,7 +149,9 @@ impl Workspace {
             ));
         }
         let network: Network = self.network.parse().map_err(|error| ("network", error))?;
-        network.check_private().map_err(|error| ("network", error))?;
+        network
+            .check_private()
+            .map_err(|error| ("network", error))?;
         if self.package_limit_bytes == 0 || self.package_limit_bytes > MAX_PACKAGE_LIMIT_BYTES {
             return Err((
                 "package_limit_bytes",
@@ -156,7 +168,9 @@ impl Workspace {
     fn validate_cells(&self) -> Result<(), InvalidValue> {
         let names: Vec<_> = self.cells.iter().map(|cell| cell.name.clone()).collect();
         if let Some(name) = repeated(&names) {
-            return Err(InvalidValue::rule(format!("the cell `{name}` exists already")));
+            return Err(InvalidValue::rule(format!(
+                "the cell `{name}` exists already"
+            )));
         }
         for cell in &self.cells {
             check_length("the display name of a cell", &cell.display_name, 1, 60)?;
@@ -214,7 +228,12 @@ impl Network {
     /// # Errors
     /// [`InvalidValue`] that lists them.
     pub fn check_private(self) -> Result<(), InvalidValue> {
-        let allowed = ["10.0.0.0/9", "10.2.0.0/16", "172.16.0.0/12", "192.168.0.0/16"];
+        let allowed = [
+            "10.0.0.0/9",
+            "10.2.0.0/16",
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+        ];
         if self.prefix_bits <= 29
             && allowed
                 .iter()
@@ -294,7 +313,11 @@ mod tests {
             ("0.0.0.0/0", false),
             ("x", false),
         ] {
-            assert_eq!(workspace(&["z1"], network).validate().is_ok(), good, "{network}");
+            assert_eq!(
+                workspace(&["z1"], network).validate().is_ok(),
+                good,
+                "{network}"
+            );
         }
     }
 

@@ -28,7 +28,7 @@ use windlass_domain::{
     dispatch::{self, Attempt},
     id::{OrderId, ServerId},
     inbox::InboxEntry,
-    manifest::Installed,
+    manifest::Manifest,
     order::{Control, Happened, Order, OrderEvent, OrderState},
     plan::{NodeIndex, NodeKind, Plan, StepTemplate},
     progress::{NodeState, Progress},
@@ -251,8 +251,9 @@ impl Actor {
         commands: &mut mpsc::Receiver<Command>,
     ) -> Result<(), Stopped> {
         let mut next = Some(first);
+        let mut more = false;
         loop {
-            let mut batch = Batch::default();
+            let mut batch = Batch { more, ..Batch::default() };
             while let Some(command) = next.take() {
                 crash_point("engine.before_apply");
                 next = self.take(&mut batch, command);
@@ -268,7 +269,7 @@ impl Actor {
                 batch.more = false;
                 self.advance(&mut batch);
             }
-            let more = batch.more;
+            more = batch.more;
             self.commit(batch).await?;
             if next.is_none() {
                 if !more {
@@ -445,7 +446,7 @@ impl Actor {
         if outcome == Outcome::Succeeded
             && matches!(self.plan.steps[step as usize], StepTemplate::Activate)
         {
-            let manifest = dispatch::manifest(&self.plan, unit);
+            let manifest = dispatch::manifest(&self.plan, self.order.plan, unit);
             batch.bytes += 4096;
             batch
                 .installs
@@ -462,6 +463,7 @@ impl Actor {
                 let fence = self.revision.0;
                 let attempt = Attempt {
                     order: self.order.id,
+                    plan: self.order.plan,
                     attempt,
                     fence,
                     expires_at,
@@ -602,12 +604,13 @@ impl Actor {
         }
         for (instance, server, manifest) in &batch.installs {
             let key = rows::installed(*instance, *server);
-            let before = rows::read::<Installed>(store, &key, "what is installed").await?;
-            let installed = before
-                .map(|(installed, _)| installed)
-                .unwrap_or_default()
-                .activate(manifest.clone());
-            txn = txn.put(key, rows::encode(&installed));
+            let current = rows::read::<Manifest>(store, &key, "what is installed").await?;
+            if let Some((current, _)) = current
+                && current.release != manifest.release
+            {
+                txn = txn.put(rows::installed_before(*instance, *server), rows::encode(&current));
+            }
+            txn = txn.put(key, rows::encode(manifest));
         }
         for with in &batch.with {
             txn = txn.and(with.clone());

@@ -12,9 +12,9 @@ use windlass_domain::{
     dispatch,
     inbox::InboxEntry,
     order::{Action, Control, Ending, Order, Purpose},
-    plan::{NodeIndex, NodeKind, Plan, TrafficAction},
+    plan::{NodeIndex, NodeKind, Plan, TrafficAction, Unit},
     plugin::RestoreWeight,
-    progress::{Drift, PoolWeight, Progress},
+    progress::{Drift, NodeProgress, PoolWeight, Progress},
     reducer::{self, Effect, Event},
     task::{Outcome, TaskResult},
 };
@@ -320,12 +320,11 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             };
             let mine = &job.plan.parts[unit.part as usize].pools;
             if remembered.is_none() {
-                let mut weights = Vec::with_capacity(mine.len());
+                let mut weights = weights_of_parent(job, unit).await?;
                 for pool in mine {
-                    weights.push(PoolWeight {
-                        pool: *pool,
-                        weight: pools.weight(*pool, unit.server).await?,
-                    });
+                    if !weights.iter().any(|known| known.pool == *pool) {
+                        weights.push(PoolWeight { pool: *pool, weight: pools.weight(*pool, unit.server).await? });
+                    }
                 }
                 // Durable before the first weight changes: after a crash the old weights are known.
                 let event = Event::TrafficRemembered {
@@ -429,6 +428,15 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
     }
 }
 
+/// Of a rollback: the weights that the order which is rolled back remembered; what the pool shows now is its 0.
+async fn weights_of_parent(job: &Job, unit: &Unit) -> Result<Vec<PoolWeight>, Steering> {
+    let (Purpose::Rollback { of, .. }, Some(drain)) = (&job.order.purpose, unit.drained_by) else { return Ok(Vec::new()) };
+    let key = rows::node(*of, drain);
+    let row = rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress").await;
+    let row = row.map_err(|error| Steering { message: error.to_string(), repeat: true })?;
+    Ok(row.and_then(|(row, _)| row.remembered).unwrap_or_default())
+}
+
 // ---------------------------------------------------------------------------------------------- waiting and judging
 
 async fn pause(job: &Job, node: NodeIndex, attempt: u32) {
@@ -436,7 +444,7 @@ async fn pause(job: &Job, node: NodeIndex, attempt: u32) {
         return;
     };
     let key = rows::node(job.order.id, node);
-    let row = rows::read::<windlass_domain::progress::NodeProgress>(
+    let row = rows::read::<NodeProgress>(
         &*job.engine.shared.store,
         &key,
         "a node's progress",

@@ -9,7 +9,8 @@
 //! | `order-active/{id}` | empty: the order still has effects to perform; recovery starts here |
 //! | `order-owner/{id}` | which server's engine drives it; hangs on a lease |
 //! | `lock/{server}` | [`ServerLock`] |
-//! | `installed/{instance}/{server}` | [`Installed`] |
+//! | `installed/{instance}/{server}` | `Manifest`: what is installed |
+//! | `installed-before/{instance}/{server}` | `Manifest`: what was installed before it |
 //! | `unavailable/{instance}/{cell}/{server}` | [`Unavailable`]: counted by the safety envelope |
 //! | `inbox/{server}/{order}/{unit}` | the task that an agent has to do, or to end: the outbox of dispatches |
 
@@ -125,6 +126,10 @@ pub(crate) fn lock(server: ServerId) -> Key {
 
 pub(crate) fn installed(instance: InstanceId, server: ServerId) -> Key {
     key(["installed", &instance.to_string(), &server.to_string()])
+}
+
+pub(crate) fn installed_before(instance: InstanceId, server: ServerId) -> Key {
+    key(["installed-before", &instance.to_string(), &server.to_string()])
 }
 
 pub(crate) fn unavailable(instance: InstanceId, cell: &str, server: ServerId) -> Key {

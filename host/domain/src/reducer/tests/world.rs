@@ -133,6 +133,8 @@ fn add(plan: &mut Plan, parent: Option<NodeIndex>, tree: &Tree) {
                 cell: "a".to_owned(),
                 env: BTreeMap::new(),
                 restore: RestoreWeight::Remembered,
+                before: None,
+                drained_by: None,
                 reads: Vec::new(),
             });
             (Level::Server, NodeKind::Unit { unit })
