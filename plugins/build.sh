@@ -20,6 +20,8 @@ esac
 
 has_target() { [ -n "$(find "$sysroot/lib/rustlib/$1/lib" -name 'libstd-*.rlib' 2>/dev/null | head -n 1)" ]; }
 
+has_debian_rust() { dpkg -s rustc-web cargo-web rust-web-src >/dev/null 2>&1; }
+
 sysroot=$(rustc --print sysroot)
 host=$(rustc -vV | sed -n 's/^host: //p')
 tools=$sysroot/lib/rustlib/$host/bin
@@ -32,10 +34,10 @@ if ! has_target wasm32-unknown-unknown; then
         :
     elif has_target wasm32-wasip2; then
         target=wasm32-wasip2
-    elif command -v rustc-web >/dev/null 2>&1 || [ -x /usr/lib/rust-web/bin/rustc ]; then
+    elif has_debian_rust; then
         build_std='-Zbuild-std=std,panic_abort'
     elif [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 &&
-        apt-get install -y --no-install-recommends rustc-web cargo-web rust-web-src >&2; then
+        apt-get install -y --no-install-recommends rustc-web cargo-web rust-web-src >&2 && has_debian_rust; then
         build_std='-Zbuild-std=std,panic_abort'
     else
         echo "plugins/build.sh: no standard library for WebAssembly. Run one of these, then try again:" >&2
@@ -46,16 +48,10 @@ if ! has_target wasm32-unknown-unknown; then
 fi
 
 if [ -n "$build_std" ]; then
-    # Debian's compiler brings the sources of the standard library; the linker comes from the rustup toolchain.
-    if [ -x /usr/lib/rust-web/bin/rustc ]; then
-        PATH=/usr/lib/rust-web/bin:$PATH
-        RUSTC=/usr/lib/rust-web/bin/rustc
-        cargo=/usr/lib/rust-web/bin/cargo
-    else
-        RUSTC=$(command -v rustc-web)
-        cargo=$(command -v cargo-web || command -v cargo)
-    fi
+    # Debian's compiler comes with the sources of the standard library; the linker comes from the rustup toolchain.
+    RUSTC=/usr/bin/rustc
     RUSTC_BOOTSTRAP=1
+    cargo=/usr/bin/cargo
     export RUSTC RUSTC_BOOTSTRAP
 fi
 

@@ -236,6 +236,12 @@ pub enum CallFailure {
         /// What the engine says, with the guest's frames.
         reason: String,
     },
+    /// An export does not have the type of the contract.
+    #[error("it does not fit the contract: {reason}")]
+    Mismatch {
+        /// Which export, and how it differs.
+        reason: String,
+    },
     /// Its answer breaks the contract.
     #[error("its answer cannot be used: `{field}` {reason}")]
     InvalidAnswer {
@@ -271,6 +277,7 @@ impl CallFailure {
             Self::Memory { .. } => "plugin-memory-limit",
             Self::Output { .. } => "plugin-output-limit",
             Self::Trap { .. } => "plugin-trap",
+            Self::Mismatch { .. } => "plugin-mismatch",
             Self::InvalidAnswer { .. } => "plugin-invalid-answer",
             Self::WrongKind { .. } => "plugin-wrong-kind",
             Self::NotStarted { .. } => "plugin-not-started",

@@ -109,6 +109,7 @@ pub(crate) async fn load(
                 RejectionCode::DescribeTimeout
             }
             CallFailure::Memory { .. } => RejectionCode::MemoryLimit,
+            CallFailure::Mismatch { .. } => RejectionCode::MissingExport,
             CallFailure::Refused { .. }
             | CallFailure::HostCallTime { .. }
             | CallFailure::HostCalls { .. }

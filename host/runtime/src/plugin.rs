@@ -121,6 +121,7 @@ macro_rules! invoke {
             let $store = &mut invocation.store;
             tokio::time::timeout(caller.sandbox.limits.call_time, async {
                 let $bindings = $pre.instantiate_async(&mut *$store).await?;
+                $store.data_mut().instantiated = true;
                 $call.await
             })
             .await
@@ -464,6 +465,12 @@ impl Caller {
         {
             return CallFailure::NotStarted {
                 reason: format!("the pool of instances is exhausted: {error}"),
+            };
+        }
+        // Instantiating looks up every export with its type; no trap means that one of them does not fit.
+        if !state.instantiated && error.downcast_ref::<wasmtime::Trap>().is_none() {
+            return CallFailure::Mismatch {
+                reason: format!("{error:#}").replace('\n', " "),
             };
         }
         CallFailure::Trap {

@@ -19,7 +19,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     ffi::OsString,
     fmt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::{Duration, Instant},
 };
@@ -62,7 +62,7 @@ pub struct PluginsConfig {
     pub decisions: Decisions,
     /// Receives every finished call.
     pub sink: Option<Arc<dyn CallSink>>,
-    /// A file counts as settled when it did not change for so long. Default 150 ms.
+    /// A file counts as settled when it did not change for so long. Default 100 ms.
     pub settle: Duration,
     /// The directory is looked at so often even when nothing was reported. Default 2 s.
     pub rescan: Duration,
@@ -84,7 +84,7 @@ impl PluginsConfig {
             limits: RuntimeLimits::default(),
             decisions: Decisions::default(),
             sink: None,
-            settle: Duration::from_millis(150),
+            settle: Duration::from_millis(100),
             rescan: Duration::from_secs(2),
         })
     }
@@ -197,6 +197,36 @@ struct FileEntry {
     active: Option<Digest>,
 }
 
+/// Reports of changes in the plugin directory, made before the first look at it, so that no change falls between.
+struct Reports {
+    seen: mpsc::Receiver<()>,
+    /// `None`: there are no reports, and the directory is looked at from time to time only.
+    _watcher: Option<notify::RecommendedWatcher>,
+}
+
+impl Reports {
+    fn start(dir: &Path) -> Self {
+        let (report, seen) = mpsc::channel::<()>(1);
+        let watcher = notify::recommended_watcher(move |_: notify::Result<notify::Event>| {
+            // Full: a look at the directory is due already.
+            if report.try_send(()).is_ok() {}
+        })
+        .and_then(|mut watcher| {
+            watcher.watch(dir, notify::RecursiveMode::NonRecursive)?;
+            Ok(watcher)
+        });
+        if let Err(error) = &watcher {
+            tracing::error!(
+                "changes of the plugin directory are not reported, it is looked at from time to time: {error}"
+            );
+        }
+        Self {
+            seen,
+            _watcher: watcher.ok(),
+        }
+    }
+}
+
 /// What became of one file.
 struct FileOutcome {
     digest: Option<Digest>,
@@ -232,7 +262,7 @@ impl Plugins {
         } = config;
         let compile_time = limits.compile_time;
         let compile_memory = limits.compile_memory_bytes;
-        let (sandbox, keep, cache_dir, known, last_good, found) = {
+        let (sandbox, keep, cache_dir, known, last_good, reports, found) = {
             let (dir, state_dir) = (dir.clone(), state_dir.clone());
             blocking(move || {
                 let at = |path: &PathBuf| {
@@ -249,8 +279,9 @@ impl Plugins {
                     Keep::open(&state_dir, sandbox.compatibility()).map_err(at(&state_dir))?;
                 let known = keep.list().map_err(at(&state_dir))?;
                 let last_good = keep.read_files();
+                let reports = Reports::start(&dir);
                 let found = directory::scan(&dir).map_err(at(&dir))?;
-                Ok::<_, OpenError>((sandbox, keep, cache_dir, known, last_good, found))
+                Ok::<_, OpenError>((sandbox, keep, cache_dir, known, last_good, reports, found))
             })
             .await?
         };
@@ -301,7 +332,7 @@ impl Plugins {
         let watching = Arc::clone(&inner);
         inner
             .tasks
-            .spawn(async move { watching.watch_directory().await });
+            .spawn(async move { watching.watch_directory(reports).await });
         Ok(Self { inner })
     }
 
@@ -695,26 +726,7 @@ impl Inner {
         Ok(loaded)
     }
 
-    async fn watch_directory(self: &Arc<Self>) {
-        let (seen, mut events) = mpsc::channel::<()>(1);
-        let watcher = notify::recommended_watcher(move |_: notify::Result<notify::Event>| {
-            // Full: a look at the directory is due already.
-            if seen.try_send(()).is_ok() {}
-        })
-        .and_then(|mut watcher| {
-            watcher.watch(&self.dir, notify::RecursiveMode::NonRecursive)?;
-            Ok(watcher)
-        });
-        let _watcher = match watcher {
-            Ok(watcher) => Some(watcher),
-            Err(error) => {
-                tracing::error!(
-                    "changes of the plugin directory are not reported ({error}); it is looked at every {:?}",
-                    self.rescan
-                );
-                None
-            }
-        };
+    async fn watch_directory(self: &Arc<Self>, mut reports: Reports) {
         let mut unsettled = BTreeMap::new();
         loop {
             let pause = if unsettled.is_empty() {
@@ -725,7 +737,7 @@ impl Inner {
             tokio::select! {
                 () = self.shutdown.cancelled() => return,
                 // A closed channel never wakes: the watcher could not be made.
-                Some(()) = events.recv() => {}
+                Some(()) = reports.seen.recv() => {}
                 () = tokio::time::sleep(pause) => {}
             }
             self.look(&mut unsettled).await;

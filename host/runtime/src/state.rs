@@ -42,6 +42,8 @@ pub(crate) struct State {
     /// Ticks of the epoch that guest code ran through.
     pub(crate) ticks: u64,
     pub(crate) out_of_time: bool,
+    /// Whether the instance stands: what fails before is no fault of the called function.
+    pub(crate) instantiated: bool,
     /// Why a host function ended the call, where one did.
     pub(crate) host_failure: Option<CallFailure>,
     pub(crate) host: Option<Arc<dyn Host>>,
@@ -69,6 +71,7 @@ impl State {
             log,
             ticks: 0,
             out_of_time: false,
+            instantiated: false,
             host_failure: None,
             host,
             host_calls: Vec::new(),

@@ -461,3 +461,31 @@ async fn a_plugins_own_memory_setting_counts() {
     );
     plugins.close().await;
 }
+
+#[test]
+fn guests_import_nothing_but_their_world() {
+    let engine = wasmtime::Engine::default();
+    for (name, allowed) in [
+        ("binary", vec!["types", "logging"]),
+        ("grouped", vec!["types", "logging"]),
+        ("system-info", vec!["types", "logging"]),
+        (
+            "server-basics",
+            vec!["types", "logging", "probes", "resources"],
+        ),
+    ] {
+        let file = shipped().join(format!("{name}.wasm"));
+        let bytes = std::fs::read(file).unwrap();
+        let component = wasmtime::component::Component::from_binary(&engine, &bytes).unwrap();
+        let allowed: Vec<String> = allowed
+            .into_iter()
+            .map(|interface| format!("windlass:plugin/{interface}@1.0.0"))
+            .collect();
+        for (import, _) in component.component_type().imports(&engine) {
+            assert!(
+                allowed.iter().any(|name| name == import),
+                "{name} imports {import}"
+            );
+        }
+    }
+}
