@@ -251,6 +251,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Writer<S> {
         self.out.len() < MAX_WAITING_FRAMES
     }
 
+    /// Acknowledgements may wait in greater number than tasks: an agent that is busy sending may read a little later.
+    fn has_room_for_answers(&self) -> bool {
+        self.out.len() < 4 * MAX_WAITING_FRAMES
+    }
+
     /// Puts a message in line to be written.
     pub(super) fn put(&mut self, message: &ToAgent, kind: OutKind) -> Result<(), EncodeError> {
         let frame = Message::text(encode(message)?);
@@ -374,6 +379,11 @@ where
     let mut entered = entered;
     let session = entered.session.clone();
     let held = std::mem::take(&mut entered.held);
+    // Outside the handshake's time limit: a note that was begun is followed by that of the end.
+    let facts = Box::new(session.state().facts.clone());
+    let at = session.since;
+    let connected = SessionNote::Connected { at, facts };
+    note(&gateway, session.server, connected).await;
     let ended = run(&gateway, &session, &mut link, reports, held).await;
     // Out of the map before the goodbye: nobody counts on this session any more.
     let was_current = entered.leave();
@@ -519,7 +529,6 @@ async fn open<S: AsyncRead + AsyncWrite + Unpin>(
         .map_err(|error| refused(error.to_string()))?;
 
     let id = SessionId::from_bytes(random_bytes());
-    let facts = Box::new(state.facts.clone());
     let at = clock::now();
     let session = Arc::new(Session {
         id,
@@ -577,7 +586,6 @@ async fn open<S: AsyncRead + AsyncWrite + Unpin>(
         .map_err(Ended::Encode)?;
     link.writer.flush().await?;
     tracing::info!(server.id = %server, server.name = %session.server_name, %peer, "an agent's session is open");
-    note(gateway, server, SessionNote::Connected { at, facts }).await;
     Ok(entered)
 }
 
@@ -737,7 +745,7 @@ async fn turns<S: AsyncRead + AsyncWrite + Unpin + Send>(
             }
             continue;
         }
-        let can_read = state.reporting.len() < MAX_REPORTS && link.writer.has_room();
+        let can_read = state.reporting.len() < MAX_REPORTS && link.writer.has_room_for_answers();
         let has_output = !link.writer.is_idle();
         let (writer, stream) = (&mut link.writer, &mut link.stream);
         tokio::select! {
