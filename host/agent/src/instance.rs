@@ -181,7 +181,7 @@ impl InstanceDir {
         }
         let before = self.installed()?;
         let kept = before.previous.clone();
-        let after = before.activate(manifest.clone());
+        let after = activated(before, manifest.clone());
         crash::point("activate_begin");
         if let Some(previous) = &after.previous
             && Some(previous) != kept.as_ref()
@@ -325,6 +325,18 @@ impl InstanceDir {
             env.insert("WINDLASS_RELEASE".into(), release);
         }
         Ok(env)
+    }
+}
+
+/// What is installed after a manifest was activated. Activating the same release again keeps the previous one.
+fn activated(before: Installed, manifest: Manifest) -> Installed {
+    let previous = match before.current {
+        Some(current) if current.release == manifest.release => before.previous,
+        replaced => replaced,
+    };
+    Installed {
+        current: Some(manifest),
+        previous,
     }
 }
 

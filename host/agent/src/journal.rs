@@ -548,7 +548,7 @@ fn content_at(bytes: &[u8], at: usize) -> Option<&[u8]> {
 
 /// The picture, the epoch and the end of the last whole frame; or what is wrong with the file.
 fn read(bytes: &[u8], boot_id: &str) -> Result<(Picture, Epoch, u64), String> {
-    if bytes.is_empty() || bytes.len() as u64 % CHUNK != 0 {
+    if bytes.is_empty() || !(bytes.len() as u64).is_multiple_of(CHUNK) {
         return Err(format!(
             "it has {} bytes, which is no whole number of {CHUNK}-byte chunks: it was cut",
             bytes.len()

@@ -624,7 +624,12 @@ fn unpack_zip(mut file: File, tree: &mut Tree<'_>) -> Result<(), UnpackError> {
             .map_err(|error| broken(chain(&error)))?
             .into_owned();
         let path = parts(&shown)?;
-        let kind = entry.unix_mode().map_or(0, |mode| mode & 0o170_000);
+        // The crate's `unix_mode` leaves the set-id bits out, which are to be refused and not overlooked.
+        let raw = entry.external_attributes() >> 16;
+        let unix_mode = entry
+            .unix_mode()
+            .map(|mode| if raw == 0 { mode } else { raw });
+        let kind = unix_mode.map_or(0, |mode| mode & 0o170_000);
         match kind {
             0o120_000 => {
                 let mut target = Vec::new();
@@ -637,12 +642,11 @@ fn unpack_zip(mut file: File, tree: &mut Tree<'_>) -> Result<(), UnpackError> {
                 tree.symlink(&path, &shown, &target)?;
             }
             0o040_000 | 0o100_000 | 0 if entry.is_dir() => {
-                tree.directory(&path, &shown, entry.unix_mode().unwrap_or(0o755))?;
+                tree.directory(&path, &shown, unix_mode.unwrap_or(0o755))?;
             }
             0o100_000 | 0 => {
-                let mode = entry
-                    .unix_mode()
-                    .map_or(0o644, |mode| if mode & 0o7777 == 0 { 0o644 } else { mode });
+                let mode =
+                    unix_mode.map_or(0o644, |mode| if mode & 0o7777 == 0 { 0o644 } else { mode });
                 tree.file(&path, &shown, mode, &mut entry)?;
             }
             0o020_000 => {

@@ -168,7 +168,7 @@ impl Watch {
             inotify::add_watch(&descriptor, dir.path(), events)?;
             Ok(descriptor)
         });
-        Self(watched.ok().and_then(|descriptor| own(descriptor)))
+        Self(watched.ok().and_then(own))
     }
 
     /// Waits for a change, at most `longest`.
