@@ -1,5 +1,11 @@
 //! The agent as a real process, against a small gateway in the test: real sockets, real scripts, real crashes.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a panic is how a test fails, also in its helpers"
+)]
+
 mod actions;
 mod attacks;
 mod crashes;
