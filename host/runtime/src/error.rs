@@ -168,7 +168,7 @@ pub enum LookupError {
 #[error("plugin {}@{} ({}), `{export}`: {failure}", plugin.name, plugin.version, plugin.digest.short())]
 pub struct CallError {
     /// Which plugin.
-    pub plugin: PluginRef,
+    pub plugin: Box<PluginRef>,
     /// Which of its functions.
     pub export: &'static str,
     /// What happened.

@@ -77,12 +77,7 @@ pub(crate) async fn load(
         tokio::task::spawn_blocking(move || Component::from_binary(&engine.engine, &bytes))
             .await
             .map_err(|error| Rejection::new(RejectionCode::CompileFailed, error.to_string()))?
-            .map_err(|error| {
-                Rejection::new(
-                    RejectionCode::InvalidComponent,
-                    format!("not a valid component: {}", one_line(&error)),
-                )
-            })?;
+            .map_err(|error| not_loadable(&error))?;
     let kind = kind_of(&sandbox.engine, &component)?;
     check_imports(&sandbox.engine, &component, kind)?;
     check_resources(sandbox, &component)?;
@@ -133,6 +128,24 @@ pub(crate) async fn load(
         descriptor: Arc::new(descriptor),
         schema,
     })
+}
+
+/// Bytes that compiled in the child and are not loaded: the pool is what the child does not have.
+fn not_loadable(error: &wasmtime::Error) -> Rejection {
+    let text = one_line(error);
+    // wasmtime has no types for these; a test holds the texts in place.
+    let (code, what) = match (
+        text.contains("pooling allocator"),
+        text.contains("minimum byte size"),
+    ) {
+        (true, true) => (
+            RejectionCode::MemoryLimit,
+            "needs more memory to start than any plugin can have",
+        ),
+        (true, false) => (RejectionCode::ResourceLimit, "needs more than a call has"),
+        (false, _) => (RejectionCode::InvalidComponent, "not a valid component"),
+    };
+    Rejection::new(code, format!("{what}: {text}"))
 }
 
 fn one_line(error: &wasmtime::Error) -> String {

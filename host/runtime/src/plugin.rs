@@ -480,7 +480,7 @@ impl Caller {
 
     pub(crate) fn error(&self, export: &'static str, failure: CallFailure) -> CallError {
         CallError {
-            plugin: self.reference.clone(),
+            plugin: Box::new(self.reference.clone()),
             export,
             failure,
         }
