@@ -1,5 +1,7 @@
 //! Calling plugins: what the shipped ones answer, and that a guest that misbehaves hurts only its own call.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::{

@@ -1,5 +1,7 @@
 //! Files that come, change and go, and what stays of them.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::{

@@ -1,5 +1,7 @@
 //! Files that are no plugins: each is rejected with its own code, leaves nothing behind and disturbs nobody.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod support;
 
 use std::fs;
