@@ -22,6 +22,7 @@ pub mod pool;
 pub mod progress;
 pub mod reducer;
 pub mod server;
+pub mod stages;
 pub mod task;
 pub mod time;
 pub mod token;

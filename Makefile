@@ -1,0 +1,48 @@
+# Everything that is done with Windlass's source. On a fresh machine `make demo` and `make test` do all of it, set-up
+# included. Set-up that needs root and has none prints the exact command.
+
+# One profile for binaries, tests, demo and benches: wasmtime is built once.
+CARGO      := cargo
+PROFILE    := --release
+BIN        := target/release
+PLUGINS    := target/plugins
+GUESTS     := target/test-guests
+DEMO_ARGS  ?=
+# What tests need besides cargo: HOW to get it is in tests/setup.sh.
+
+.PHONY: build plugins guests demo dev test lint bench soak clean setup
+
+build: setup
+	$(CARGO) build $(PROFILE) -p windlass -p windlass-agent -p windlass-sample --bins
+	sh plugins/build.sh $(PLUGINS)
+
+setup:
+	@sh tests/setup.sh
+
+guests: setup
+	sh plugins/build.sh --guests $(GUESTS)
+
+demo: build
+	$(BIN)/windlass demo --plugins $(PLUGINS) $(DEMO_ARGS)
+
+dev: build
+	$(BIN)/windlass dev --plugins $(PLUGINS)
+
+test: build guests
+	$(CARGO) test $(PROFILE) --workspace --all-features --no-fail-fast
+
+lint: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --all-features
+	sh tests/policy.sh
+
+bench: build
+	sh tests/bench.sh
+
+# The long runs: kill loops and random schedules in full.
+soak: build guests
+	WINDLASS_SOAK_SECONDS=300 $(CARGO) test $(PROFILE) -p windlass-agent -p windlass-tests -- soak
+
+clean:
+	$(CARGO) clean
