@@ -8,4 +8,5 @@ pub mod clock;
 pub mod engine;
 pub mod gateway;
 pub mod ids;
+mod keys;
 pub mod service;

@@ -2,8 +2,24 @@
 //!
 //! A service takes parsed values and a [`Caller`], checks the rules of its resource, and writes everything that belongs
 //! together with one transaction, the caller's idempotency record among it. It knows no HTTP.
+//!
+//! ```text
+//! request ─► read ─► check (typed error) ─► transaction with preconditions on what was read ─► commit ─► answer
+//!              ▲                                                                                 │ conflict
+//!              └─────────────────────────────────────────────────────────────────────────────────┘ at most 16 times
+//! ```
 
-use windlass_store::Txn;
+pub mod activation_codes;
+pub mod apps;
+pub mod idempotency;
+pub mod pools;
+pub(crate) mod records;
+pub mod tokens;
+pub mod workspaces;
+
+use windlass_store::{BlobError, CommitError, StoreError, Txn};
+
+pub use records::{PageOf, PageRequest};
 
 /// Who asks, and what is committed together with the change.
 #[derive(Debug, Clone, Default)]
@@ -81,6 +97,9 @@ pub enum ServiceError {
         /// What to do.
         mend: String,
     },
+    /// The same request, under the same idempotency key, was carried out meanwhile: its answer is in the idempotency records.
+    #[error("the same request was carried out at the same time; read its answer again")]
+    Replay,
     /// It cannot be done now; trying again may help.
     #[error("{message}")]
     Unavailable {
@@ -96,4 +115,124 @@ pub enum ServiceError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+}
+
+impl ServiceError {
+    pub(crate) fn not_found(what: &'static str, id: impl std::fmt::Display) -> Self {
+        Self::NotFound {
+            what,
+            id: id.to_string().chars().take(80).collect(),
+        }
+    }
+
+    /// A field that breaks a rule.
+    pub(crate) fn invalid(
+        code: &'static str,
+        field: impl Into<String>,
+        message: impl Into<String>,
+        mend: impl Into<String>,
+    ) -> Self {
+        Self::Invalid {
+            code,
+            field: field.into(),
+            message: message.into(),
+            mend: mend.into(),
+        }
+    }
+
+    pub(crate) fn conflict(
+        code: &'static str,
+        message: impl Into<String>,
+        mend: impl Into<String>,
+    ) -> Self {
+        Self::Conflict {
+            code,
+            message: message.into(),
+            mend: mend.into(),
+        }
+    }
+
+    pub(crate) fn taken(what: &'static str, field: &'static str, value: &str) -> Self {
+        Self::conflict(
+            "name_taken",
+            format!("the {field} `{value}` is taken by another {what}"),
+            format!("choose another {field}"),
+        )
+    }
+
+    /// A deletion or change of something that others refer to. Names the first 20 of them.
+    pub(crate) fn in_use(what: &'static str, id: &str, by: &[String]) -> Self {
+        let mut list = by.iter().take(20).cloned().collect::<Vec<_>>().join(", ");
+        if by.len() > 20 {
+            list.push_str(&format!(" and {} more", by.len() - 20));
+        }
+        Self::conflict(
+            "in_use",
+            format!("the {what} `{id}` is in use by: {list}"),
+            "remove or change these first",
+        )
+    }
+
+    pub(crate) fn internal(
+        doing: &'static str,
+        source: impl std::error::Error + Send + Sync + 'static,
+    ) -> Self {
+        Self::Internal {
+            doing,
+            source: Box::new(source),
+        }
+    }
+
+    /// A value of the domain that was refused, with the field it came from.
+    pub(crate) fn of_value(
+        (field, error): (&'static str, windlass_domain::name::InvalidValue),
+    ) -> Self {
+        match (error.limit, error.current) {
+            (Some(limit), Some(current)) => Self::Limit {
+                code: "out_of_limit",
+                field: field.to_owned(),
+                message: error.message,
+                limit,
+                current,
+                mend: format!("give a value of `{field}` within the limit"),
+            },
+            _ => Self::invalid(
+                "invalid_value",
+                field,
+                error.message,
+                format!("correct `{field}`"),
+            ),
+        }
+    }
+}
+
+impl From<StoreError> for ServiceError {
+    fn from(error: StoreError) -> Self {
+        match error {
+            StoreError::Closed => Self::Unavailable {
+                message: "the server is shutting down; try again shortly".to_owned(),
+            },
+            error => Self::internal("read or write the store", error),
+        }
+    }
+}
+
+impl From<CommitError> for ServiceError {
+    fn from(error: CommitError) -> Self {
+        match error {
+            CommitError::Store(error) => error.into(),
+            CommitError::Conflict { .. } => Self::Unavailable {
+                message: "others changed the same records at the same time; try again".to_owned(),
+            },
+            error @ (CommitError::Limit(_) | CommitError::LeaseOver { .. }) => {
+                Self::internal("commit a change", error)
+            }
+        }
+    }
+}
+
+impl From<BlobError> for ServiceError {
+    fn from(error: BlobError) -> Self {
+        Self::internal("read or write a blob", error)
+    }
 }
