@@ -1,3 +1,4 @@
 //! What tests and benches of the whole share.
 
+pub mod host;
 pub mod simulated;
