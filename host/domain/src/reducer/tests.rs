@@ -1,5 +1,6 @@
 //! Tests of the reducer: every (state, event) in a table, random plans and events, and readable examples.
 
+mod plans;
 mod properties;
 mod scenarios;
 mod table;

@@ -3,7 +3,10 @@
 use proptest::{collection::vec, prelude::*, test_runner::RngSeed};
 use uuid::Uuid;
 
-use super::world::{Leaf, Tree, World, build, effect_node, result};
+use super::{
+    plans::{Leaf, Tree, build},
+    world::{World, effect_node, result},
+};
 use crate::{
     id::OrderId,
     limits::Amount,

@@ -1,6 +1,9 @@
 //! The rules that matter, one readable example each.
 
-use super::world::{Leaf, Tree, World, application, group, plan, result, server};
+use super::{
+    plans::{Leaf, Tree, application, group, plan, server},
+    world::{World, result},
+};
 use crate::{
     limits::Amount,
     order::{Action, Control, Ending, OrderState},

@@ -5,7 +5,10 @@ use std::fmt::Write as _;
 
 use uuid::Uuid;
 
-use super::world::{Leaf, Tree, build, result};
+use super::{
+    plans::{Leaf, Tree, build},
+    world::result,
+};
 use crate::{
     id::OrderId,
     order::{Action, Control, Ending},

@@ -1,0 +1,89 @@
+//! How far one server's turn got: from it a rollback is planned, and a server that is left gets its weight back.
+//!
+//! Looks at the plan and the progress, and changes neither.
+
+use crate::{
+    plan::{NodeIndex, NodeKind, Plan, StepTemplate, TrafficAction},
+    plugin::{Phase, UnitState},
+    progress::{NodeState, Progress},
+};
+
+/// How far a unit got: what a rollback is planned from.
+#[must_use]
+pub fn unit_state(plan: &Plan, progress: &Progress, unit: NodeIndex) -> UnitState {
+    if progress.state(unit) == NodeState::Succeeded {
+        return UnitState::Released;
+    }
+    let touched = progress
+        .children(unit)
+        .iter()
+        .any(|leaf| is_disruptive(plan, *leaf) && progress.node(*leaf).attempt > 0);
+    if touched {
+        UnitState::Failed
+    } else {
+        UnitState::Untouched
+    }
+}
+
+/// Whether a leaf, once started, changes what serves on the server.
+fn is_disruptive(plan: &Plan, leaf: NodeIndex) -> bool {
+    match &plan.nodes[leaf as usize].kind {
+        NodeKind::Step { step } => match &plan.steps[*step as usize] {
+            StepTemplate::Fetch | StepTemplate::Unpack => false,
+            StepTemplate::Activate => true,
+            StepTemplate::Stack(step) => match step.phase {
+                Phase::Prepare | Phase::Install | Phase::Configure | Phase::Check => false,
+                Phase::Stop | Phase::Deploy | Phase::Start | Phase::Restart | Phase::Uninstall => {
+                    true
+                }
+            },
+        },
+        NodeKind::Sequence
+        | NodeKind::Parallel { .. }
+        | NodeKind::Unit { .. }
+        | NodeKind::Traffic(_)
+        | NodeKind::Gate { .. }
+        | NodeKind::Pause { .. }
+        | NodeKind::Judge { .. } => false,
+    }
+}
+
+/// The restore leaf to run when a unit is ended that was drained but not changed: its weight would stay at 0 for nothing.
+pub(super) fn restore_of_untouched(
+    plan: &Plan,
+    progress: &Progress,
+    unit: NodeIndex,
+) -> Option<NodeIndex> {
+    if unit_state(plan, progress, unit) != UnitState::Untouched {
+        return None;
+    }
+    let drained = |leaf: &NodeIndex| {
+        matches!(
+            plan.nodes[*leaf as usize].kind,
+            NodeKind::Traffic(TrafficAction::Drain { .. })
+        ) && progress.node(*leaf).remembered.is_some()
+    };
+    let leaves = progress.children(unit);
+    leaves.iter().any(drained).then(|| {
+        leaves.iter().copied().find(|leaf| {
+            matches!(
+                plan.nodes[*leaf as usize].kind,
+                NodeKind::Traffic(TrafficAction::Restore)
+            ) && progress.state(*leaf) == NodeState::NotStarted
+        })
+    })?
+}
+
+/// Whether a server is as it was before its turn: nothing on it changed, and its weight was not taken or is back.
+pub(super) fn is_as_before(plan: &Plan, progress: &Progress, unit: NodeIndex) -> bool {
+    let leaf_of = |wanted: fn(&TrafficAction) -> bool| {
+        progress.children(unit).iter().copied().find(|leaf| {
+            matches!(&plan.nodes[*leaf as usize].kind, NodeKind::Traffic(action) if wanted(action))
+        })
+    };
+    let drain = leaf_of(|action| matches!(action, TrafficAction::Drain { .. }));
+    let restore = leaf_of(|action| matches!(action, TrafficAction::Restore));
+    let drained = drain.is_some_and(|leaf| progress.node(leaf).remembered.is_some());
+    let restored = restore.is_none_or(|leaf| progress.state(leaf) == NodeState::Succeeded);
+    unit_state(plan, progress, unit) == UnitState::Untouched && (!drained || restored)
+}
