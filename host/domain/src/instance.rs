@@ -43,9 +43,6 @@ pub struct ServiceInstance {
     /// Custom environment parameters.
     #[serde(default)]
     pub env: Environment,
-    /// Variables of single servers.
-    #[serde(default)]
-    pub server_variables: BTreeMap<ServerId, BTreeMap<String, String>>,
     /// Pools that its servers take traffic from.
     #[serde(default)]
     pub pools: Vec<PoolId>,
@@ -67,8 +64,55 @@ impl ServiceInstance {
         for key in self.env.keys() {
             check_env_key(key).map_err(|error| ("env", error))?;
         }
-        for key in self.server_variables.values().flat_map(BTreeMap::keys) {
-            check_env_key(key).map_err(|error| ("server_variables", error))?;
+        Ok(())
+    }
+}
+
+/// Variables of one server of an instance at most.
+pub const MAX_VARIABLES: usize = 100;
+/// Longest value of a variable, in characters.
+pub const MAX_VARIABLE_CHARS: usize = 1000;
+
+/// A server that is bound to a service instance. A server is bound to at most one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Binding {
+    /// Schema version of this record.
+    pub schema: u32,
+    /// The service instance.
+    pub instance: InstanceId,
+    /// The server.
+    pub server: ServerId,
+    /// Variables of this server: they become environment of its steps and its application.
+    #[serde(default)]
+    pub variables: BTreeMap<String, String>,
+    /// When it was bound.
+    pub bound_at: Timestamp,
+}
+
+impl Binding {
+    /// The current [`Binding::schema`].
+    pub const SCHEMA: u32 = 1;
+
+    /// Checks the variables.
+    ///
+    /// # Errors
+    /// The field, and what is wrong with it.
+    pub fn validate(&self) -> Result<(), (&'static str, InvalidValue)> {
+        let found = self.variables.len();
+        if found > MAX_VARIABLES {
+            return Err((
+                "variables",
+                InvalidValue::limit(
+                    format!("a server has at most {MAX_VARIABLES} variables, {found} are given"),
+                    MAX_VARIABLES as u64,
+                    found as u64,
+                ),
+            ));
+        }
+        for (key, value) in &self.variables {
+            check_env_key(key).map_err(|error| ("variables", error))?;
+            check_length("the value of a variable", value, 0, MAX_VARIABLE_CHARS)
+                .map_err(|error| ("variables", error))?;
         }
         Ok(())
     }

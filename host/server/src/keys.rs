@@ -200,11 +200,6 @@ pub(crate) fn last_segment(key: &Key) -> &str {
     key.segments().next_back().unwrap_or_default()
 }
 
-/// Rises whenever something begins to use a record: a deletion that saw no user is void when it changed.
-pub(crate) fn guard(kind: Kind, id: &str) -> Key {
-    key(["guard", kind.segment(), id])
-}
-
 /// A server by the hash of its agent's public key.
 pub(crate) fn server_key(hash: Digest) -> Key {
     key(["server-key", &hash.to_string()])

@@ -12,8 +12,10 @@
 pub mod activation_codes;
 pub mod apps;
 pub mod idempotency;
+pub mod instances;
 pub mod pools;
 pub(crate) mod records;
+pub mod servers;
 pub mod tokens;
 pub mod workspaces;
 
