@@ -48,6 +48,7 @@ use windlass_domain::{
 use windlass_store::{BlobError, Blobs, CommitError, Lease, Store, Txn};
 
 use actor::Command;
+pub(crate) use executor::differences;
 use keeper::{Keeper, KeeperTask};
 use rows::RowError;
 use traffic::TrafficPools;
@@ -345,6 +346,29 @@ impl Engine {
             Err(error) => {
                 tracing::error!(order.id = %id, error = &error as &dyn std::error::Error, "locks could not be taken");
                 Err(ActError::Busy(id))
+            }
+        }
+    }
+
+    /// Keeps and runs the rollback of an order that has ended. `with` is committed together with it.
+    ///
+    /// # Errors
+    /// [`ActError`].
+    pub async fn roll_back_ended(&self, of: OrderId, planned: PlannedRollback, with: Txn) -> Result<OrderId, ActError> {
+        let store = &*self.shared.store;
+        let found = rows::read_order(store, of).await.map_err(|source| ActError::Row { id: of, source })?;
+        let Some((mut parent, revision)) = found else { return Err(ActError::NoSuchOrder(of)) };
+        let (id, new) = executor::new_order_running(planned.order, &planned.plan)?;
+        parent.rolled_back_by = Some(id);
+        let link = Txn::new().revision_is(rows::order(of), revision).put(rows::order(of), rows::encode(&parent));
+        match store.commit(new.and(link).and(with)).await {
+            Ok(_) => {
+                drop(self.take_up(id));
+                Ok(id)
+            }
+            Err(error) => {
+                tracing::warn!(order.id = %of, error = &error as &dyn std::error::Error, "a rollback order was not made");
+                Err(ActError::Busy(of))
             }
         }
     }

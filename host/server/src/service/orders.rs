@@ -1,0 +1,496 @@
+//! Orders: preview, create, look at, act on.
+//!
+//! Owns what an order is made from (the specification and the plan, both blobs by digest) and which checks stand before an
+//! action; the engine owns what happens then. A previewed plan is kept, so that an order made with its digest runs exactly
+//! that plan, or is refused with what has changed since.
+
+use serde::{Deserialize, Serialize};
+use windlass_domain::{
+    Digest, Timestamp,
+    dispatch,
+    id::{OrderId, ServerId},
+    order::{Action, Control, Order, OrderEvent, OrderState, PlanRevision, Purpose, ReleaseSpec},
+    plan::{Level, NodeIndex, NodeKind, Plan},
+    progress::{Counts, Drift, NodeProgress, NodeState, PoolWeight, Progress},
+    reducer::Refused,
+};
+use windlass_store::{CommitError, Revision, Watch};
+
+use super::{Caller, ServiceError, planning::Planner};
+use crate::{
+    clock,
+    engine::{self, ActError, Engine, rows},
+    ids,
+};
+
+/// Orders on one page unless asked otherwise.
+pub const DEFAULT_PAGE: usize = 20;
+/// Orders on one page at most.
+pub const MAX_PAGE: usize = 100;
+
+/// An order to be made. JSON: the fields of the release, and beside them `plan_digest` and `run`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+pub struct CreateOrder {
+    /// What to release.
+    #[serde(flatten)]
+    pub release: ReleaseSpec,
+    /// The digest that a preview gave: run exactly that plan, or be refused with what has changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan_digest: Option<Digest>,
+    /// Run it at once.
+    pub run: bool,
+}
+
+impl<'de> Deserialize<'de> for CreateOrder {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error;
+        // Flattening and refusing unknown fields do not go together: take our own fields out first.
+        let mut fields = serde_json::Map::deserialize(deserializer)?;
+        let plan_digest = fields.remove("plan_digest").filter(|value| !value.is_null());
+        let plan_digest = plan_digest.map(serde_json::from_value).transpose().map_err(D::Error::custom)?;
+        let run = fields.remove("run").map(serde_json::from_value).transpose().map_err(D::Error::custom)?;
+        let release = ReleaseSpec::deserialize(serde_json::Value::Object(fields)).map_err(D::Error::custom)?;
+        Ok(Self { release, plan_digest, run: run.unwrap_or(false) })
+    }
+}
+
+/// A plan and the digest that names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PlanView {
+    /// The digest.
+    pub plan_digest: Digest,
+    /// Servers it works on.
+    pub server_count: usize,
+    /// The plan: every step with its script in `steps`, every server with what differs in `units`, the tree in `nodes`.
+    pub plan: Plan,
+}
+
+/// One node of an order with where it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct NodeView {
+    /// Its index: what actions name.
+    pub node: NodeIndex,
+    /// Its parent.
+    pub parent: Option<NodeIndex>,
+    /// What it stands for.
+    pub level: Level,
+    /// Name for people.
+    pub name: String,
+    /// `sequence`, `parallel`, `unit`, `step`, `traffic`, `gate`, `pause`, `judge`.
+    pub kind: String,
+    /// The server, where it is one's.
+    pub server: Option<ServerId>,
+    /// That server's name.
+    pub server_name: Option<String>,
+    /// Its state.
+    pub state: NodeState,
+    /// Attempts so far.
+    pub attempt: u32,
+    /// When the last attempt started.
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    pub finished_at: Option<Timestamp>,
+    /// What happened, what holds it, or what it waits for.
+    pub message: String,
+    /// What drifted.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drift: Vec<Drift>,
+    /// Weights that a drain remembered.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remembered: Vec<PoolWeight>,
+    /// The main process's exit code, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+}
+
+/// Filters of the list of orders.
+#[derive(Debug, Clone, Default)]
+pub struct OrderFilter {
+    /// Only in this state.
+    pub state: Option<OrderState>,
+}
+
+/// Orders. Cheap to clone.
+#[derive(Clone)]
+pub struct Orders {
+    engine: Engine,
+    planner: Planner,
+}
+
+impl Orders {
+    /// Orders over this engine.
+    #[must_use]
+    pub fn new(engine: Engine, planner: Planner) -> Self {
+        Self { engine, planner }
+    }
+
+    /// Makes the complete plan without doing anything. It is kept for a day, so that an order can name its digest.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn preview(&self, workspace: &str, spec: &ReleaseSpec) -> Result<PlanView, ServiceError> {
+        check_title(&spec.title)?;
+        let plan = self.planner.plan_release(workspace, spec).await?;
+        let plan_digest = self.keep(&plan).await?;
+        Ok(PlanView { plan_digest, server_count: plan.units.len(), plan })
+    }
+
+    /// Makes an order.
+    ///
+    /// # Errors
+    /// [`ServiceError`]; `plan_drifted` when `plan_digest` names a plan that would be another one today.
+    pub async fn create(&self, caller: Caller, workspace: &str, create: CreateOrder) -> Result<Order, ServiceError> {
+        let CreateOrder { release, plan_digest, run } = create;
+        check_title(&release.title)?;
+        let plan = self.planner.plan_release(workspace, &release).await?;
+        let digest = self.keep(&plan).await?;
+        if let Some(previewed) = plan_digest.filter(|previewed| *previewed != digest) {
+            return Err(self.changed_since(previewed, &plan).await);
+        }
+        let spec = engine::store_json(&self.engine.shared.blobs, &release).await.map_err(|error| failed("keep the order's specification", error))?;
+        let at = clock::now();
+        let id = OrderId::from_uuid(ids::new_uuid());
+        let order = Order {
+            schema: Order::SCHEMA,
+            id,
+            workspace: workspace.to_owned(),
+            title: release.title,
+            purpose: Purpose::Release,
+            state: OrderState::NotStarted,
+            state_reason: String::new(),
+            strategy: plan.strategy.as_ref().map_or_else(String::new, |plugin| format!("{}@{}", plugin.name, plugin.version)),
+            plan: digest,
+            revisions: vec![PlanRevision { revision: 1, digest, author: caller.name.clone(), at, difference: String::new() }],
+            spec,
+            counts: Counts { waiting: u32::try_from(plan.units.len()).unwrap_or(u32::MAX), ..Counts::default() },
+            control: Control::NotStarted,
+            stalled: false,
+            lock_owner: id,
+            last_event: 0,
+            rolled_back_by: None,
+            server_count: u32::try_from(plan.units.len()).unwrap_or(u32::MAX),
+            created_by: caller.name.clone(),
+            created_at: at,
+            started_at: None,
+            finished_at: None,
+            last_progress_at: None,
+        };
+        self.engine.create(&order, caller.with).await.map_err(not_committed)?;
+        if run {
+            self.engine.act(id, Action::Run, &caller.name, windlass_store::Txn::new()).await.map_err(refused)?;
+        }
+        Ok(self.get(workspace, id).await?.0)
+    }
+
+    /// An order's header.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`].
+    pub async fn get(&self, workspace: &str, id: OrderId) -> Result<(Order, Revision), ServiceError> {
+        let found = rows::read_order(&*self.engine.shared.store, id).await.map_err(|error| failed("read an order", error))?;
+        found.filter(|(order, _)| order.workspace == workspace).ok_or_else(|| no_such_order(id))
+    }
+
+    /// Orders of a workspace, newest first. The cursor is the last order's id.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn list(
+        &self,
+        workspace: &str,
+        filter: &OrderFilter,
+        size: usize,
+        before: Option<OrderId>,
+    ) -> Result<(Vec<Order>, Option<OrderId>), ServiceError> {
+        let store = &*self.engine.shared.store;
+        let prefix = rows::orders_of(workspace);
+        let mut before = before.map(|id| rows::order_of(workspace, id));
+        let mut found = Vec::new();
+        loop {
+            let page = store
+                .scan_reverse(&prefix, before.as_ref(), MAX_PAGE)
+                .await
+                .map_err(|error| failed("list orders", error))?;
+            for entry in &page.entries {
+                let Some(id) = entry.key.segments().next_back().and_then(|id| id.parse().ok()) else { continue };
+                let order = rows::read_order(store, id).await.map_err(|error| failed("read an order", error))?;
+                let Some((order, _)) = order else { continue };
+                if filter.state.is_none_or(|state| state == order.state) {
+                    if found.len() == size {
+                        let last = found.last().map(|order: &Order| order.id);
+                        return Ok((found, last));
+                    }
+                    found.push(order);
+                }
+            }
+            before = page.entries.last().map(|entry| entry.key.clone());
+            if !page.more {
+                return Ok((found, None));
+            }
+        }
+    }
+
+    /// Every node with where it is.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn nodes(&self, workspace: &str, id: OrderId) -> Result<Vec<NodeView>, ServiceError> {
+        let (_, plan, progress) = self.progress(workspace, id).await?;
+        Ok((0u32..).zip(&plan.nodes).map(|(node, _)| view(&plan, &progress, node)).collect())
+    }
+
+    /// One node with everything that is kept of it: a step's output among it.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn node(&self, workspace: &str, id: OrderId, node: NodeIndex) -> Result<(NodeView, NodeProgress), ServiceError> {
+        let (_, plan, progress) = self.progress(workspace, id).await?;
+        if node as usize >= plan.nodes.len() {
+            return Err(ServiceError::NotFound { what: "node of this order", id: node.to_string() });
+        }
+        Ok((view(&plan, &progress, node), progress.node(node).clone()))
+    }
+
+    /// The plan that an order runs.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn plan(&self, workspace: &str, id: OrderId) -> Result<PlanView, ServiceError> {
+        let (order, plan, _) = self.progress(workspace, id).await?;
+        let plan = std::sync::Arc::unwrap_or_clone(plan);
+        Ok(PlanView { plan_digest: order.plan, server_count: plan.units.len(), plan })
+    }
+
+    /// Acts on an order; answers its header after it.
+    ///
+    /// # Errors
+    /// [`ServiceError`]; `plan_drifted` when a `run` finds that what was planned from has changed.
+    pub async fn act(&self, caller: Caller, workspace: &str, id: OrderId, action: Action) -> Result<Order, ServiceError> {
+        let (order, _) = self.get(workspace, id).await?;
+        match &action {
+            Action::Run | Action::RunNode { .. } if order.control == Control::NotStarted => {
+                let plan = engine::load_plan(&self.engine.shared.blobs, order.plan).await.map_err(|error| failed("read the plan", error))?;
+                // Orders are pinned to the plugins that they were planned with: a newer version is no drift.
+                let drift = self.planner.drift(&plan).await?;
+                let drift: Vec<Drift> = drift.into_iter().filter(|drift| !drift.subject.starts_with("strategy ") && !drift.subject.starts_with("tech stack ")).collect();
+                if !drift.is_empty() {
+                    return Err(drifted(&drift));
+                }
+            }
+            Action::RollBack { reason } if order.state.is_terminal() => {
+                return self.roll_back_ended(caller, order, reason).await;
+            }
+            Action::Run
+            | Action::RunNode { .. }
+            | Action::Confirm { .. }
+            | Action::Retry { .. }
+            | Action::Ignore { .. }
+            | Action::Cancel { .. }
+            | Action::Lock { .. }
+            | Action::Unlock { .. }
+            | Action::RollBack { .. } => {}
+        }
+        self.engine.act(id, action, &caller.name, caller.with).await.map_err(refused)?;
+        Ok(self.get(workspace, id).await?.0)
+    }
+
+    /// Makes and runs a rollback of an order that has ended; answers the new order.
+    async fn roll_back_ended(&self, caller: Caller, order: Order, reason: &str) -> Result<Order, ServiceError> {
+        let conflict = |code, message: String, mend: &str| ServiceError::Conflict { code, message, mend: mend.to_owned() };
+        if let Purpose::Rollback { .. } = order.purpose {
+            return Err(conflict("rollback_of_rollback", "a rollback order cannot be rolled back".to_owned(), "release the wanted version instead"));
+        }
+        if let Some(by) = order.rolled_back_by {
+            return Err(conflict("already_rolled_back", format!("the order was rolled back by {by}"), "look at that order"));
+        }
+        let (_, plan, progress) = self.progress(&order.workspace, order.id).await?;
+        let planned = self.planner.rollback(&order, &plan, &progress, reason, &caller.name).await.map_err(|reason| {
+            conflict("nothing_to_roll_back_to", reason, "release the wanted version instead")
+        })?;
+        let id = self.engine.roll_back_ended(order.id, planned, caller.with).await.map_err(refused)?;
+        Ok(self.get(&order.workspace, id).await?.0)
+    }
+
+    /// Events after a sequence number, at most `limit`.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn events(&self, workspace: &str, id: OrderId, after: u64, limit: usize) -> Result<Vec<OrderEvent>, ServiceError> {
+        self.get(workspace, id).await?;
+        let store = &*self.engine.shared.store;
+        let prefix = rows::events(id);
+        // A row holds the events of one commit under the first of them: the row at or before the wanted one comes first.
+        let start = rows::event(id, after.saturating_add(1));
+        let at = store.scan_reverse(&prefix, Some(&rows::event(id, after.saturating_add(2))), 1).await;
+        let at = at.map_err(|error| failed("read an order's events", error))?;
+        let mut entries = at.entries;
+        let from = entries.first().map_or(start, |entry| entry.key.clone());
+        let mut events = Vec::new();
+        loop {
+            for entry in &entries {
+                let decoded = rows::decode_events(entry).map_err(|error| failed("read an order's events", error))?;
+                events.extend(decoded.into_iter().filter(|event| event.seq > after));
+            }
+            if events.len() >= limit {
+                events.truncate(limit);
+                return Ok(events);
+            }
+            let last = entries.last().map_or_else(|| from.clone(), |entry| entry.key.clone());
+            let page = store.scan(&prefix, Some(&last), 100).await.map_err(|error| failed("read an order's events", error))?;
+            if page.entries.is_empty() {
+                return Ok(events);
+            }
+            entries = page.entries;
+        }
+    }
+
+    /// Wakes when an order has new events. Take it before reading them, so that none is missed.
+    ///
+    /// # Errors
+    /// [`ServiceError::Unavailable`].
+    pub async fn watch(&self, id: OrderId) -> Result<Watch, ServiceError> {
+        let store = &*self.engine.shared.store;
+        let revision = store.revision().await.map_err(|error| failed("watch an order", error))?;
+        store
+            .watch(&rows::events(id), revision)
+            .await
+            .map_err(|error| ServiceError::Unavailable { message: error.to_string() })
+    }
+
+    async fn progress(&self, workspace: &str, id: OrderId) -> Result<(Order, std::sync::Arc<Plan>, Progress), ServiceError> {
+        let found = self.engine.progress(id).await.map_err(refused)?;
+        found.filter(|(order, ..)| order.workspace == workspace).ok_or_else(|| no_such_order(id))
+    }
+
+    async fn keep(&self, plan: &Plan) -> Result<Digest, ServiceError> {
+        engine::store_json(&self.engine.shared.blobs, plan).await.map_err(|error| failed("keep the plan", error))
+    }
+
+    /// Why a previewed plan is not the one that would be made now.
+    async fn changed_since(&self, previewed: Digest, now: &Plan) -> ServiceError {
+        let before = match engine::load_plan(&self.engine.shared.blobs, previewed).await {
+            Ok(before) => before,
+            Err(_) => {
+                return ServiceError::Invalid {
+                    code: "no_such_preview",
+                    field: "/plan_digest".to_owned(),
+                    message: format!("there is no previewed plan with the digest {previewed}: previews are kept for a day"),
+                    mend: "preview the order again and use the digest that it gives".to_owned(),
+                };
+            }
+        };
+        let subjects: Vec<String> = before.reads.keys().chain(now.reads.keys()).cloned().collect::<std::collections::BTreeSet<_>>().into_iter().collect();
+        let changed = engine::differences(&before, &subjects, &now.reads);
+        if changed.is_empty() {
+            return ServiceError::Conflict {
+                code: "plan_differs",
+                message: "the request is not the one that was previewed: its release, parameters or limits differ".to_owned(),
+                mend: "preview this request and use the digest that it gives".to_owned(),
+            };
+        }
+        drifted(&changed)
+    }
+}
+
+fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
+    let planned = &plan.nodes[node as usize];
+    let row = progress.node(node);
+    let unit = dispatch::unit_of(plan, node).map(|(_, _, unit)| unit);
+    let held = match &row.admission {
+        windlass_domain::progress::Admission::Held(reason) => Some(reason.clone()),
+        windlass_domain::progress::Admission::None
+        | windlass_domain::progress::Admission::Asked
+        | windlass_domain::progress::Admission::Admitted => None,
+    };
+    let gate = match &planned.kind {
+        NodeKind::Gate { message } if progress.state(node) == NodeState::AwaitingConfirmation => Some(message.clone()),
+        NodeKind::Gate { .. }
+        | NodeKind::Sequence
+        | NodeKind::Parallel { .. }
+        | NodeKind::Unit { .. }
+        | NodeKind::Step { .. }
+        | NodeKind::Traffic(_)
+        | NodeKind::Pause { .. }
+        | NodeKind::Judge { .. } => None,
+    };
+    NodeView {
+        node,
+        parent: planned.parent,
+        level: planned.level,
+        name: planned.name.clone(),
+        kind: match &planned.kind {
+            NodeKind::Sequence => "sequence",
+            NodeKind::Parallel { .. } => "parallel",
+            NodeKind::Unit { .. } => "unit",
+            NodeKind::Step { .. } => "step",
+            NodeKind::Traffic(_) => "traffic",
+            NodeKind::Gate { .. } => "gate",
+            NodeKind::Pause { .. } => "pause",
+            NodeKind::Judge { .. } => "judge",
+        }
+        .to_owned(),
+        server: unit.map(|unit| unit.server),
+        server_name: unit.map(|unit| unit.server_name.clone()),
+        state: progress.state(node),
+        attempt: row.attempt,
+        started_at: row.started_at,
+        finished_at: row.finished_at,
+        message: row.locked.clone().or(held).or(gate).unwrap_or_else(|| row.message.clone()),
+        drift: row.drift.clone(),
+        remembered: row.remembered.clone().unwrap_or_default(),
+        exit_code: row.result.as_ref().and_then(|result| result.exit_code),
+    }
+}
+
+fn check_title(title: &str) -> Result<(), ServiceError> {
+    windlass_domain::name::check_length("the title", title, 1, 50).map_err(|error| ServiceError::of_value(("title", error)))
+}
+
+fn drifted(drift: &[Drift]) -> ServiceError {
+    let texts: Vec<String> =
+        drift.iter().map(|drift| format!("{}: was {}, is {}", drift.subject, drift.before, drift.after)).collect();
+    ServiceError::Conflict {
+        code: "plan_drifted",
+        message: format!("what the plan was made from has changed since: {}", texts.join("; ")),
+        mend: "preview again and make a new order from it".to_owned(),
+    }
+}
+
+fn no_such_order(id: OrderId) -> ServiceError {
+    ServiceError::NotFound { what: "order", id: id.to_string() }
+}
+
+fn failed(doing: &'static str, source: impl std::error::Error + Send + Sync + 'static) -> ServiceError {
+    ServiceError::Internal { doing, source: Box::new(source) }
+}
+
+/// A conflict can only be one on the idempotency record: the order's id is new.
+fn not_committed(error: CommitError) -> ServiceError {
+    match error {
+        CommitError::Conflict { .. } => ServiceError::Replay,
+        error @ (CommitError::Limit(_) | CommitError::LeaseOver { .. } | CommitError::Store(_)) => error.into(),
+    }
+}
+
+/// The engine's refusals in the words of services.
+fn refused(error: ActError) -> ServiceError {
+    let message = error.to_string();
+    let conflict = |code, mend: &str| ServiceError::Conflict { code, message: message.clone(), mend: mend.to_owned() };
+    match error {
+        ActError::NoSuchOrder(id) => no_such_order(id),
+        ActError::Refused(refused) => match refused {
+            Refused::Terminal => conflict("order_ended", "make a new order"),
+            Refused::NotCurrent { .. } | Refused::WrongState { .. } => {
+                conflict("wrong_state", "look at the order's state and choose an action that fits it")
+            }
+            Refused::NoSuchNode { node, .. } => ServiceError::NotFound { what: "node of this order", id: node.to_string() },
+            Refused::WrongLevel { .. } => conflict("wrong_level", "choose a node of the level named"),
+            Refused::Nothing { .. } => conflict("nothing_to_do", "look at the order's nodes for their states"),
+            Refused::NotReady { .. } => conflict("not_ready", "run what comes before it first"),
+        },
+        ActError::Held { .. } => conflict("server_held", "wait until the other order has ended, or end it"),
+        ActError::Busy(_) => ServiceError::Unavailable { message },
+        ActError::Row { source, .. } => failed("read the order", source),
+        ActError::Plan { source, .. } => failed("read the order's plan", source),
+    }
+}
