@@ -8,9 +8,12 @@
 //!   should act behind one's back), applications go on.
 //! - A run directory without a journal entry is a second proof that an id ran: it is never run again.
 
+mod apps;
+mod queue;
+mod recovery;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
-    fs,
     sync::Arc,
     time::Duration,
 };
@@ -23,25 +26,20 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use windlass_domain::{
     id::InstanceId,
-    task::{Action, Outcome, Task, TaskId, TaskResult},
+    task::{TaskId, TaskResult},
 };
 use windlass_protocol::{
     AgentState, AppState, DiskState, DownloadGrant, Epoch, HeldState, HeldTask, MAX_HELD_IN_HELLO,
-    OutputChunk, SecretText, ServerFacts, TaskPush, ToAgent, ToServer,
+    OutputChunk, ServerFacts, TaskPush, ToAgent, ToServer,
 };
 
 use crate::{
-    app, cache, clock, crash,
-    execute::{self, Context, Job},
+    cache, clock, crash,
+    execute::Context,
     facts,
-    files::{chain, make_dir, remove_file, remove_tree},
-    instance::InstanceDir,
-    journal::{self, Entry, Journal, JournalError, Known},
+    files::make_dir,
+    journal::{self, Journal, JournalError, Known},
     proc,
-    shim::{
-        client::{self, Found},
-        spec::RunDir,
-    },
 };
 
 /// How often health is looked at.
@@ -166,98 +164,6 @@ impl Agent {
         }
     }
 
-    // ------------------------------------------------------------------------------------------ start
-
-    fn recover(&mut self) {
-        let data = self.context.data.clone();
-        for entry in fs::read_dir(data.instances())
-            .into_iter()
-            .flatten()
-            .flatten()
-        {
-            if let Err(error) = InstanceDir::at(&data, entry.path()).sweep() {
-                tracing::warn!(error = %chain(&error), "left-overs of an interrupted unpacking stay");
-            }
-        }
-        for entry in fs::read_dir(data.runs()).into_iter().flatten().flatten() {
-            let dir = RunDir::new(entry.path());
-            let name = entry.file_name();
-            let known = match name.to_str().and_then(|name| name.parse::<TaskId>().ok()) {
-                Some(id) => self.journal.known(&id),
-                // A try of a check: nobody waits for it any more.
-                None => Known::Acknowledged(Outcome::Unknown),
-            };
-            match known {
-                Known::Held(_) => {}
-                Known::Acknowledged(_) => self.end_run(&dir),
-                Known::Never => {
-                    if matches!(client::find(&dir), Ok(Found::Live)) {
-                        tracing::warn!(dir = %dir.path().display(), "a script of a lost journal still runs; it is killed");
-                        client::kill(&dir);
-                    } else if entry.metadata().and_then(|meta| meta.modified()).is_ok_and(
-                        |modified| modified.elapsed().is_ok_and(|age| age > UNKNOWN_RUNS_KEPT),
-                    ) {
-                        self.end_run(&dir);
-                    }
-                }
-            }
-        }
-        let held: Vec<(TaskId, Entry)> = self
-            .journal
-            .held()
-            .map(|(id, entry)| (id, entry.clone()))
-            .collect();
-        for (id, entry) in held {
-            let (Some(task), Some(_), None) = (entry.task, entry.started_at, &entry.result) else {
-                continue;
-            };
-            if !matches!(task.action, Action::Script(_)) {
-                continue;
-            }
-            match client::find(&RunDir::new(data.run(&id))) {
-                Ok(Found::Nothing) => {}
-                Ok(Found::Live | Found::Ended(_) | Found::Lost(_)) => {
-                    tracing::info!(task.id = %id, "a script is found again");
-                    self.spawn(TaskPush {
-                        task,
-                        secrets: BTreeMap::new(),
-                        grant: None,
-                    });
-                }
-                Err(error) => {
-                    let message = format!(
-                        "what became of the script cannot be read: {}",
-                        chain(&error)
-                    );
-                    let result =
-                        execute::result_without_run(Outcome::Unknown, &message, entry.started_at);
-                    self.finish(id, result);
-                }
-            }
-        }
-    }
-
-    /// A run that nobody needs: what of it runs is killed, its directory removed.
-    fn end_run(&self, dir: &RunDir) {
-        if matches!(client::find(dir), Ok(Found::Live)) {
-            client::kill(dir);
-        }
-        if let Err(error) = remove_tree(dir.path()) {
-            tracing::warn!(error = %chain(&error), "a run's directory stays");
-        }
-    }
-
-    fn take_reserve(&self) {
-        if self.disk().full {
-            return;
-        }
-        if let Err(error) = journal::take_reserve(&self.context.data.reserve(), RESERVE_BYTES) {
-            tracing::warn!(error = %chain(&error), "no reserve for a full disk");
-        }
-    }
-
-    // --------------------------------------------------------------------------------------- messages
-
     fn command(&mut self, command: Command) {
         match command {
             Command::Introduce(reply) => {
@@ -325,262 +231,6 @@ impl Agent {
         }
     }
 
-    fn push(&mut self, push: TaskPush) {
-        let id = push.task.id;
-        match self.journal.known(&id) {
-            Known::Acknowledged(outcome) => {
-                let message = "it ran before, and its result was acknowledged; it is not run again";
-                let result = execute::result_without_run(outcome, message, None);
-                self.send(ToServer::Result {
-                    task_id: id,
-                    result,
-                });
-            }
-            Known::Held(entry) => self.push_again(*entry, push),
-            Known::Never => self.push_new(push),
-        }
-    }
-
-    fn push_again(&mut self, entry: Entry, push: TaskPush) {
-        let id = push.task.id;
-        if let Some(result) = entry.result {
-            self.send(ToServer::Result {
-                task_id: id,
-                result,
-            });
-            return;
-        }
-        self.send(ToServer::Accepted { task_id: id });
-        if let Some(running) = self.running.get(&id) {
-            if push.grant.is_some() {
-                running.grants.send_replace(push.grant);
-            }
-            if let Some(at) = entry.started_at {
-                self.send(ToServer::Started { task_id: id, at });
-            }
-            return;
-        }
-        let queue = self.queues.entry(push.task.instance).or_default();
-        match queue.iter_mut().find(|waiting| waiting.task.id == id) {
-            Some(waiting) => *waiting = push,
-            None => {
-                let instance = push.task.instance;
-                queue.push_back(push);
-                self.start_next(instance);
-            }
-        }
-    }
-
-    fn push_new(&mut self, push: TaskPush) {
-        let id = push.task.id;
-        if self.context.data.run(&id).exists() {
-            let message = "this agent's journal was lost, and a directory shows that the task was begun before; it is not run again";
-            let result = execute::result_without_run(Outcome::Unknown, message, None);
-            self.record(Some(push.task), id, result);
-            return;
-        }
-        if let Some(message) = self.refusal(&push.task) {
-            let result = execute::result_without_run(Outcome::Refused, &message, None);
-            self.record(Some(push.task), id, result);
-            return;
-        }
-        if let Err(error) = self.journal.accept(push.task.clone()) {
-            let message = format!(
-                "the agent cannot record the task, so it does not run it: {}; free some space on its disk",
-                chain(&error)
-            );
-            tracing::error!(task.id = %id, error = %chain(&error), "a task cannot be recorded");
-            let result = execute::result_without_run(Outcome::Refused, &message, None);
-            self.send(ToServer::Result {
-                task_id: id,
-                result,
-            });
-            return;
-        }
-        self.send(ToServer::Accepted { task_id: id });
-        let instance = push.task.instance;
-        self.queues.entry(instance).or_default().push_back(push);
-        self.start_next(instance);
-    }
-
-    /// Why a task is not started.
-    fn refusal(&self, task: &Task) -> Option<String> {
-        let now = clock::now();
-        if now > task.expires_at {
-            return Some(format!(
-                "it expired at {}; it is {now} on this server now",
-                task.expires_at
-            ));
-        }
-        let highest = self.journal.fence(&task.instance);
-        if task.fence < highest {
-            return Some(format!(
-                "its fence is {}; this server has seen {highest} of {} already: a newer order has taken over",
-                task.fence, task.instance
-            ));
-        }
-        let disk = self.disk();
-        let may_free = match task.action {
-            Action::Script(_) | Action::StopSupervised { .. } | Action::Check(_) => true,
-            Action::Fetch(_)
-            | Action::Unpack { .. }
-            | Action::WriteFile { .. }
-            | Action::Activate(_)
-            | Action::Start(_) => false,
-        };
-        (disk.full && !may_free).then(|| {
-            format!(
-                "the disk of {} is full: {} bytes are free, {} have to be; run a command that frees some (scripts are still accepted)",
-                self.context.data.path().display(),
-                disk.free_bytes,
-                self.context.policy.min_free_bytes
-            )
-        })
-    }
-
-    fn start_next(&mut self, instance: InstanceId) {
-        while !self.busy.contains(&instance) {
-            let Some(push) = self.queues.get_mut(&instance).and_then(VecDeque::pop_front) else {
-                self.queues.remove(&instance);
-                return;
-            };
-            let id = push.task.id;
-            let begun = match self.journal.known(&id) {
-                Known::Held(entry) => entry.started_at,
-                Known::Never | Known::Acknowledged(_) => None,
-            };
-            let at = match begun {
-                // Interrupted: goes on, whatever the time.
-                Some(at) => at,
-                None => {
-                    if let Some(message) = self.refusal(&push.task) {
-                        let result = execute::result_without_run(Outcome::Refused, &message, None);
-                        self.finish(id, result);
-                        continue;
-                    }
-                    let at = clock::now();
-                    if let Err(error) = self.journal.start(id, at) {
-                        let message = format!(
-                            "the agent cannot record the start: {}; free some space on its disk",
-                            chain(&error)
-                        );
-                        let result = execute::result_without_run(Outcome::Refused, &message, None);
-                        self.finish(id, result);
-                        continue;
-                    }
-                    at
-                }
-            };
-            self.send(ToServer::Started { task_id: id, at });
-            if self.disk().full
-                && let Err(error) = remove_file(&self.context.data.reserve())
-            {
-                tracing::warn!(error = %chain(&error), "the reserve cannot be given back");
-            }
-            self.spawn(push);
-        }
-    }
-
-    fn spawn(&mut self, push: TaskPush) {
-        let TaskPush {
-            task,
-            secrets,
-            grant,
-        } = push;
-        let id = task.id;
-        let started_at = match self.journal.known(&id) {
-            Known::Held(entry) => entry.started_at,
-            Known::Never | Known::Acknowledged(_) => None,
-        }
-        .unwrap_or_else(clock::now);
-        let (grants, receiver) = watch::channel(grant);
-        let revoked = CancellationToken::new();
-        self.busy.insert(task.instance);
-        self.running.insert(
-            id,
-            Running {
-                revoked: revoked.clone(),
-                grants,
-            },
-        );
-        let job = Job {
-            task,
-            secrets,
-            grants: receiver,
-            revoked,
-            started_at,
-            output: self.output.0.clone(),
-        };
-        let context = self.context.clone();
-        self.tasks.spawn(async move {
-            let (id, result) = execute::run(context, job).await;
-            Event::Finished(id, result)
-        });
-    }
-
-    fn revoke(&mut self, id: TaskId) {
-        match self.journal.known(&id) {
-            Known::Acknowledged(outcome) => {
-                let result = execute::result_without_run(
-                    outcome,
-                    "it had ended before it was revoked",
-                    None,
-                );
-                self.send(ToServer::Result {
-                    task_id: id,
-                    result,
-                });
-            }
-            Known::Held(entry) => {
-                if let Some(result) = entry.result {
-                    self.send(ToServer::Result {
-                        task_id: id,
-                        result,
-                    });
-                } else if let Some(running) = self.running.get(&id) {
-                    running.revoked.cancel();
-                } else {
-                    for queue in self.queues.values_mut() {
-                        queue.retain(|waiting| waiting.task.id != id);
-                    }
-                    let message = if entry.started_at.is_some() {
-                        "it was revoked after an interruption, before it went on"
-                    } else {
-                        "it was revoked before it started"
-                    };
-                    self.finish(
-                        id,
-                        execute::result_without_run(Outcome::Revoked, message, entry.started_at),
-                    );
-                }
-            }
-            Known::Never => {
-                let result = execute::result_without_run(
-                    Outcome::Revoked,
-                    "it was revoked before it arrived",
-                    None,
-                );
-                self.record(None, id, result);
-            }
-        }
-    }
-
-    fn acknowledge(&mut self, id: TaskId) {
-        crash::point("before_ack");
-        if let Err(error) = self.journal.acknowledge(id) {
-            tracing::warn!(task.id = %id, error = %chain(&error), "an acknowledgement cannot be recorded; the result will be sent again");
-            return;
-        }
-        if matches!(self.journal.known(&id), Known::Acknowledged(_))
-            && let Err(error) = remove_tree(self.context.data.run(&id).as_path())
-        {
-            tracing::warn!(error = %chain(&error), "a run's directory stays");
-        }
-        crash::point("after_ack");
-    }
-
-    // ------------------------------------------------------------------------------------------ events
-
     fn event(&mut self, event: Event) {
         match event {
             Event::Finished(id, result) => {
@@ -606,28 +256,6 @@ impl Agent {
                 self.busy.remove(&instance);
                 self.start_next(instance);
                 self.tell_state();
-            }
-        }
-    }
-
-    fn finish(&mut self, id: TaskId, result: TaskResult) {
-        self.record(None, id, result);
-    }
-
-    /// Records an end, and only then sends it.
-    fn record(&mut self, task: Option<Task>, id: TaskId, result: TaskResult) {
-        crash::point("before_result");
-        match self.journal.finish(task, id, result.clone()) {
-            Ok(()) => {
-                crash::point("after_result");
-                self.send(ToServer::Result {
-                    task_id: id,
-                    result,
-                });
-            }
-            Err(error) => {
-                tracing::error!(task.id = %id, error = %chain(&error), "a result cannot be recorded yet");
-                self.unrecorded.push((id, result));
             }
         }
     }
@@ -660,72 +288,6 @@ impl Agent {
         self.look_at_apps();
         self.tell_state();
     }
-
-    // ------------------------------------------------------------------------------------ applications
-
-    fn look_at_apps(&mut self) {
-        self.apps.clear();
-        for (id, record) in app::recorded(&self.context.data) {
-            let (state, relaunch) = app::look(&self.context.data, id, &record);
-            self.apps.push(state);
-            // A start or stop that is under way, or was interrupted and will go on, decides itself.
-            let pending = self.busy.contains(&id)
-                || self
-                    .journal
-                    .held()
-                    .any(|(held, entry)| held == record.task.id && entry.result.is_none());
-            if !relaunch || pending {
-                continue;
-            }
-            let names = record.secrets();
-            if names.is_empty() {
-                self.relaunch(id, record, BTreeMap::new());
-            } else if self.need_secrets.insert(id, names).is_none() {
-                self.ask_secrets();
-            }
-        }
-    }
-
-    fn ask_secrets(&mut self) {
-        let needs: Vec<(InstanceId, Vec<String>)> = self
-            .need_secrets
-            .iter()
-            .map(|(instance, names)| (*instance, names.iter().cloned().collect()))
-            .collect();
-        for (instance, names) in needs {
-            self.send(ToServer::SecretsNeeded { instance, names });
-        }
-    }
-
-    fn secrets(&mut self, instance: InstanceId, values: &BTreeMap<String, SecretText>) {
-        if self.need_secrets.remove(&instance).is_none() || self.busy.contains(&instance) {
-            return;
-        }
-        let record = app::recorded(&self.context.data)
-            .into_iter()
-            .find(|(id, _)| *id == instance);
-        if let Some((id, record)) = record
-            && app::look(&self.context.data, id, &record).1
-        {
-            self.relaunch(id, record, values.clone());
-        }
-    }
-
-    fn relaunch(
-        &mut self,
-        id: InstanceId,
-        record: app::AppRecord,
-        secrets: BTreeMap<String, SecretText>,
-    ) {
-        self.busy.insert(id);
-        let context = self.context.clone();
-        self.tasks.spawn(async move {
-            let outcome = app::relaunch(&context, id, record, &secrets).await;
-            Event::Relaunched(id, outcome.map_err(|error| chain(&error)))
-        });
-    }
-
-    // ------------------------------------------------------------------------------------------- state
 
     fn disk(&self) -> DiskState {
         let free_bytes = cache::free_bytes(self.context.data.path());

@@ -1,0 +1,297 @@
+//! The way of a task through the agent: taken, queued, started, ended, acknowledged. The journal goes first at every step.
+
+use std::collections::VecDeque;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use windlass_domain::{
+    id::InstanceId,
+    task::{Action, Outcome, Task, TaskId, TaskResult},
+};
+use windlass_protocol::{TaskPush, ToServer};
+
+use super::{Agent, Event, Running};
+use crate::{
+    clock, crash,
+    execute::{self, Job},
+    files::{chain, remove_file, remove_tree},
+    journal::{Entry, Known},
+};
+
+impl Agent {
+    pub(super) fn push(&mut self, push: TaskPush) {
+        let id = push.task.id;
+        match self.journal.known(&id) {
+            Known::Acknowledged(outcome) => {
+                let message = "it ran before, and its result was acknowledged; it is not run again";
+                let result = execute::result_without_run(outcome, message, None);
+                self.send(ToServer::Result {
+                    task_id: id,
+                    result,
+                });
+            }
+            Known::Held(entry) => self.push_again(*entry, push),
+            Known::Never => self.push_new(push),
+        }
+    }
+
+    pub(super) fn push_again(&mut self, entry: Entry, push: TaskPush) {
+        let id = push.task.id;
+        if let Some(result) = entry.result {
+            self.send(ToServer::Result {
+                task_id: id,
+                result,
+            });
+            return;
+        }
+        self.send(ToServer::Accepted { task_id: id });
+        if let Some(running) = self.running.get(&id) {
+            if push.grant.is_some() {
+                running.grants.send_replace(push.grant);
+            }
+            if let Some(at) = entry.started_at {
+                self.send(ToServer::Started { task_id: id, at });
+            }
+            return;
+        }
+        let queue = self.queues.entry(push.task.instance).or_default();
+        match queue.iter_mut().find(|waiting| waiting.task.id == id) {
+            Some(waiting) => *waiting = push,
+            None => {
+                let instance = push.task.instance;
+                queue.push_back(push);
+                self.start_next(instance);
+            }
+        }
+    }
+
+    pub(super) fn push_new(&mut self, push: TaskPush) {
+        let id = push.task.id;
+        if self.context.data.run(&id).exists() {
+            let message = "this agent's journal was lost, and a directory shows that the task was begun before; it is not run again";
+            let result = execute::result_without_run(Outcome::Unknown, message, None);
+            self.record(Some(push.task), id, result);
+            return;
+        }
+        if let Some(message) = self.refusal(&push.task) {
+            let result = execute::result_without_run(Outcome::Refused, &message, None);
+            self.record(Some(push.task), id, result);
+            return;
+        }
+        if let Err(error) = self.journal.accept(push.task.clone()) {
+            let message = format!(
+                "the agent cannot record the task, so it does not run it: {}; free some space on its disk",
+                chain(&error)
+            );
+            tracing::error!(task.id = %id, error = %chain(&error), "a task cannot be recorded");
+            let result = execute::result_without_run(Outcome::Refused, &message, None);
+            self.send(ToServer::Result {
+                task_id: id,
+                result,
+            });
+            return;
+        }
+        self.send(ToServer::Accepted { task_id: id });
+        let instance = push.task.instance;
+        self.queues.entry(instance).or_default().push_back(push);
+        self.start_next(instance);
+    }
+
+    /// Why a task is not started.
+    pub(super) fn refusal(&self, task: &Task) -> Option<String> {
+        let now = clock::now();
+        if now > task.expires_at {
+            return Some(format!(
+                "it expired at {}; it is {now} on this server now",
+                task.expires_at
+            ));
+        }
+        let highest = self.journal.fence(&task.instance);
+        if task.fence < highest {
+            return Some(format!(
+                "its fence is {}; this server has seen {highest} of {} already: a newer order has taken over",
+                task.fence, task.instance
+            ));
+        }
+        let disk = self.disk();
+        let may_free = match task.action {
+            Action::Script(_) | Action::StopSupervised { .. } | Action::Check(_) => true,
+            Action::Fetch(_)
+            | Action::Unpack { .. }
+            | Action::WriteFile { .. }
+            | Action::Activate(_)
+            | Action::Start(_) => false,
+        };
+        (disk.full && !may_free).then(|| {
+            format!(
+                "the disk of {} is full: {} bytes are free, {} have to be; run a command that frees some (scripts are still accepted)",
+                self.context.data.path().display(),
+                disk.free_bytes,
+                self.context.policy.min_free_bytes
+            )
+        })
+    }
+
+    pub(super) fn start_next(&mut self, instance: InstanceId) {
+        while !self.busy.contains(&instance) {
+            let Some(push) = self.queues.get_mut(&instance).and_then(VecDeque::pop_front) else {
+                self.queues.remove(&instance);
+                return;
+            };
+            let id = push.task.id;
+            let begun = match self.journal.known(&id) {
+                Known::Held(entry) => entry.started_at,
+                Known::Never | Known::Acknowledged(_) => None,
+            };
+            let at = match begun {
+                // Interrupted: goes on, whatever the time.
+                Some(at) => at,
+                None => {
+                    if let Some(message) = self.refusal(&push.task) {
+                        let result = execute::result_without_run(Outcome::Refused, &message, None);
+                        self.finish(id, result);
+                        continue;
+                    }
+                    let at = clock::now();
+                    if let Err(error) = self.journal.start(id, at) {
+                        let message = format!(
+                            "the agent cannot record the start: {}; free some space on its disk",
+                            chain(&error)
+                        );
+                        let result = execute::result_without_run(Outcome::Refused, &message, None);
+                        self.finish(id, result);
+                        continue;
+                    }
+                    at
+                }
+            };
+            self.send(ToServer::Started { task_id: id, at });
+            if self.disk().full
+                && let Err(error) = remove_file(&self.context.data.reserve())
+            {
+                tracing::warn!(error = %chain(&error), "the reserve cannot be given back");
+            }
+            self.spawn(push);
+        }
+    }
+
+    pub(super) fn spawn(&mut self, push: TaskPush) {
+        let TaskPush {
+            task,
+            secrets,
+            grant,
+        } = push;
+        let id = task.id;
+        let started_at = match self.journal.known(&id) {
+            Known::Held(entry) => entry.started_at,
+            Known::Never | Known::Acknowledged(_) => None,
+        }
+        .unwrap_or_else(clock::now);
+        let (grants, receiver) = watch::channel(grant);
+        let revoked = CancellationToken::new();
+        self.busy.insert(task.instance);
+        self.running.insert(
+            id,
+            Running {
+                revoked: revoked.clone(),
+                grants,
+            },
+        );
+        let job = Job {
+            task,
+            secrets,
+            grants: receiver,
+            revoked,
+            started_at,
+            output: self.output.0.clone(),
+        };
+        let context = self.context.clone();
+        self.tasks.spawn(async move {
+            let (id, result) = execute::run(context, job).await;
+            Event::Finished(id, result)
+        });
+    }
+
+    pub(super) fn revoke(&mut self, id: TaskId) {
+        match self.journal.known(&id) {
+            Known::Acknowledged(outcome) => {
+                let result = execute::result_without_run(
+                    outcome,
+                    "it had ended before it was revoked",
+                    None,
+                );
+                self.send(ToServer::Result {
+                    task_id: id,
+                    result,
+                });
+            }
+            Known::Held(entry) => {
+                if let Some(result) = entry.result {
+                    self.send(ToServer::Result {
+                        task_id: id,
+                        result,
+                    });
+                } else if let Some(running) = self.running.get(&id) {
+                    running.revoked.cancel();
+                } else {
+                    for queue in self.queues.values_mut() {
+                        queue.retain(|waiting| waiting.task.id != id);
+                    }
+                    let message = if entry.started_at.is_some() {
+                        "it was revoked after an interruption, before it went on"
+                    } else {
+                        "it was revoked before it started"
+                    };
+                    self.finish(
+                        id,
+                        execute::result_without_run(Outcome::Revoked, message, entry.started_at),
+                    );
+                }
+            }
+            Known::Never => {
+                let result = execute::result_without_run(
+                    Outcome::Revoked,
+                    "it was revoked before it arrived",
+                    None,
+                );
+                self.record(None, id, result);
+            }
+        }
+    }
+
+    pub(super) fn acknowledge(&mut self, id: TaskId) {
+        crash::point("before_ack");
+        if let Err(error) = self.journal.acknowledge(id) {
+            tracing::warn!(task.id = %id, error = %chain(&error), "an acknowledgement cannot be recorded; the result will be sent again");
+            return;
+        }
+        if matches!(self.journal.known(&id), Known::Acknowledged(_))
+            && let Err(error) = remove_tree(self.context.data.run(&id).as_path())
+        {
+            tracing::warn!(error = %chain(&error), "a run's directory stays");
+        }
+        crash::point("after_ack");
+    }
+
+    pub(super) fn finish(&mut self, id: TaskId, result: TaskResult) {
+        self.record(None, id, result);
+    }
+
+    /// Records an end, and only then sends it.
+    pub(super) fn record(&mut self, task: Option<Task>, id: TaskId, result: TaskResult) {
+        crash::point("before_result");
+        match self.journal.finish(task, id, result.clone()) {
+            Ok(()) => {
+                crash::point("after_result");
+                self.send(ToServer::Result {
+                    task_id: id,
+                    result,
+                });
+            }
+            Err(error) => {
+                tracing::error!(task.id = %id, error = %chain(&error), "a result cannot be recorded yet");
+                self.unrecorded.push((id, result));
+            }
+        }
+    }
+}
