@@ -13,8 +13,13 @@ pub mod activation_codes;
 pub mod apps;
 pub mod idempotency;
 pub mod instances;
+pub mod orders;
+pub mod packages;
+pub mod planning;
+pub mod plugins;
 pub mod pools;
 pub(crate) mod records;
+pub mod retention;
 pub mod servers;
 pub mod tokens;
 pub mod workspaces;
@@ -120,6 +125,22 @@ pub enum ServiceError {
 }
 
 impl ServiceError {
+    /// The stable code of the error.
+    #[must_use]
+    pub const fn code(&self) -> &'static str {
+        match self {
+            Self::NotFound { .. } => "not_found",
+            Self::Invalid { code, .. }
+            | Self::Limit { code, .. }
+            | Self::Conflict { code, .. }
+            | Self::Plugin { code, .. } => code,
+            Self::Changed { .. } => "changed",
+            Self::Replay => "idempotent_request_under_way",
+            Self::Unavailable { .. } => "unavailable",
+            Self::Internal { .. } => "internal",
+        }
+    }
+
     pub(crate) fn not_found(what: &'static str, id: impl std::fmt::Display) -> Self {
         Self::NotFound {
             what,

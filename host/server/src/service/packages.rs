@@ -1,0 +1,825 @@
+//! Packages: streamed uploads, their records, deletion. Source: spec "Packages".
+//!
+//! ```text
+//! begin ─► checks (names, duplicate, announced size) ─► write* (hashed, counted, first bytes looked at) ─► finish ─► one commit
+//!   └─ refused ─► upload record                            └─ failed or dropped: nothing is left ─► upload record
+//! ```
+//! Memory use does not depend on a package's size. The blob is written first and referred to by the commit; what is left
+//! without a reference (a commit that failed) is collected later.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use windlass_domain::{
+    Digest,
+    application::Application,
+    id::{AppId, OrderId, PackageId, UploadId},
+    instance::ServiceInstance,
+    name::{FileName, PackageVersion, check_length},
+    order::Order,
+    package::{MAGIC_BYTES, Package, UploadOutcome, UploadRecord, content_fits, format_of},
+    task::PackageFormat,
+    workspace::Workspace,
+};
+use windlass_store::{BlobDigest, BlobError, BlobWriter, Blobs, Revision, Store, Txn};
+
+use super::{
+    Caller, PageOf, PageRequest, ServiceError,
+    records::{self, Sort},
+};
+use crate::{
+    clock, engine, ids,
+    keys::{self, Kind},
+};
+
+/// What is said of an upload before its bytes.
+#[derive(Debug, Clone)]
+pub struct BeginUpload {
+    /// Version: unique for the application in the workspace.
+    pub version: PackageVersion,
+    /// The file's name; says its format.
+    pub file_name: FileName,
+    /// Remark, at most 500 characters.
+    pub remark: String,
+    /// SHA-256, where the client computed it.
+    pub expected_digest: Option<Digest>,
+    /// Size in bytes, where it is known.
+    pub content_length: Option<u64>,
+}
+
+/// Which packages or upload records; all conditions that are given must hold.
+#[derive(Debug, Clone, Default)]
+pub struct PackageFilter {
+    /// Of this application.
+    pub app: Option<AppId>,
+    /// Version contains this, in any case.
+    pub version: Option<String>,
+}
+
+impl PackageFilter {
+    fn fits(&self, app: AppId, version: &PackageVersion) -> bool {
+        self.app.is_none_or(|wanted| wanted == app)
+            && self.version.as_ref().is_none_or(|text| {
+                let version = version.as_str().to_lowercase();
+                version.contains(&text.to_lowercase())
+            })
+    }
+}
+
+/// Knows which packages orders still need.
+#[async_trait]
+pub trait PackageUse: Send + Sync + 'static {
+    /// The orders that are not over and use the package, for people.
+    ///
+    /// # Errors
+    /// Those of the store.
+    async fn orders_with(&self, package: &Package) -> Result<Vec<String>, ServiceError>;
+}
+
+/// Finds orders that are not over by their headers and plans.
+struct OpenOrders {
+    store: Arc<dyn Store>,
+    blobs: Blobs,
+}
+
+#[async_trait]
+impl PackageUse for OpenOrders {
+    async fn orders_with(&self, package: &Package) -> Result<Vec<String>, ServiceError> {
+        let store = &*self.store;
+        let mut by = Vec::new();
+        for row in records::all(store, &keys::orders_of(package.workspace.as_str())).await? {
+            let Ok(id) = keys::last_segment(&row.key).parse::<OrderId>() else {
+                continue;
+            };
+            let Some(entry) = store.get(&engine::rows::order(id)).await? else {
+                continue;
+            };
+            let order: Order = records::decode_plain(&entry, "an order")?;
+            if order.state.is_terminal() {
+                continue;
+            }
+            // A plan that cannot be read may use it: then it is in use.
+            let uses = engine::load_plan(&self.blobs, order.plan)
+                .await
+                .map_or(true, |plan| {
+                    plan.parts.iter().any(|part| {
+                        part.app == package.app && part.package.digest == package.digest
+                    })
+                });
+            if uses {
+                by.push(format!("order {} ({id})", order.title));
+            }
+        }
+        Ok(by)
+    }
+}
+
+/// Packages. Cheap to clone.
+#[derive(Clone)]
+pub struct Packages {
+    store: Arc<dyn Store>,
+    blobs: Blobs,
+    orders: Arc<dyn PackageUse>,
+}
+
+impl Packages {
+    /// Over a store and its blobs.
+    #[must_use]
+    pub fn new(store: Arc<dyn Store>, blobs: Blobs) -> Self {
+        let orders = Arc::new(OpenOrders {
+            store: store.clone(),
+            blobs: blobs.clone(),
+        });
+        Self {
+            store,
+            blobs,
+            orders,
+        }
+    }
+
+    /// Begins an upload: nothing of the body is read before this has returned.
+    ///
+    /// # Errors
+    /// `version_taken`, `package_too_large` by the announced size, a remark that is too long: an upload record is left.
+    /// [`ServiceError::NotFound`] of the workspace or application: none is.
+    pub async fn begin(
+        &self,
+        caller: Caller,
+        ws: &str,
+        app: AppId,
+        request: BeginUpload,
+    ) -> Result<Upload, ServiceError> {
+        let store = &*self.store;
+        let (workspace, _) = records::get::<Workspace>(store, ws).await?;
+        records::get::<Application>(store, &app.to_string()).await?;
+        let about = About {
+            id: UploadId::from_uuid(ids::new_uuid()),
+            packages: self.clone(),
+            format: format_of(&request.file_name),
+            caller,
+            workspace,
+            app,
+            request,
+        };
+        match about.check().await {
+            Ok(writer) => Ok(Upload {
+                about,
+                first: Vec::with_capacity(MAGIC_BYTES),
+                writer: Some(writer),
+                recorded: false,
+            }),
+            Err(error) => {
+                about.record_failure(&error).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// One package of a workspace.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`], also when it is another workspace's.
+    pub async fn get(&self, ws: &str, id: PackageId) -> Result<(Package, Revision), ServiceError> {
+        let (package, revision) = records::get::<Package>(&*self.store, &id.to_string()).await?;
+        if package.workspace.as_str() == ws {
+            Ok((package, revision))
+        } else {
+            Err(ServiceError::not_found("package", id))
+        }
+    }
+
+    /// The package of an application with a version: for planning.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn find_version(
+        &self,
+        ws: &str,
+        app: AppId,
+        version: &str,
+    ) -> Result<Option<Package>, ServiceError> {
+        if version.parse::<PackageVersion>().is_err() {
+            return Ok(None);
+        }
+        let key = keys::package_version(ws, app, version);
+        let Some(id) = records::indexed(&*self.store, &key).await? else {
+            return Ok(None);
+        };
+        let found = records::find::<Package>(&*self.store, &id).await?;
+        Ok(found.map(|(package, _)| package))
+    }
+
+    /// A page of a workspace's packages, newest first.
+    ///
+    /// # Errors
+    /// A page size or cursor that is not accepted; [`ServiceError::NotFound`] of the workspace.
+    pub async fn list(
+        &self,
+        ws: &str,
+        filter: &PackageFilter,
+        page: PageRequest,
+    ) -> Result<PageOf<(Package, Revision)>, ServiceError> {
+        records::get::<Workspace>(&*self.store, ws).await?;
+        let prefix = keys::all_of_workspace(Kind::Package, ws);
+        let keep = |package: &Package| filter.fits(package.app, &package.version);
+        records::list(&*self.store, &prefix, Sort::Falling, &page, keep).await
+    }
+
+    /// A page of a workspace's upload records, newest first.
+    ///
+    /// # Errors
+    /// A page size or cursor that is not accepted; [`ServiceError::NotFound`] of the workspace.
+    pub async fn list_uploads(
+        &self,
+        ws: &str,
+        filter: &PackageFilter,
+        page: PageRequest,
+    ) -> Result<PageOf<UploadRecord>, ServiceError> {
+        records::get::<Workspace>(&*self.store, ws).await?;
+        let prefix = keys::uploads(ws);
+        let read = |entry: windlass_store::Entry| async move {
+            records::decode_plain::<UploadRecord>(&entry, "an upload record").map(Some)
+        };
+        let keep = |record: &UploadRecord| filter.fits(record.app, &record.version);
+        records::list_rows(&*self.store, &prefix, Sort::Falling, &page, read, keep).await
+    }
+
+    /// Deletes a package that no service instance and no order that is not over uses; `confirm` is its version. Its file goes
+    /// when nothing else refers to it (an installed release may).
+    ///
+    /// # Errors
+    /// `in_use`, with the users; `confirmation_missing`; [`ServiceError::NotFound`].
+    pub async fn delete(
+        &self,
+        caller: Caller,
+        ws: &str,
+        id: PackageId,
+        confirm: &str,
+    ) -> Result<(), ServiceError> {
+        let store = &*self.store;
+        let text = id.to_string();
+        records::change(store, &caller, || async {
+            let (package, revision) = self.get(ws, id).await?;
+            let version = package.version.as_str();
+            records::check_confirm("package", confirm, version)?;
+            let unused = records::unused(store, Kind::Package, &text).await?;
+            let below = keys::all_of_workspace(Kind::Instance, ws);
+            let mut by: Vec<String> = records::all_indexed::<ServiceInstance>(store, &below)
+                .await?
+                .into_iter()
+                .filter(|instance| instance.package == Some(id))
+                .map(|instance| format!("service instance {} ({})", instance.name, instance.id))
+                .collect();
+            by.extend(self.orders.orders_with(&package).await?);
+            if !by.is_empty() {
+                return Err(ServiceError::in_use("package", version, &by));
+            }
+            let txn = records::remove(&package, revision)
+                .and(unused)
+                .delete(keys::package_version(ws, package.app, version))
+                .delete(keys::of_workspace(Kind::Package, ws, &text));
+            Ok((txn, ()))
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// The digests of all packages' files: what the collection of blobs leaves alone.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn digests_in_use(
+        &self,
+    ) -> Result<std::collections::BTreeSet<Digest>, ServiceError> {
+        records::all(&*self.store, &keys::records(Kind::Package))
+            .await?
+            .iter()
+            .map(|entry| Ok(records::decode::<Package>(entry)?.digest))
+            .collect()
+    }
+}
+
+/// An upload under way. Dropping it ends it like a failure: nothing but an upload record is left.
+pub struct Upload {
+    about: About,
+    /// The first bytes, until they are enough to be looked at.
+    first: Vec<u8>,
+    /// `None` once the upload has failed.
+    writer: Option<BlobWriter>,
+    /// Its upload record is written, or about to be by somebody else.
+    recorded: bool,
+}
+
+/// What is known of an upload beside its bytes.
+struct About {
+    id: UploadId,
+    packages: Packages,
+    caller: Caller,
+    workspace: Workspace,
+    app: AppId,
+    request: BeginUpload,
+    format: PackageFormat,
+}
+
+impl Upload {
+    /// The id of its upload record.
+    #[must_use]
+    pub fn id(&self) -> UploadId {
+        self.about.id
+    }
+
+    /// Adds bytes of the file. After an error the upload is over.
+    ///
+    /// # Errors
+    /// `package_too_large`, `package_format`.
+    pub async fn write(&mut self, bytes: Bytes) -> Result<(), ServiceError> {
+        match self.add(bytes).await {
+            Ok(()) => Ok(()),
+            Err(error) => Err(self.fail(error).await),
+        }
+    }
+
+    /// Ends the file and makes the package.
+    ///
+    /// # Errors
+    /// `package_empty`, `package_truncated`, `package_digest`, `package_format`, `version_taken`: an upload record is left.
+    pub async fn finish(mut self) -> Result<(Package, Revision), ServiceError> {
+        match self.complete().await {
+            Ok(made) => {
+                self.recorded = true;
+                Ok(made)
+            }
+            // Its twin has committed: no second record of one request.
+            Err(ServiceError::Replay) => {
+                self.recorded = true;
+                Err(ServiceError::Replay)
+            }
+            Err(error) => Err(self.fail(error).await),
+        }
+    }
+
+    /// Ends the upload because its bytes broke off; gives the error to answer with.
+    pub async fn abort(mut self, reason: &str) -> ServiceError {
+        let received = self.received();
+        let error = ServiceError::invalid(
+            "package_truncated",
+            "body",
+            format!("the upload broke off after {received} bytes: {reason}"),
+            "upload the file again",
+        );
+        self.fail(error).await
+    }
+
+    fn received(&self) -> u64 {
+        self.writer.as_ref().map_or(0, BlobWriter::size_bytes)
+    }
+
+    async fn add(&mut self, bytes: Bytes) -> Result<(), ServiceError> {
+        if self.first.len() < MAGIC_BYTES && !bytes.is_empty() {
+            let wanted = (MAGIC_BYTES - self.first.len()).min(bytes.len());
+            self.first.extend_from_slice(&bytes[..wanted]);
+            if self.first.len() == MAGIC_BYTES {
+                self.about.check_format(&self.first)?;
+            }
+        }
+        let Some(writer) = &mut self.writer else {
+            return Err(BlobError::WriterFailed.into());
+        };
+        let would_be = writer.size_bytes() + bytes.len() as u64;
+        match writer.write(bytes).await {
+            Ok(()) => Ok(()),
+            Err(BlobError::TooLarge { .. }) => Err(self.about.too_large(would_be)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn complete(&mut self) -> Result<(Package, Revision), ServiceError> {
+        let received = self.received();
+        if received == 0 {
+            return Err(ServiceError::Limit {
+                code: "package_empty",
+                field: "body".to_owned(),
+                message: "the package is empty".to_owned(),
+                limit: 1,
+                current: 0,
+                mend: "upload a file of at least 1 byte".to_owned(),
+            });
+        }
+        self.about.check_format(&self.first)?;
+        if let Some(announced) = self.about.request.content_length
+            && announced != received
+        {
+            return Err(ServiceError::invalid(
+                "package_truncated",
+                "body",
+                format!("{received} bytes arrived, {announced} were announced"),
+                "upload the file again",
+            ));
+        }
+        let Some(writer) = self.writer.take() else {
+            return Err(BlobError::WriterFailed.into());
+        };
+        let digest = self.about.request.expected_digest;
+        let expected = digest.map(|digest| BlobDigest::from_bytes(*digest.as_bytes()));
+        let written = match writer.finish(expected).await {
+            Ok(written) => written,
+            Err(BlobError::WrongDigest { expected, found }) => {
+                return Err(ServiceError::invalid(
+                    "package_digest",
+                    "digest",
+                    format!("the file has the SHA-256 {found}, {expected} was announced"),
+                    "upload the file again, and check it where it comes from",
+                ));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let digest = Digest::from_bytes(*written.digest.as_bytes());
+        self.about.commit(digest, written.size_bytes).await
+    }
+
+    /// Ends the upload and records why. Gives the error back.
+    async fn fail(&mut self, error: ServiceError) -> ServiceError {
+        // Dropped: nothing of the blob is left.
+        self.writer = None;
+        if !std::mem::replace(&mut self.recorded, true) {
+            self.about.record_failure(&error).await;
+        }
+        error
+    }
+}
+
+impl About {
+    /// Everything that can be said before the first byte. Gives the writer of the file.
+    async fn check(&self) -> Result<BlobWriter, ServiceError> {
+        check_length("the remark", &self.request.remark, 0, 500)
+            .map_err(|error| ServiceError::of_value(("remark", error)))?;
+        let limit_bytes = self.workspace.package_limit_bytes;
+        if let Some(announced) = self.request.content_length
+            && announced > limit_bytes
+        {
+            return Err(self.too_large(announced));
+        }
+        self.check_version().await?;
+        Ok(self.packages.blobs.writer(limit_bytes).await?)
+    }
+
+    async fn check_version(&self) -> Result<(), ServiceError> {
+        let (version, ws) = (self.request.version.as_str(), self.workspace.name.as_str());
+        let key = keys::package_version(ws, self.app, version);
+        match records::indexed(&*self.packages.store, &key).await? {
+            None => Ok(()),
+            Some(other) => Err(ServiceError::conflict(
+                "version_taken",
+                format!("the workspace `{ws}` has the version `{version}` of this application already: {other}"),
+                "give the package another version, or delete that one first",
+            )),
+        }
+    }
+
+    fn too_large(&self, current: u64) -> ServiceError {
+        let limit = self.workspace.package_limit_bytes;
+        ServiceError::Limit {
+            code: "package_too_large",
+            field: "body".to_owned(),
+            message: format!(
+                "the package has {current} bytes or more, the limit of the workspace `{}` is {limit}",
+                self.workspace.name
+            ),
+            limit,
+            current,
+            mend: "upload a smaller file, or raise `package_limit_bytes` of the workspace"
+                .to_owned(),
+        }
+    }
+
+    fn check_format(&self, first: &[u8]) -> Result<(), ServiceError> {
+        if content_fits(self.format, first) {
+            return Ok(());
+        }
+        let expected = match self.format {
+            PackageFormat::TarGz => "a gzip-compressed tar archive",
+            PackageFormat::Zip | PackageFormat::Jar => "a zip archive",
+            PackageFormat::Plain => "any file",
+        };
+        Err(ServiceError::invalid(
+            "package_format",
+            "file_name",
+            format!(
+                "the content of `{}` is not what its name says: {expected} begins otherwise",
+                self.request.file_name
+            ),
+            "give the file the name of its format, or upload the right file",
+        ))
+    }
+
+    async fn commit(
+        &self,
+        digest: Digest,
+        size_bytes: u64,
+    ) -> Result<(Package, Revision), ServiceError> {
+        let package = Package {
+            schema: Package::SCHEMA,
+            id: PackageId::from_uuid(ids::new_uuid()),
+            workspace: self.workspace.name.clone(),
+            app: self.app,
+            version: self.request.version.clone(),
+            file_name: self.request.file_name.clone(),
+            format: self.format,
+            size_bytes,
+            digest,
+            remark: self.request.remark.clone(),
+            uploaded_by: self.caller.name.clone(),
+            created_at: clock::now(),
+        };
+        let store = &*self.packages.store;
+        let ws = self.workspace.name.as_str();
+        let id = package.id.to_string();
+        let version_key = keys::package_version(ws, self.app, self.request.version.as_str());
+        let record = self.record(UploadOutcome::Succeeded {
+            package: package.id,
+        });
+        records::change(store, &self.caller, || async {
+            // All of it may have changed while the bytes came in.
+            records::get::<Workspace>(store, ws).await?;
+            records::get::<Application>(store, &self.app.to_string()).await?;
+            self.check_version().await?;
+            let txn = records::create(&package)?
+                .and(records::refer(Kind::Workspace, ws))
+                .and(records::refer(Kind::App, &self.app.to_string()))
+                .absent(version_key.clone())
+                .put(version_key.clone(), id.clone())
+                .put(keys::of_workspace(Kind::Package, ws, &id), "")
+                .put(keys::upload(ws, &self.id.to_string()), records::encode(&record));
+            Ok((txn, package.clone()))
+        })
+        .await
+    }
+
+    fn record(&self, outcome: UploadOutcome) -> UploadRecord {
+        UploadRecord {
+            schema: UploadRecord::SCHEMA,
+            id: self.id,
+            workspace: self.workspace.name.clone(),
+            app: self.app,
+            version: self.request.version.clone(),
+            file_name: self.request.file_name.clone(),
+            uploaded_by: self.caller.name.clone(),
+            finished_at: clock::now(),
+            outcome,
+        }
+    }
+
+    fn failure(&self, code: &str, reason: String) -> Txn {
+        let record = self.record(UploadOutcome::Failed {
+            code: code.to_owned(),
+            reason,
+        });
+        let ws = self.workspace.name.as_str();
+        // A workspace that is gone keeps no records.
+        Txn::new()
+            .exists(keys::record(Kind::Workspace, ws))
+            .put(keys::upload(ws, &self.id.to_string()), records::encode(&record))
+    }
+
+    async fn record_failure(&self, error: &ServiceError) {
+        let txn = self.failure(error.code(), error.to_string());
+        write_failure(&*self.packages.store, self.id, txn).await;
+    }
+}
+
+async fn write_failure(store: &dyn Store, id: UploadId, txn: Txn) {
+    if let Err(error) = records::commit(store, txn).await {
+        tracing::error!(
+            upload.id = %id,
+            error = &error as &dyn std::error::Error,
+            "the record of a failed upload could not be written"
+        );
+    }
+}
+
+impl Drop for Upload {
+    fn drop(&mut self) {
+        if self.recorded {
+            return;
+        }
+        self.recorded = true;
+        let received = self.received();
+        let reason = format!("the connection broke off after {received} bytes; upload the file again");
+        let txn = self.about.failure("package_truncated", reason);
+        let (store, id) = (self.about.packages.store.clone(), self.about.id);
+        // Outside a runtime there is nobody to write the record, and the process ends.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { write_failure(&*store, id, txn).await });
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use futures_util::StreamExt as _;
+
+    use super::*;
+    use crate::service::{
+        apps::{Apps, tests::OneStack},
+        instances::{Instances, UpdateInstance},
+        records::tests::{caller, memory_store},
+        workspaces::{UpdateWorkspace, Workspaces, tests::request as workspace},
+    };
+
+    pub(crate) struct Ready {
+        pub(crate) store: Arc<dyn Store>,
+        pub(crate) blobs: Blobs,
+        pub(crate) packages: Packages,
+        pub(crate) app: AppId,
+        _dir: tempfile::TempDir,
+    }
+
+    /// A workspace `prod` with a limit of 100 bytes, and an application.
+    pub(crate) async fn ready() -> Ready {
+        let dir = tempfile::tempdir().unwrap();
+        let store = memory_store();
+        let blobs = Blobs::open_directory(dir.path()).await.unwrap();
+        let workspaces = Workspaces::new(store.clone());
+        workspaces.create(caller(), workspace("prod")).await.unwrap();
+        let limit = UpdateWorkspace {
+            package_limit_bytes: Some(100),
+            ..UpdateWorkspace::default()
+        };
+        workspaces.update(caller(), "prod", None, limit).await.unwrap();
+        let apps = Apps::new(store.clone(), Arc::new(OneStack));
+        let request = crate::service::apps::tests::request("shop");
+        let (app, _) = apps.create(caller(), request).await.unwrap();
+        Ready {
+            packages: Packages::new(store.clone(), blobs.clone()),
+            store,
+            blobs,
+            app: app.id,
+            _dir: dir,
+        }
+    }
+
+    pub(crate) fn request(version: &str, file_name: &str) -> BeginUpload {
+        BeginUpload {
+            version: version.parse().unwrap(),
+            file_name: file_name.parse().unwrap(),
+            remark: String::new(),
+            expected_digest: None,
+            content_length: None,
+        }
+    }
+
+    impl Ready {
+        pub(crate) async fn upload(
+            &self,
+            request: BeginUpload,
+            chunks: &[&[u8]],
+        ) -> Result<Package, ServiceError> {
+            let mut upload = self
+                .packages
+                .begin(caller(), "prod", self.app, request)
+                .await?;
+            for chunk in chunks {
+                upload.write(Bytes::copy_from_slice(chunk)).await?;
+            }
+            Ok(upload.finish().await?.0)
+        }
+
+        async fn outcomes(&self) -> Vec<UploadOutcome> {
+            let page = PageRequest::first(50);
+            let filter = PackageFilter::default();
+            let found = self.packages.list_uploads("prod", &filter, page).await;
+            found.unwrap().items.into_iter().map(|record| record.outcome).collect()
+        }
+
+        async fn blobs(&self) -> usize {
+            self.blobs.list().count().await
+        }
+    }
+
+    #[tokio::test]
+    async fn a_failed_upload_leaves_its_record_only() {
+        let ready = ready().await;
+        let gzip: &[u8] = &[0x1f, 0x8b, 8, 0];
+        let with_digest = |digest| BeginUpload {
+            expected_digest: Some(digest),
+            ..request("1", "a")
+        };
+        let announced = |content_length| BeginUpload {
+            content_length: Some(content_length),
+            ..request("1", "a")
+        };
+        let remark = BeginUpload {
+            remark: "x".repeat(501),
+            ..request("1", "a")
+        };
+        let cases: Vec<(BeginUpload, Vec<&[u8]>, &str)> = vec![
+            (request("1", "a"), vec![], "package_empty"),
+            (request("1", "a"), vec![&[0; 60], &[0; 41]], "package_too_large"),
+            (announced(101), vec![], "package_too_large"),
+            (announced(5), vec![b"four"], "package_truncated"),
+            (request("1", "a.zip"), vec![gzip], "package_format"),
+            (request("1", "a.tar.gz"), vec![b"P", b"K\x03\x04"], "package_format"),
+            (request("1", "a.zip"), vec![b"PK"], "package_format"),
+            (with_digest(Digest::of(b"other")), vec![b"this"], "package_digest"),
+            (remark, vec![], "out_of_limit"),
+        ];
+        for (number, (request, chunks, expect)) in cases.into_iter().enumerate() {
+            let text = format!("{request:?} {chunks:?}");
+            let error = ready.upload(request, &chunks).await.unwrap_err();
+            assert_eq!(error.code(), expect, "{text}");
+            let outcomes = ready.outcomes().await;
+            assert_eq!(outcomes.len(), number + 1, "{text}");
+            assert!(
+                matches!(&outcomes[0], UploadOutcome::Failed { code, .. } if code == expect),
+                "{text}: {outcomes:?}"
+            );
+            assert_eq!(ready.blobs().await, 0, "{text}");
+        }
+        let filter = PackageFilter::default();
+        let page = ready.packages.list("prod", &filter, PageRequest::first(5)).await;
+        assert!(page.unwrap().items.is_empty());
+        let app = AppId::from_uuid(uuid::Uuid::nil());
+        let unknown = ready.packages.begin(caller(), "prod", app, request("1", "a"));
+        assert!(matches!(unknown.await.err(), Some(ServiceError::NotFound { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_dropped_upload_leaves_its_record_only() {
+        let ready = ready().await;
+        let prefix = keys::uploads("prod");
+        let from = ready.store.revision().await.unwrap();
+        let mut watch = ready.store.watch(&prefix, from).await.unwrap();
+        let begun = ready.packages.begin(caller(), "prod", ready.app, request("1", "a"));
+        let mut upload = begun.await.unwrap();
+        upload.write(Bytes::from_static(b"half")).await.unwrap();
+        drop(upload);
+        watch.next().await.unwrap();
+        let outcomes = ready.outcomes().await;
+        assert!(
+            matches!(&outcomes[..], [UploadOutcome::Failed { reason, .. }] if reason.contains("4 bytes")),
+            "{outcomes:?}"
+        );
+        assert_eq!(ready.blobs().await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_version_is_made_once() {
+        let ready = ready().await;
+        let at_limit = BeginUpload {
+            content_length: Some(100),
+            expected_digest: Some(Digest::of(&[7; 100])),
+            ..request("1.0", "a")
+        };
+        let begin = || ready.packages.begin(caller(), "prod", ready.app, request("2.0", "a"));
+        // Both begin before either commits.
+        let (mut one, mut two) = (begin().await.unwrap(), begin().await.unwrap());
+        one.write(Bytes::from_static(b"1")).await.unwrap();
+        two.write(Bytes::from_static(b"2")).await.unwrap();
+        let (one, two) = tokio::join!(one.finish(), two.finish());
+        assert!(one.is_ok() != two.is_ok());
+        assert_eq!(one.err().or(two.err()).unwrap().code(), "version_taken");
+        assert_eq!(begin().await.err().unwrap().code(), "version_taken");
+        let package = ready.upload(at_limit, &[&[7; 100]]).await.unwrap();
+        assert_eq!((package.size_bytes, package.digest), (100, Digest::of(&[7; 100])));
+        let found = ready.packages.find_version("prod", ready.app, "1.0").await;
+        assert_eq!(found.unwrap(), Some(package.clone()));
+        let filter = PackageFilter {
+            app: Some(ready.app),
+            version: Some("1.".to_owned()),
+        };
+        let page = ready.packages.list("prod", &filter, PageRequest::first(5)).await;
+        assert_eq!(page.unwrap().items.len(), 1);
+        let in_use = ready.packages.digests_in_use().await.unwrap();
+        assert!(in_use.contains(&package.digest) && in_use.len() == 2);
+    }
+
+    #[tokio::test]
+    async fn a_package_in_use_stays() {
+        let ready = ready().await;
+        let package = ready.upload(request("1.0", "a"), &[b"x"]).await.unwrap();
+        let instances = Instances::new(ready.store.clone(), Arc::new(OneStack));
+        let create = serde_json::from_value(serde_json::json!({
+            "name": "shop", "app": ready.app, "package": package.id
+        }));
+        let made = instances.create(caller(), "prod", create.unwrap()).await;
+        let (instance, _) = made.unwrap();
+        let delete = |confirm: &'static str| {
+            ready.packages.delete(caller(), "prod", package.id, confirm)
+        };
+        assert_eq!(delete("1").await.unwrap_err().code(), "confirmation_missing");
+        assert_eq!(delete("1.0").await.unwrap_err().code(), "in_use");
+        let other = ready.upload(request("1.1", "a"), &[b"y"]).await.unwrap();
+        let update = UpdateInstance {
+            package: Some(other.id),
+            ..UpdateInstance::default()
+        };
+        instances
+            .update(caller(), "prod", instance.id, None, update)
+            .await
+            .unwrap();
+        delete("1.0").await.unwrap();
+        assert!(ready.packages.get("prod", package.id).await.is_err());
+        ready.upload(request("1.0", "a"), &[b"z"]).await.unwrap();
+    }
+}

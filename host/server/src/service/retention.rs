@@ -1,0 +1,434 @@
+//! Retention: what is removed by itself, and when. Source: design, "Data".
+//!
+//! | what | goes when |
+//! | --- | --- |
+//! | idempotency records | 24 hours old |
+//! | upload records | older than [`RetentionSettings::keep_ms`] |
+//! | orders with their nodes and events | over, older than that, not among the newest of their workspace, and no order that is not over refers to them |
+//! | blobs | no package, kept order or installed release refers to them, and older than [`RetentionSettings::blob_grace_ms`] |
+//!
+//! One task owns the sweep ([`Retention::run`]). Every part can be cut off anywhere and is done again by the next sweep.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use tokio_util::sync::CancellationToken;
+use windlass_domain::{
+    Digest, Timestamp,
+    id::OrderId,
+    manifest::Manifest,
+    order::{Order, Purpose},
+    package::UploadRecord,
+};
+use windlass_store::{Blobs, Store, Txn, retention};
+
+use super::{
+    ServiceError,
+    idempotency::Idempotency,
+    packages::Packages,
+    records::{self, Committed},
+};
+use crate::{
+    clock,
+    engine::rows as engine_rows,
+    keys,
+};
+
+/// How long things are kept.
+#[derive(Debug, Clone)]
+pub struct RetentionSettings {
+    /// Time between two sweeps. Default 1 hour.
+    pub interval: Duration,
+    /// Time before the first sweep, so that a start is not slowed down. Default 10 minutes.
+    pub first_after: Duration,
+    /// Upload records and orders are kept for so long, in milliseconds. Default 90 days.
+    pub keep_ms: u64,
+    /// So many of the newest orders of each workspace stay whatever their age. Default 1000.
+    pub keep_orders: usize,
+    /// A blob that nothing refers to is kept for so long after it was written, in milliseconds: the time in which a previewed
+    /// plan can be made an order, and an upload can be committed. Default 24 hours.
+    pub blob_grace_ms: u64,
+}
+
+impl Default for RetentionSettings {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(3600),
+            first_after: Duration::from_secs(600),
+            keep_ms: 90 * 24 * 3_600_000,
+            keep_orders: 1000,
+            blob_grace_ms: 24 * 3_600_000,
+        }
+    }
+}
+
+/// What one sweep removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Swept {
+    /// Idempotency records.
+    pub idempotency_records: u64,
+    /// Upload records.
+    pub upload_records: u64,
+    /// Orders.
+    pub orders: u64,
+    /// Blobs.
+    pub blobs: u64,
+    /// Their bytes.
+    pub blob_bytes: u64,
+}
+
+/// The sweep. Cheap to clone.
+#[derive(Clone)]
+pub struct Retention {
+    store: Arc<dyn Store>,
+    blobs: Blobs,
+    settings: RetentionSettings,
+}
+
+impl Retention {
+    /// Over a store and its blobs.
+    #[must_use]
+    pub fn new(store: Arc<dyn Store>, blobs: Blobs, settings: RetentionSettings) -> Self {
+        Self {
+            store,
+            blobs,
+            settings,
+        }
+    }
+
+    /// Sweeps again and again until `stop`; a sweep that is under way is cut off. Run by one owned task.
+    pub async fn run(&self, stop: CancellationToken) {
+        let mut pause = self.settings.first_after;
+        loop {
+            let swept = tokio::select! {
+                () = stop.cancelled() => return,
+                swept = async {
+                    tokio::time::sleep(pause).await;
+                    self.sweep(clock::now()).await
+                } => swept,
+            };
+            match swept {
+                Ok(swept) if swept == Swept::default() => {}
+                Ok(swept) => tracing::info!(
+                    orders = swept.orders,
+                    upload_records = swept.upload_records,
+                    idempotency_records = swept.idempotency_records,
+                    blobs = swept.blobs,
+                    blob_bytes = swept.blob_bytes,
+                    "what was kept long enough was removed"
+                ),
+                Err(error) => tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "what was kept long enough could not be removed; it is tried again"
+                ),
+            }
+            pause = self.settings.interval;
+        }
+    }
+
+    /// One sweep.
+    ///
+    /// # Errors
+    /// Those of the store; what was removed before stays removed.
+    pub async fn sweep(&self, now: Timestamp) -> Result<Swept, ServiceError> {
+        let idempotency = Idempotency::new(self.store.clone());
+        let idempotency_records = idempotency.prune().await?;
+        let upload_records = self.prune_uploads(now).await?;
+        let orders = self.prune_orders(now).await?;
+        let collected = self.collect_blobs(now).await?;
+        Ok(Swept {
+            idempotency_records,
+            upload_records,
+            orders,
+            blobs: collected.deleted,
+            blob_bytes: collected.deleted_bytes,
+        })
+    }
+
+    fn is_old(&self, now: Timestamp, at: Timestamp) -> bool {
+        now.since_ms(at) >= self.settings.keep_ms
+    }
+
+    async fn prune_uploads(&self, now: Timestamp) -> Result<u64, ServiceError> {
+        let is_old = |entry: &windlass_store::Entry| {
+            serde_json::from_slice::<UploadRecord>(&entry.value)
+                .is_ok_and(|record| self.is_old(now, record.finished_at))
+        };
+        let pruned =
+            retention::prune(&*self.store, &keys::all_uploads(), 0, is_old).await?;
+        Ok(pruned.deleted)
+    }
+
+    async fn orders(&self) -> Result<Vec<(Order, windlass_store::Revision)>, ServiceError> {
+        records::all(&*self.store, &keys::orders())
+            .await?
+            .iter()
+            .map(|entry| Ok((records::decode_plain(entry, "an order")?, entry.revision)))
+            .collect()
+    }
+
+    async fn prune_orders(&self, now: Timestamp) -> Result<u64, ServiceError> {
+        let orders = self.orders().await?;
+        let mut needed: HashSet<OrderId> = HashSet::new();
+        let mut by_workspace: BTreeMap<&str, Vec<&(Order, _)>> = BTreeMap::new();
+        for found in &orders {
+            let order = &found.0;
+            by_workspace.entry(&order.workspace).or_default().push(found);
+            if !order.state.is_terminal() {
+                needed.insert(order.lock_owner);
+                needed.extend(order.rolled_back_by);
+                match order.purpose {
+                    Purpose::Rollback { of, .. } => {
+                        needed.insert(of);
+                    }
+                    Purpose::Release => {}
+                }
+            }
+        }
+        let mut deleted = 0;
+        for orders in by_workspace.into_values() {
+            // By rising id, which is by age: the newest are the last.
+            let beyond = orders.len().saturating_sub(self.settings.keep_orders);
+            for (order, revision) in orders.into_iter().take(beyond) {
+                let ended = order.finished_at.unwrap_or(order.created_at);
+                if order.state.is_terminal()
+                    && self.is_old(now, ended)
+                    && !needed.contains(&order.id)
+                    && self.delete_order(order, *revision).await?
+                {
+                    deleted += 1;
+                }
+            }
+        }
+        Ok(deleted)
+    }
+
+    /// Deletes an order's rows, the header last: cut off before that, the next sweep finds it again. False: it has something
+    /// to do yet, or has just changed.
+    async fn delete_order(
+        &self,
+        order: &Order,
+        revision: windlass_store::Revision,
+    ) -> Result<bool, ServiceError> {
+        let store = &*self.store;
+        let active = engine_rows::active(order.id);
+        if store.get(&active).await?.is_some() {
+            return Ok(false);
+        }
+        for prefix in [engine_rows::nodes(order.id), engine_rows::events(order.id)] {
+            retention::delete_prefix(store, &prefix).await?;
+        }
+        let key = engine_rows::order(order.id);
+        let txn = Txn::new()
+            .absent(active)
+            .revision_is(key.clone(), revision)
+            .delete(key)
+            .delete(engine_rows::order_of(&order.workspace, order.id));
+        match records::commit(store, txn).await? {
+            Committed::Done(_) => Ok(true),
+            Committed::Conflict => Ok(false),
+        }
+    }
+
+    /// Every digest that a row refers to.
+    async fn live(&self) -> Result<HashSet<Digest>, ServiceError> {
+        let store = &*self.store;
+        let packages = Packages::new(self.store.clone(), self.blobs.clone());
+        let mut live: HashSet<Digest> = packages.digests_in_use().await?.into_iter().collect();
+        for (order, _) in self.orders().await? {
+            live.extend([order.plan, order.spec]);
+            live.extend(order.revisions.iter().map(|revision| revision.digest));
+        }
+        for prefix in keys::all_installed() {
+            for entry in records::all(store, &prefix).await? {
+                let manifest: Manifest = records::decode_plain(&entry, "what is installed")?;
+                live.insert(manifest.package.digest);
+                live.extend(manifest.plan);
+            }
+        }
+        Ok(live)
+    }
+
+    async fn collect_blobs(
+        &self,
+        now: Timestamp,
+    ) -> Result<windlass_store::blobs::Collected, ServiceError> {
+        let before = now.unix_ms() - i64::try_from(self.settings.blob_grace_ms).unwrap_or(i64::MAX);
+        let written_before = UNIX_EPOCH + Duration::from_millis(u64::try_from(before).unwrap_or(0));
+        // Read after the moment was fixed: what refers to an older blob later writes it again first, which makes it young.
+        let live = self.live().await?;
+        self.blobs
+            .collect(
+                |digest| {
+                    let is_live = live.contains(&Digest::from_bytes(*digest.as_bytes()));
+                    async move { Ok::<_, ServiceError>(is_live) }
+                },
+                written_before,
+            )
+            .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use windlass_domain::{
+        order::{Control, Ending, OrderState},
+        progress::Counts,
+    };
+
+    use super::*;
+    use crate::service::{
+        packages::tests::{Ready, ready, request},
+        records::PageRequest,
+    };
+
+    const DAY_MS: u64 = 24 * 3_600_000;
+
+    fn order(number: u128, state: OrderState, finished_at: Option<Timestamp>) -> Order {
+        let id = OrderId::from_uuid(uuid::Uuid::from_u128(number));
+        let digest = |what: &str| Digest::of(format!("{what} {number}").as_bytes());
+        Order {
+            schema: Order::SCHEMA,
+            id,
+            workspace: "prod".to_owned(),
+            title: format!("order {number}"),
+            purpose: Purpose::Release,
+            state,
+            state_reason: String::new(),
+            strategy: "grouped@1.0.0".to_owned(),
+            plan: digest("plan"),
+            revisions: vec![],
+            spec: digest("spec"),
+            counts: Counts::default(),
+            control: Control::Ended(Ending::Succeeded),
+            stalled: false,
+            lock_owner: id,
+            last_event: 1,
+            rolled_back_by: None,
+            server_count: 1,
+            created_by: "anna".to_owned(),
+            created_at: Timestamp::from_unix_ms(0),
+            started_at: None,
+            finished_at,
+            last_progress_at: None,
+        }
+    }
+
+    async fn store_order(ready: &Ready, order: &Order) {
+        let txn = Txn::new()
+            .put(engine_rows::order(order.id), records::encode(order))
+            .put(engine_rows::order_of("prod", order.id), "")
+            .put(engine_rows::node(order.id, 0), "{}")
+            .put(engine_rows::event(order.id, 1), "[]");
+        ready.store.commit(txn).await.unwrap();
+        for what in ["plan", "spec"] {
+            let bytes = format!("{what} {}", order.id.uuid().as_u128());
+            ready.blobs.put_bytes(bytes.into()).await.unwrap();
+        }
+    }
+
+    fn retention_of(ready: &Ready, keep_orders: usize) -> Retention {
+        let settings = RetentionSettings {
+            keep_orders,
+            ..RetentionSettings::default()
+        };
+        Retention::new(ready.store.clone(), ready.blobs.clone(), settings)
+    }
+
+    #[tokio::test]
+    async fn old_orders_go_with_everything_of_theirs() {
+        let ready = ready().await;
+        let now = clock::now();
+        let days_ago = |days: u64| {
+            Some(Timestamp::from_unix_ms(
+                now.unix_ms() - i64::try_from(days * DAY_MS).unwrap(),
+            ))
+        };
+        let mut rollback = order(4, OrderState::Running, None);
+        let needed = order(2, OrderState::Failed, days_ago(100));
+        rollback.lock_owner = needed.id;
+        for order in [
+            order(1, OrderState::Succeeded, days_ago(90)),
+            needed,
+            order(3, OrderState::Blocked, days_ago(100)),
+            rollback,
+            order(5, OrderState::Succeeded, days_ago(89)),
+            order(6, OrderState::Succeeded, days_ago(91)),
+            order(7, OrderState::Succeeded, days_ago(91)),
+            order(8, OrderState::Succeeded, days_ago(91)),
+        ] {
+            store_order(&ready, &order).await;
+        }
+        // The sixth still has something to do; the last two are the newest.
+        let active = engine_rows::active(OrderId::from_uuid(uuid::Uuid::from_u128(6)));
+        ready.store.commit(Txn::new().put(active, "")).await.unwrap();
+        // Two days on, so that the blobs' grace is over.
+        let later = now.plus_ms(2 * DAY_MS - DAY_MS * 3 / 2);
+        let swept = retention_of(&ready, 2).sweep(later).await.unwrap();
+        assert_eq!((swept.orders, swept.blobs), (1, 0));
+        let gone = OrderId::from_uuid(uuid::Uuid::from_u128(1));
+        for prefix in [engine_rows::nodes(gone), engine_rows::events(gone)] {
+            assert!(!records::any(&*ready.store, &prefix).await.unwrap());
+        }
+        let left = records::all(&*ready.store, &engine_rows::orders_of("prod")).await.unwrap();
+        assert_eq!(left.len(), 7);
+        let swept = retention_of(&ready, 2).sweep(now.plus_ms(DAY_MS + 60_000)).await.unwrap();
+        // Its plan and its specification; by now the fifth is 90 days old too.
+        assert_eq!((swept.orders, swept.blobs), (1, 4));
+        assert!(ready.blobs.exists(windlass_store::BlobDigest::of(b"plan 3")).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn packages_stay_while_something_refers_to_them() {
+        let ready = ready().await;
+        let kept = ready.upload(request("1", "a"), &[b"kept"]).await.unwrap();
+        let gone = ready.upload(request("2", "a"), &[b"gone"]).await.unwrap();
+        let caller = crate::service::records::tests::caller();
+        ready.packages.delete(caller, "prod", gone.id, "2").await.unwrap();
+        let retention = retention_of(&ready, 10);
+        let now = clock::now();
+        assert_eq!(retention.sweep(now).await.unwrap(), Swept::default());
+        let swept = retention.sweep(now.plus_ms(DAY_MS + 60_000)).await.unwrap();
+        assert_eq!((swept.blobs, swept.blob_bytes), (1, 4));
+        let digest = windlass_store::BlobDigest::from_bytes(*kept.digest.as_bytes());
+        assert!(ready.blobs.exists(digest).await.unwrap());
+        // Upload records go after 90 days, the package stays.
+        let swept = retention.sweep(now.plus_ms(91 * DAY_MS)).await.unwrap();
+        assert_eq!(swept.upload_records, 2);
+        let filter = crate::service::packages::PackageFilter::default();
+        let page = ready.packages.list("prod", &filter, PageRequest::first(5)).await;
+        assert_eq!(page.unwrap().items.len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_task_waits_sweeps_and_stops() {
+        let ready = ready().await;
+        let retention = retention_of(&ready, 10);
+        let old = order(1, OrderState::Succeeded, Some(Timestamp::from_unix_ms(0)));
+        store_order(&ready, &old).await;
+        let retention = Retention {
+            settings: RetentionSettings {
+                keep_orders: 0,
+                ..retention.settings
+            },
+            ..retention
+        };
+        let from = ready.store.revision().await.unwrap();
+        let prefix = keys::orders();
+        let mut watch = ready.store.watch(&prefix, from).await.unwrap();
+        let stop = CancellationToken::new();
+        let started = tokio::time::Instant::now();
+        let running = tokio::spawn({
+            let (retention, stop) = (retention.clone(), stop.clone());
+            async move { retention.run(stop).await }
+        });
+        let event = watch.next().await.unwrap();
+        assert_eq!(event.kind, windlass_store::EventKind::Deleted);
+        assert!(started.elapsed() >= Duration::from_secs(600));
+        stop.cancel();
+        running.await.unwrap();
+    }
+}
