@@ -5,8 +5,11 @@
 
 pub mod api;
 pub mod clock;
+pub mod config;
 pub mod engine;
 pub mod gateway;
 pub mod ids;
 mod keys;
+pub mod platform;
 pub mod service;
+pub mod telemetry;

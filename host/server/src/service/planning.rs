@@ -72,7 +72,7 @@ pub struct PlannerParts {
     /// Plans.
     pub blobs: Blobs,
     /// Strategies and tech stacks.
-    pub plugins: Plugins,
+    pub plugins: Arc<Plugins>,
     /// Who is connected.
     pub agents: Arc<dyn Agents>,
     /// Workspaces.

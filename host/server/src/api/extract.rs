@@ -1,0 +1,256 @@
+//! What handlers take out of a request: path, query, body, headers, each refused with a problem of its own.
+//!
+//! Bodies are JSON of at most [`BODY_MAX_BYTES`], read within [`BODY_TIMEOUT`]; unknown fields are refused by the request
+//! types themselves (`deny_unknown_fields`). Package uploads do not come through here.
+
+use std::time::Duration;
+
+use axum::{
+    body::{Body, Bytes},
+    extract::{FromRequest, FromRequestParts, Request},
+    http::{HeaderMap, Method, StatusCode, header, request::Parts},
+};
+use serde::de::DeserializeOwned;
+use windlass_store::Revision;
+
+use super::problem::Problem;
+use crate::service::{Caller, PageRequest};
+
+/// Largest JSON body.
+pub(crate) const BODY_MAX_BYTES: usize = 1024 * 1024;
+/// How long a JSON body may take.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Who asks, put there by the gate; with the idempotency record of the request.
+impl<S: Send + Sync> FromRequestParts<S> for Caller {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        // The gate lets no request to `/v1` pass without; this is for a route that would stand elsewhere.
+        parts.extensions.get::<Self>().cloned().ok_or_else(|| {
+            Problem::new(StatusCode::UNAUTHORIZED, "token_missing", "the request has no token")
+        })
+    }
+}
+
+/// Parameters of the path.
+pub(crate) struct Path<T>(pub(crate) T);
+
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        axum::extract::Path::<T>::from_request_parts(parts, state)
+            .await
+            .map(|axum::extract::Path(value)| Self(value))
+            .map_err(|rejection| {
+                Problem::bad_request("path_invalid", cut(&rejection.body_text()))
+                    .field("path")
+                    .mend("use an id as the API gave it")
+            })
+    }
+}
+
+/// Parameters of the query.
+pub(crate) struct Query<T>(pub(crate) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        axum::extract::Query::<T>::from_request_parts(parts, state)
+            .await
+            .map(|axum::extract::Query(value)| Self(value))
+            .map_err(|rejection| {
+                let text = rejection.body_text();
+                let text = text.rsplit_once("query string: ").map_or(&*text, |(_, rest)| rest);
+                let problem = match unknown_field(text) {
+                    Some(field) => Problem::bad_request("unknown_parameter", cut(text)).field(field),
+                    None => {
+                        let field = text.split_once(':').map(|(field, _)| field).filter(|field| is_name(field));
+                        Problem::bad_request("parameter_invalid", cut(text)).field(field.unwrap_or("query"))
+                    }
+                };
+                problem.mend("look the parameters up in /openapi.json")
+            })
+    }
+}
+
+/// A JSON body.
+pub(crate) struct Json<T>(pub(crate) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _: &S) -> Result<Self, Problem> {
+        check_content_type(request.headers())?;
+        let body = read_body(request.into_body()).await?;
+        parse(&body).map(Self)
+    }
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
+    let found = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    let essence = found.split(';').next().unwrap_or_default().trim();
+    if essence.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    Err(Problem::new(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        "content_type_unsupported",
+        format!("the body's content type is `{}`, expected `application/json`", cut(found)),
+    )
+    .field("Content-Type")
+    .mend("send JSON, with `Content-Type: application/json`"))
+}
+
+/// A whole body of at most [`BODY_MAX_BYTES`].
+pub(crate) async fn read_body(body: Body) -> Result<Bytes, Problem> {
+    let read = axum::body::to_bytes(body, BODY_MAX_BYTES);
+    match tokio::time::timeout(BODY_TIMEOUT, read).await {
+        Ok(Ok(body)) => Ok(body),
+        Ok(Err(error)) => {
+            use std::error::Error as _;
+            if error.source().is_some_and(|source| source.is::<http_body_util::LengthLimitError>()) {
+                Err(Problem::new(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    "body_too_large",
+                    format!("the body is larger than {BODY_MAX_BYTES} bytes"),
+                )
+                .field("body")
+                .limit(BODY_MAX_BYTES as u64, BODY_MAX_BYTES as u64 + 1)
+                .mend("send a smaller body; files belong into a package"))
+            } else {
+                Err(Problem::bad_request("body_truncated", "the body ended before it was complete")
+                    .field("body")
+                    .mend("send it again"))
+            }
+        }
+        Err(_) => Err(Problem::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "body_timeout",
+            format!("the body took longer than {} s", BODY_TIMEOUT.as_secs()),
+        )
+        .field("body")
+        .mend("send it faster")),
+    }
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let path = error.path().to_string();
+        let error = error.into_inner();
+        let text = error.to_string();
+        if !error.is_data() {
+            return Problem::bad_request("body_malformed", format!("the body is not JSON: {}", cut(&text)))
+                .field("body")
+                .mend("send well-formed JSON");
+        }
+        let problem = |code| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, code, cut(&text));
+        let field = if path == "." { String::new() } else { path };
+        match (unknown_field(&text), missing_field(&text)) {
+            // The path of an unknown field ends with it already, or says nothing where fields were flattened.
+            (Some(unknown), _) => {
+                let field = if field.is_empty() { unknown.to_owned() } else { field };
+                problem("unknown_field").field(field).mend("leave it out, or correct its name")
+            }
+            (None, Some(missing)) => {
+                let field = if field.is_empty() { missing.to_owned() } else { format!("{field}.{missing}") };
+                problem("missing_field").field(field).mend("give it")
+            }
+            (None, None) => {
+                let field = if field.is_empty() { "body".to_owned() } else { field };
+                problem("invalid_value").field(field).mend("look the field up in /openapi.json")
+            }
+        }
+    })?;
+    reader.end().map_err(|_| {
+        Problem::bad_request("body_malformed", "there is something behind the JSON value of the body")
+            .field("body")
+            .mend("send one JSON value")
+    })?;
+    Ok(value)
+}
+
+fn unknown_field(text: &str) -> Option<&str> {
+    text.split_once("unknown field `")?.1.split_once('`').map(|(name, _)| name)
+}
+
+fn missing_field(text: &str) -> Option<&str> {
+    text.split_once("missing field `")?.1.split_once('`').map(|(name, _)| name)
+}
+
+fn is_name(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(500).collect()
+}
+
+/// The revision that `If-Match` names; absent or `*`: any. Optional on every update (the change is then made whatever the
+/// current revision is). Only strong ETags as the API gives them: `"17"`.
+pub(crate) struct IfMatch(pub(crate) Option<Revision>);
+
+impl<S: Send + Sync> FromRequestParts<S> for IfMatch {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
+        let Some(value) = parts.headers.get(header::IF_MATCH) else {
+            return Ok(Self(None));
+        };
+        let text = value.to_str().unwrap_or_default().trim();
+        if text == "*" {
+            return Ok(Self(None));
+        }
+        text.strip_prefix('"')
+            .and_then(|text| text.strip_suffix('"'))
+            .and_then(|text| text.parse().ok())
+            .map(|revision| Self(Some(Revision(revision))))
+            .ok_or_else(|| {
+                Problem::bad_request(
+                    "if_match_invalid",
+                    format!("`{}` is not an ETag of this API", cut(text)),
+                )
+                .field("If-Match")
+                .mend("send the ETag as it was given, for example `\"17\"`")
+            })
+    }
+}
+
+/// Sizes of a list's pages.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PageLimits {
+    /// Unless asked otherwise.
+    pub(crate) default: usize,
+    /// At most.
+    pub(crate) max: usize,
+}
+
+/// The page that a query asks for.
+pub(crate) fn page_of(
+    size: Option<usize>,
+    cursor: Option<String>,
+    limits: PageLimits,
+) -> Result<PageRequest, Problem> {
+    let size = size.unwrap_or(limits.default);
+    if size == 0 || size > limits.max {
+        return Err(Problem::bad_request(
+            "out_of_limit",
+            format!("a page of this list has 1 to {} entries, {size} were asked for", limits.max),
+        )
+        .field("page_size")
+        .limit(limits.max as u64, size as u64)
+        .mend("ask for fewer entries and follow the cursor"));
+    }
+    Ok(PageRequest { size, cursor })
+}
+
+/// Whether requests of this method change something.
+pub(crate) fn is_write(method: &Method) -> bool {
+    method == Method::POST || method == Method::PUT || method == Method::PATCH || method == Method::DELETE
+}

@@ -1,0 +1,258 @@
+//! `/v1/workspaces/{ws}/orders`: preview, make, look at, act on, follow.
+//!
+//! Events are a stream of server-sent events (`id` = sequence number, `event` = what happened, `data` = the event as JSON),
+//! resumed with `Last-Event-ID` or `?after=`. The stream ends with the event `end` when the order has ended and
+//! everything was sent, and without it when the token was revoked or expired, or the server stops: then come back with the
+//! last id. Every [`KEEP_ALIVE`] without an event a comment is sent.
+
+use std::{convert::Infallible, time::Duration};
+
+use axum::{
+    Extension,
+    body::Body,
+    extract::State,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use windlass_domain::{
+    Timestamp,
+    id::OrderId,
+    order::{Action, Happened, Order, OrderEvent, OrderState, ReleaseSpec},
+    progress::NodeProgress,
+};
+
+use super::{
+    Api,
+    extract::{Json, PageLimits, Path, Query, page_of},
+    problem::Problem,
+    reply::{self, Page, Reply},
+};
+use crate::{
+    clock,
+    service::{
+        Caller, ServiceError,
+        orders::{CreateOrder, NodeView, OrderFilter, PlanView},
+        tokens::Authenticated,
+    },
+};
+
+const PAGES: PageLimits = PageLimits { default: 20, max: 100 };
+/// Events read at a time.
+const EVENTS_AT_ONCE: usize = 200;
+/// Pause after which a stream shows that it lives.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+pub(super) fn router() -> OpenApiRouter<Api> {
+    OpenApiRouter::new()
+        .routes(routes!(create_order, list_orders))
+        .routes(routes!(preview_order))
+        .routes(routes!(get_order))
+        .routes(routes!(list_order_nodes))
+        .routes(routes!(get_order_node))
+        .routes(routes!(get_order_plan))
+        .routes(routes!(act_on_order))
+        .routes(routes!(watch_order_events))
+}
+
+/// Which orders.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+struct ListOrders {
+    /// Only in this state.
+    state: Option<OrderState>,
+    /// Entries of the page: 1 to 100, 20 unless given.
+    page_size: Option<usize>,
+    /// `next_cursor` of the page before.
+    cursor: Option<String>,
+}
+
+/// From where to follow.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+struct WatchEvents {
+    /// Only events after this sequence number; `Last-Event-ID` goes before it.
+    after: Option<u64>,
+}
+
+/// One node with everything that is kept of it.
+#[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
+struct NodeDetails {
+    /// As in the list.
+    #[serde(flatten)]
+    view: NodeView,
+    /// Its row: a step's outcome and output among it.
+    progress: NodeProgress,
+}
+
+#[utoipa::path(post, path = "/v1/workspaces/{ws}/orders/preview", operation_id = "preview_order", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier.")), request_body = ReleaseSpec,
+    responses((status = 200, description = "The complete plan; nothing is done. It is kept for a day: make an order with its digest.", body = PlanView)))]
+async fn preview_order(State(api): State<Api>, Path(ws): Path<String>, Json(body): Json<ReleaseSpec>) -> Reply {
+    Ok(reply::json(StatusCode::OK, &api.orders.preview(&ws, &body).await?))
+}
+
+#[utoipa::path(post, path = "/v1/workspaces/{ws}/orders", operation_id = "create_order", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier.")), request_body = CreateOrder,
+    responses((status = 201, description = "Made; it runs once somebody runs it, or at once with `run`.", body = Order)))]
+async fn create_order(State(api): State<Api>, caller: Caller, Path(ws): Path<String>, Json(body): Json<CreateOrder>) -> Reply {
+    let order = api.orders.create(caller, &ws, body).await?;
+    let location = format!("/v1/workspaces/{ws}/orders/{}", order.id);
+    let mut response = reply::json(StatusCode::CREATED, &order);
+    if let Ok(location) = HeaderValue::try_from(location) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    Ok(response)
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/orders", operation_id = "list_orders", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ListOrders),
+    responses((status = 200, description = "Newest first.", body = Page<Order>)))]
+async fn list_orders(State(api): State<Api>, Path(ws): Path<String>, Query(query): Query<ListOrders>) -> Reply {
+    api.workspaces.get(&ws).await?;
+    let page = page_of(query.page_size, query.cursor, PAGES)?;
+    let before = page.cursor.map(|cursor| cursor.parse::<OrderId>()).transpose().map_err(|_| {
+        Problem::bad_request("cursor_invalid", "the cursor is not one of this list").field("cursor").mend("start again without a cursor")
+    })?;
+    let (items, next) = api.orders.list(&ws, &OrderFilter { state: query.state }, page.size, before).await?;
+    Ok(reply::json(StatusCode::OK, &Page { items, next_cursor: next.map(|id| id.to_string()) }))
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}", operation_id = "get_order", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id.")),
+    responses((status = 200, description = "Its header.", body = Order)))]
+async fn get_order(State(api): State<Api>, Path((ws, id)): Path<(String, OrderId)>, headers: HeaderMap) -> Reply {
+    Ok(reply::found_unless(&headers, api.orders.get(&ws, id).await?))
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}/nodes", operation_id = "list_order_nodes", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id.")),
+    responses((status = 200, description = "Every node with its state, on one page, parents before children.", body = Page<NodeView>)))]
+async fn list_order_nodes(State(api): State<Api>, Path((ws, id)): Path<(String, OrderId)>) -> Reply {
+    let items = api.orders.nodes(&ws, id).await?;
+    Ok(reply::json(StatusCode::OK, &Page { items, next_cursor: None }))
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}/nodes/{node}", operation_id = "get_order_node", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id."), ("node" = u32, Path, description = "The node's index.")),
+    responses((status = 200, description = "The node, a step's output included.", body = NodeDetails)))]
+async fn get_order_node(State(api): State<Api>, Path((ws, id, node)): Path<(String, OrderId, u32)>) -> Reply {
+    let (view, progress) = api.orders.node(&ws, id, node).await?;
+    Ok(reply::json(StatusCode::OK, &NodeDetails { view, progress }))
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}/plan", operation_id = "get_order_plan", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id.")),
+    responses((status = 200, description = "The plan that it runs.", body = PlanView)))]
+async fn get_order_plan(State(api): State<Api>, Path((ws, id)): Path<(String, OrderId)>) -> Reply {
+    Ok(reply::json(StatusCode::OK, &api.orders.plan(&ws, id).await?))
+}
+
+#[utoipa::path(post, path = "/v1/workspaces/{ws}/orders/{id}/actions", operation_id = "act_on_order", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id.")),
+    request_body = Action, responses((status = 200, description = "Done, durably: the header after it. A rollback of an ended order answers the new order.", body = Order)))]
+async fn act_on_order(State(api): State<Api>, caller: Caller, Path((ws, id)): Path<(String, OrderId)>, Json(body): Json<Action>) -> Reply {
+    Ok(reply::json(StatusCode::OK, &api.orders.act(caller, &ws, id, body).await?))
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}/events", operation_id = "watch_order_events", tag = "orders",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id."), WatchEvents,
+        ("Last-Event-ID" = Option<u64>, Header, description = "The last event that is known.")),
+    responses((status = 200, description = "Server-sent events; `data` is an OrderEvent. Ends after the order's end, or when the token ends.", content_type = "text/event-stream", body = OrderEvent)))]
+async fn watch_order_events(
+    State(api): State<Api>,
+    Extension(known): Extension<Authenticated>,
+    Path((ws, id)): Path<(String, OrderId)>,
+    Query(query): Query<WatchEvents>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let last = headers.get("last-event-id").map(|value| {
+        value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok()).ok_or_else(|| {
+            Problem::bad_request("last_event_id_invalid", "the last event id is not a number").field("Last-Event-ID").mend("send the id of an event of this order")
+        })
+    });
+    let after = last.transpose()?.or(query.after).unwrap_or(0);
+    api.orders.get(&ws, id).await?;
+    let (sender, receiver) = mpsc::channel::<Bytes>(8);
+    let stop = api.stop.clone();
+    let tasks = api.streams.clone();
+    tasks.spawn(async move {
+        let ended = async {
+            match known.token.expires_at {
+                Some(at) => sleep_until(at).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = known.revoked.cancelled() => {}
+            () = ended => {}
+            () = sender.closed() => {}
+            followed = follow(&api, &ws, id, after, &sender) => {
+                if let Err(error) = followed {
+                    tracing::warn!(order.id = %id, error = &error as &dyn std::error::Error, "a stream of events ended early");
+                }
+            }
+        }
+    });
+    let stream = futures_util::stream::unfold(receiver, |mut receiver| async {
+        receiver.recv().await.map(|bytes| (Ok::<_, Infallible>(bytes), receiver))
+    });
+    let headers = [
+        (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+    ];
+    Ok((headers, Body::from_stream(stream)).into_response())
+}
+
+async fn sleep_until(at: Timestamp) {
+    tokio::time::sleep(Duration::from_millis(at.since_ms(clock::now()))).await;
+}
+
+/// Sends events until the order has ended and everything was sent. Returns early when nobody listens.
+async fn follow(api: &Api, ws: &str, id: OrderId, mut after: u64, sender: &mpsc::Sender<Bytes>) -> Result<(), ServiceError> {
+    loop {
+        // Taken before reading, so that no event falls between the two.
+        let mut watch = api.orders.watch(id).await?;
+        loop {
+            let (order, _) = api.orders.get(ws, id).await?;
+            let events = api.orders.events(ws, id, after, EVENTS_AT_ONCE).await?;
+            if !events.is_empty() {
+                after = events.last().map_or(after, |event| event.seq);
+                if sender.send(events.iter().map(frame).collect::<String>().into()).await.is_err() {
+                    return Ok(());
+                }
+                continue;
+            }
+            if order.state.is_terminal() && after >= order.last_event {
+                drop(sender.send(format!("id: {after}\nevent: end\ndata: {{}}\n\n").into()).await);
+                return Ok(());
+            }
+            match tokio::time::timeout(KEEP_ALIVE, watch.next()).await {
+                Ok(Ok(_)) => {}
+                // Too far behind, or the store closes: a new watch, or the error of it, tells.
+                Ok(Err(_)) => break,
+                Err(_) => {
+                    if sender.send(Bytes::from_static(b": keep-alive\n\n")).await.is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn frame(event: &OrderEvent) -> String {
+    let name = match &event.what {
+        Happened::Order { .. } => "order",
+        Happened::Node { .. } => "node",
+        Happened::Action { .. } => "action",
+    };
+    let data = serde_json::to_string(event).expect("events have string keys");
+    format!("id: {}\nevent: {name}\ndata: {data}\n\n", event.seq)
+}

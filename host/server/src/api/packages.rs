@@ -1,0 +1,168 @@
+//! `/v1/workspaces/{ws}/packages` and the records of their uploads.
+//!
+//! An upload is the raw file as body, streamed through: the limit is the workspace's. A client that sends nothing for
+//! [`CHUNK_TIMEOUT`] is given up. Whatever goes wrong, nothing of the file is left; the upload's record says why.
+
+use std::time::Duration;
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    http::{HeaderMap, StatusCode, header},
+};
+use http_body_util::BodyExt as _;
+use serde::Deserialize;
+use utoipa_axum::{router::OpenApiRouter, routes};
+use windlass_domain::{
+    Digest,
+    id::PackageId,
+    name::{FileName, PackageVersion},
+    package::{Package, UploadRecord},
+};
+
+use super::{
+    Api,
+    extract::{PageLimits, Path, Query, page_of},
+    problem::Problem,
+    reply::{self, Page, Reply},
+    workspaces::Confirm,
+};
+use crate::service::{
+    Caller,
+    packages::{BeginUpload, PackageFilter, Upload},
+};
+
+const PAGES: PageLimits = PageLimits { default: 10, max: 50 };
+/// How long a client may send nothing.
+const CHUNK_TIMEOUT: Duration = Duration::from_secs(60);
+/// The header that promises the file's digest.
+const SHA256: &str = "x-content-sha256";
+
+pub(super) fn router() -> OpenApiRouter<Api> {
+    OpenApiRouter::new()
+        .routes(routes!(upload_package, list_packages))
+        .routes(routes!(get_package, delete_package))
+        .routes(routes!(list_uploads))
+}
+
+/// What is uploaded.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+struct UploadPackage {
+    /// The application's id or name.
+    app: String,
+    /// Version: unique for the application in the workspace.
+    version: PackageVersion,
+    /// The file's name; its ending says the format.
+    file_name: FileName,
+    /// Remark, at most 500 characters.
+    #[serde(default)]
+    remark: String,
+}
+
+/// Which packages or uploads.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+struct ListPackages {
+    /// Of this application, by id or name.
+    app: Option<String>,
+    /// Version contains this, in any case.
+    version: Option<String>,
+    /// Entries of the page: 1 to 50, 10 unless given.
+    page_size: Option<usize>,
+    /// `next_cursor` of the page before.
+    cursor: Option<String>,
+}
+
+#[utoipa::path(post, path = "/v1/workspaces/{ws}/packages", operation_id = "upload_package", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier."), UploadPackage,
+        ("X-Content-Sha256" = Option<Digest>, Header, description = "The file's SHA-256: an upload that differs is refused.")),
+    request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The file."),
+    responses((status = 201, description = "Uploaded and checked. With an idempotency key, the query, the promised digest and the length stand for the file.", body = Package)))]
+async fn upload_package(State(api): State<Api>, caller: Caller, Path(ws): Path<String>, Query(query): Query<UploadPackage>, request: Request) -> Reply {
+    let headers = request.headers();
+    let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or_default());
+    let expected_digest = text(SHA256).map(|value| {
+        value.to_ascii_lowercase().parse::<Digest>().map_err(|error| {
+            Problem::bad_request("digest_invalid", error.to_string()).field("X-Content-Sha256").mend("send the file's SHA-256 as 64 hexadecimal digits")
+        })
+    });
+    let content_length = text(header::CONTENT_LENGTH.as_str()).and_then(|value| value.parse().ok());
+    let (app, _) = api.apps.get(&query.app).await?;
+    let begin = BeginUpload {
+        version: query.version,
+        file_name: query.file_name,
+        remark: query.remark,
+        expected_digest: expected_digest.transpose()?,
+        content_length,
+    };
+    let upload = api.packages.begin(caller, &ws, app.id, begin).await?;
+    let made = receive(upload, request.into_body()).await?;
+    Ok(reply::created(&format!("/v1/workspaces/{ws}/packages/{}", made.0.id), made))
+}
+
+async fn receive(mut upload: Upload, mut body: Body) -> Result<(Package, windlass_store::Revision), Problem> {
+    loop {
+        match tokio::time::timeout(CHUNK_TIMEOUT, body.frame()).await {
+            Ok(None) => return Ok(upload.finish().await?),
+            Ok(Some(Ok(frame))) => {
+                if let Ok(bytes) = frame.into_data() {
+                    upload.write(bytes).await?;
+                }
+            }
+            Ok(Some(Err(error))) => {
+                upload.abort(&format!("the connection broke: {error}")).await;
+                return Err(Problem::bad_request("package_truncated", "the upload broke off").field("body").mend("upload the file again"));
+            }
+            Err(_) => {
+                let reason = format!("nothing came for {} s", CHUNK_TIMEOUT.as_secs());
+                upload.abort(&reason).await;
+                return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", reason).field("body").mend("upload the file again"));
+            }
+        }
+    }
+}
+
+async fn filter(api: &Api, query: &ListPackages) -> Result<PackageFilter, Problem> {
+    let app = match &query.app {
+        Some(app) => Some(api.apps.get(app).await?.0.id),
+        None => None,
+    };
+    Ok(PackageFilter { app, version: query.version.clone() })
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/packages", operation_id = "list_packages", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ListPackages),
+    responses((status = 200, description = "Newest first.", body = Page<Package>)))]
+async fn list_packages(State(api): State<Api>, Path(ws): Path<String>, Query(query): Query<ListPackages>) -> Reply {
+    let filter = filter(&api, &query).await?;
+    let page = page_of(query.page_size, query.cursor, PAGES)?;
+    Ok(reply::page(api.packages.list(&ws, &filter, page).await?))
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/packages/{id}", operation_id = "get_package", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PackageId, Path, description = "The package's id.")),
+    responses((status = 200, description = "The package.", body = Package)))]
+async fn get_package(State(api): State<Api>, Path((ws, id)): Path<(String, PackageId)>, headers: HeaderMap) -> Reply {
+    Ok(reply::found_unless(&headers, api.packages.get(&ws, id).await?))
+}
+
+#[utoipa::path(delete, path = "/v1/workspaces/{ws}/packages/{id}", operation_id = "delete_package", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PackageId, Path, description = "The package's id."), Confirm),
+    responses((status = 204, description = "Deleted; `confirm` is its version.")))]
+async fn delete_package(State(api): State<Api>, caller: Caller, Path((ws, id)): Path<(String, PackageId)>, Query(query): Query<Confirm>) -> Reply {
+    api.packages.delete(caller, &ws, id, &query.confirm).await?;
+    Ok(reply::nothing())
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/packages/uploads", operation_id = "list_uploads", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ListPackages),
+    responses((status = 200, description = "Uploads with their outcome, newest first.", body = Page<UploadRecord>)))]
+async fn list_uploads(State(api): State<Api>, Path(ws): Path<String>, Query(query): Query<ListPackages>) -> Reply {
+    let filter = filter(&api, &query).await?;
+    let page = page_of(query.page_size, query.cursor, PAGES)?;
+    let found = api.packages.list_uploads(&ws, &filter, page).await?;
+    Ok(reply::json(StatusCode::OK, &Page { items: found.items, next_cursor: found.next }))
+}

@@ -1,0 +1,76 @@
+//! What a server is told at its start. Owns no behaviour; `platform` acts on it.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+/// Settings of a server.
+#[derive(Debug, Clone)]
+pub struct ServerConfig {
+    /// Everything that lasts: store, blobs, keys, compiled plugins. Made if it is missing, with mode 0700.
+    pub data: PathBuf,
+    /// Where the API listens. Port 0: any.
+    pub listen: SocketAddr,
+    /// Where agents connect. Port 0: any.
+    pub agent_listen: SocketAddr,
+    /// What agents are told to connect to, `host:port`; the listening address unless given.
+    pub agent_advertise: Option<String>,
+    /// The plugin directory; made if it is missing.
+    pub plugins: PathBuf,
+    /// The directory that ships with this program: plugins whose bytes stand there are approved when they are first seen,
+    /// unless they want `root`.
+    pub shipped_plugins: Option<PathBuf>,
+    /// TLS of the API.
+    pub tls: Tls,
+    /// The program that compiles plugins; this program's own subcommand unless given (tests run in another program).
+    pub compile_command: Option<Vec<std::ffi::OsString>>,
+}
+
+/// TLS of the API. Agents' connections have TLS always.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Tls {
+    /// Plain HTTP on a loopback address, the platform's own certificate on any other.
+    #[default]
+    ByAddress,
+    /// Plain HTTP, also on other addresses: something in front ends TLS.
+    Off,
+    /// The platform's own certificate, whose key agents pin; `windlass server` prints its fingerprint.
+    Own,
+    /// A certificate chain and its key, both PEM.
+    Files {
+        /// The chain, the server's certificate first.
+        certificate: PathBuf,
+        /// The key, PKCS#8, PKCS#1 or SEC1.
+        key: PathBuf,
+    },
+}
+
+impl ServerConfig {
+    /// A server on this machine alone: agents connect to any free port of it.
+    #[must_use]
+    pub fn local(data: &Path, listen: SocketAddr, plugins: &Path) -> Self {
+        Self {
+            data: data.to_owned(),
+            listen,
+            agent_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            agent_advertise: None,
+            plugins: plugins.to_owned(),
+            shipped_plugins: shipped_plugins(),
+            tls: Tls::ByAddress,
+            compile_command: None,
+        }
+    }
+}
+
+/// Where the plugins of this installation stand, seen from this program's file: `plugins` beside it, beside its directory (a
+/// build), or `share/windlass/plugins` (an installed package).
+#[must_use]
+pub fn shipped_plugins() -> Option<PathBuf> {
+    let program = std::env::current_exe().ok()?;
+    let directory = program.parent()?;
+    ["plugins", "../plugins", "../share/windlass/plugins"]
+        .into_iter()
+        .map(|place| directory.join(place))
+        .find(|place| place.is_dir())
+}

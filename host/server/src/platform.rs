@@ -1,0 +1,492 @@
+//! The platform: everything of one server, wired together, started and ended in order.
+//!
+//! ```text
+//! start:    directory ─► ports ─► store, plugins (side by side) ─► services ─► engine ─► gateway ─► API ─► ready
+//! shutdown: not ready ─► API and streams ─► gateway ─► engine ─► keepers, control ─► plugins ─► store
+//! ```
+//! Every task has its owner here and is awaited at shutdown. Owns the layout of the data directory:
+//!
+//! | in `<data>` | what |
+//! | --- | --- |
+//! | `store/` | rows; its `LOCK` says that a server runs here |
+//! | `blobs/` | packages, plans |
+//! | `plugins-state/` | kept bytes and compiled code of plugins |
+//! | `platform.key`, `agent-tls.key`, `secrets.key` | the platform's keys, 0600 |
+//! | `admin.token` | the first administrator's token, 0600 |
+//! | `control.sock` | asked by `windlass backup` while the server runs |
+
+mod control;
+mod tls;
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use windlass_protocol::Fingerprint;
+use windlass_runtime::{OpenError, Plugins, PluginsConfig};
+use windlass_store::{
+    BlobError, Blobs, Store, StoreError,
+    backup::{BLOBS_DIRECTORY, STORE_DIRECTORY},
+    sled::{self, SledOptions},
+};
+
+use crate::{
+    api::{self, ApiParts, Gauge, Gauges, agents::AgentListenerSettings},
+    config::ServerConfig,
+    engine::{Engine, EngineParts, rows, rows::RowError, traffic::SimulatedPools},
+    gateway::{
+        Gateway, GatewayParts, GatewaySettings,
+        identity::{IdentityError, PlatformIdentity},
+        secrets::{SecretError, SecretVault},
+    },
+    service::{
+        ServiceError,
+        activation_codes::ActivationCodes,
+        apps::Apps,
+        idempotency::Idempotency,
+        instances::Instances,
+        orders::Orders,
+        packages::Packages,
+        planning::{Planner, PlannerParts},
+        plugins::PluginService,
+        pools::Pools,
+        servers::Servers,
+        tokens::{ADMIN_TOKEN_FILE, AdminTokenError, Tokens},
+        workspaces::Workspaces,
+    },
+};
+pub use control::{BackupFailure, back_up};
+pub use tls::TlsError;
+
+/// How long keepers wait before they try again after the store failed.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often old idempotency records are deleted.
+const PRUNE_EVERY: Duration = Duration::from_secs(3600);
+
+/// Why a server did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The data directory cannot be used.
+    #[error("the data directory `{}` cannot be used: check that it is a directory that this user may write", path.display())]
+    Data {
+        /// The directory.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// An address cannot be listened on.
+    #[error("cannot listen on {address} for {whom}: choose another address with `{option}`, or end what uses it")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// `the API` or `agents`.
+        whom: &'static str,
+        /// The option that names it.
+        option: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The API's certificate.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// The store; also when another server runs on the directory.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The blobs.
+    #[error("the blobs cannot be opened")]
+    Blobs(#[from] BlobError),
+    /// The platform's keys.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The key of the secrets.
+    #[error(transparent)]
+    Secrets(#[from] SecretError),
+    /// The plugins.
+    #[error(transparent)]
+    Plugins(#[from] OpenError),
+    /// This program's own path is not known.
+    #[error("this program cannot find its own file, which compiles plugins")]
+    OwnPath(#[source] io::Error),
+    /// The first token.
+    #[error(transparent)]
+    AdminToken(#[from] AdminTokenError),
+    /// Something that services read at start.
+    #[error(transparent)]
+    Service(#[from] ServiceError),
+    /// Unfinished orders.
+    #[error("the engine cannot take up its orders")]
+    Engine(#[from] RowError),
+    /// The control socket.
+    #[error("the control socket in `{}` cannot be made", path.display())]
+    Control {
+        /// The data directory.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A running server.
+pub struct Running {
+    /// Where the API is, for example `http://127.0.0.1:7460`.
+    pub api_url: String,
+    /// Where agents connect: `host:port`.
+    pub agent_url: String,
+    /// The file that holds the first administrator's token.
+    pub admin_token_file: PathBuf,
+    /// The fingerprint of the platform's TLS key: what activation codes carry.
+    pub fingerprint: Fingerprint,
+    /// Drives orders.
+    pub engine: Engine,
+    /// Holds agents' sessions.
+    pub gateway: Gateway,
+    store: Arc<dyn Store>,
+    plugins: Arc<Plugins>,
+    ready: watch::Receiver<bool>,
+    stop: CancellationToken,
+    api: JoinHandle<()>,
+    agents: JoinHandle<()>,
+    streams: TaskTracker,
+    keepers: TaskTracker,
+    keepers_stop: CancellationToken,
+}
+
+impl Running {
+    /// Waits until `/readyz` says so.
+    pub async fn ready(&self) {
+        let mut ready = self.ready.clone();
+        // An error means that the server ends: nobody waits for it any more.
+        drop(ready.wait_for(|ready| *ready).await);
+    }
+
+    /// Ends everything in order and waits for it. Orders stay as they are and are taken up at the next start.
+    ///
+    /// # Errors
+    /// When the store cannot be closed; what was committed is durable all the same.
+    pub async fn shutdown(self) -> Result<(), StoreError> {
+        self.stop.cancel();
+        joined("API", self.api).await;
+        self.streams.close();
+        self.streams.wait().await;
+        self.gateway.shutdown().await;
+        joined("agents' listener", self.agents).await;
+        self.engine.shutdown().await;
+        self.keepers_stop.cancel();
+        self.keepers.close();
+        self.keepers.wait().await;
+        self.plugins.close().await;
+        self.store.close().await
+    }
+}
+
+async fn joined(what: &'static str, task: JoinHandle<()>) {
+    if let Err(error) = task.await {
+        tracing::error!(%error, what, "a task ended badly");
+    }
+}
+
+/// An error with its causes, in one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
+}
+
+/// Starts a server. It answers when this returns; it is ready a little later, when plugins that are not in the cache are
+/// compiled.
+///
+/// # Errors
+/// [`StartError`]; nothing is left running.
+pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
+    let data = open_data(&config.data)?;
+    let api_listener = listen(config.listen, "the API", "--listen").await?;
+    let agent_listener = listen(config.agent_listen, "agents", "--agent-listen").await?;
+    let api_address = local(&api_listener, config.listen);
+    let agent_address = config.agent_advertise.clone().unwrap_or_else(|| local(&agent_listener, config.agent_listen).to_string());
+
+    let mut plugins_config =
+        PluginsConfig::new(config.plugins.clone(), data.join("plugins-state")).map_err(StartError::OwnPath)?;
+    if let Some(command) = &config.compile_command {
+        plugins_config.compile_command.clone_from(command);
+    }
+    // The store first: its lock says that this directory is ours.
+    let store = sled::open(data.join(STORE_DIRECTORY), SledOptions::default()).await?;
+    let opened = open_parts(&config, &data, &store, plugins_config).await;
+    let opened = match opened {
+        Ok(opened) => opened,
+        Err(error) => return Err(close_after(&store, error).await),
+    };
+    let Opened { blobs, plugins, identity, secrets, tls } = opened;
+    let plugins = Arc::new(plugins);
+    let fingerprint = identity.fingerprint();
+
+    let workspaces = Workspaces::new(store.clone());
+    let apps = Apps::new(store.clone(), plugins.clone());
+    let packages = Packages::new(store.clone(), blobs.clone());
+    let instances = Instances::new(store.clone(), plugins.clone());
+    let servers = Servers::new(store.clone());
+    let tokens = Tokens::new(store.clone());
+    let idempotency = Idempotency::new(store.clone());
+    let plugin_service = PluginService::new(store.clone(), plugins.clone());
+    let gateway = Gateway::new(GatewayParts {
+        store: store.clone(),
+        blobs: blobs.clone(),
+        identity: Arc::new(identity),
+        directory: Arc::new(servers.clone()),
+        secrets: Arc::new(secrets.clone()),
+        settings: GatewaySettings::default(),
+    });
+    let traffic = Arc::new(SimulatedPools::new(store.clone()));
+    let planner = Planner::new(PlannerParts {
+        store: store.clone(),
+        blobs: blobs.clone(),
+        plugins: plugins.clone(),
+        agents: Arc::new(gateway.clone()),
+        workspaces: workspaces.clone(),
+        apps: apps.clone(),
+        packages: packages.clone(),
+        instances: instances.clone(),
+        servers: servers.clone(),
+    });
+    let engine = Engine::new(EngineParts {
+        store: store.clone(),
+        blobs: blobs.clone(),
+        agents: Arc::new(gateway.clone()),
+        planning: Arc::new(planner.clone()),
+        pools: traffic.clone(),
+    });
+    let control = control::Control { store: store.clone(), blobs: blobs.clone(), data: data.clone() };
+    let prepared = async {
+        tokens.ensure_admin(&data).await?;
+        let socket = control.listen().map_err(|source| StartError::Control { path: data.clone(), source })?;
+        engine.start().await?;
+        Ok(socket)
+    };
+    let socket = match prepared.await {
+        Ok(socket) => socket,
+        Err(error) => {
+            engine.shutdown().await;
+            plugins.close().await;
+            return Err(close_after(&store, error).await);
+        }
+    };
+    gateway.start(Arc::new(engine.clone()));
+
+    let stop = CancellationToken::new();
+    let keepers_stop = CancellationToken::new();
+    let keepers = TaskTracker::new();
+    keepers.spawn(control.serve(socket, keepers_stop.clone()));
+    keepers.spawn(keep_tokens(tokens.clone(), keepers_stop.clone()));
+    keepers.spawn(keep_answers(idempotency.clone(), keepers_stop.clone()));
+    keepers.spawn(follow_decisions(plugin_service.clone(), keepers_stop.clone()));
+    let (set_ready, ready) = watch::channel(false);
+    let shipped = config.shipped_plugins.clone();
+    keepers.spawn(first_pass(plugins.clone(), plugin_service.clone(), shipped, set_ready, keepers_stop.clone()));
+
+    let streams = TaskTracker::new();
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let gauges = Arc::new(Figures { store: store.clone(), gateway: gateway.clone(), plugins: plugins.clone() });
+    let router = api::build(
+        ApiParts {
+            workspaces,
+            apps,
+            packages,
+            instances,
+            servers,
+            activation_codes: ActivationCodes::new(store.clone(), fingerprint),
+            tokens,
+            pools: Pools::new(store.clone()),
+            plugins: plugin_service,
+            orders: Orders::new(engine.clone(), planner),
+            gateway: gateway.clone(),
+            secrets,
+            traffic,
+            idempotency,
+            gauges,
+            ready: ready.clone(),
+            agent_address: agent_address.clone(),
+            stop: stop.clone(),
+        },
+        streams.clone(),
+    );
+    let api = tokio::spawn(api::listener::serve(api_listener, router, tls, stop.clone()));
+    let agents = tokio::spawn(api::agents::serve(agent_listener, gateway.clone(), AgentListenerSettings::default()));
+    Ok(Running {
+        api_url: format!("{scheme}://{api_address}"),
+        agent_url: agent_address,
+        admin_token_file: data.join(ADMIN_TOKEN_FILE),
+        fingerprint,
+        engine,
+        gateway,
+        store,
+        plugins,
+        ready,
+        stop,
+        api,
+        agents,
+        streams,
+        keepers,
+        keepers_stop,
+    })
+}
+
+/// Makes the data directory, or checks that it can be written. Gives its absolute path.
+fn open_data(data: &Path) -> Result<PathBuf, StartError> {
+    let failed = |source| StartError::Data { path: data.to_owned(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(data).map_err(failed)?;
+    let data = data.canonicalize().map_err(failed)?;
+    let probe = data.join(format!(".probe-{}", std::process::id()));
+    fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe)).map_err(failed)?;
+    let mode = fs::metadata(&data).map_err(failed)?.permissions().mode() & 0o777;
+    if mode & 0o077 != 0 {
+        tracing::warn!(data = %data.display(), mode = format!("{mode:o}"), "others may look into the data directory; `chmod 700` it");
+    }
+    Ok(data)
+}
+
+async fn listen(address: SocketAddr, whom: &'static str, option: &'static str) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address).await.map_err(|source| StartError::Listen { address, whom, option, source })
+}
+
+fn local(listener: &TcpListener, wanted: SocketAddr) -> SocketAddr {
+    listener.local_addr().unwrap_or(wanted)
+}
+
+async fn close_after(store: &Arc<dyn Store>, error: StartError) -> StartError {
+    if let Err(error) = store.close().await {
+        tracing::error!(error = &error as &dyn std::error::Error, "the store was not closed well");
+    }
+    error
+}
+
+struct Opened {
+    blobs: Blobs,
+    plugins: Plugins,
+    identity: PlatformIdentity,
+    secrets: SecretVault,
+    tls: Option<Arc<rustls::ServerConfig>>,
+}
+
+async fn open_parts(
+    config: &ServerConfig,
+    data: &Path,
+    store: &Arc<dyn Store>,
+    mut plugins: PluginsConfig,
+) -> Result<Opened, StartError> {
+    let identity = PlatformIdentity::open(data)?;
+    let secrets = SecretVault::open(store.clone(), &data.join("secrets.key"))?;
+    let tls = tls::of(&config.tls, config.listen, &identity)?;
+    let blobs = Blobs::open_directory(data.join(BLOBS_DIRECTORY)).await?;
+    plugins.decisions = PluginService::load_decisions(&**store).await?;
+    let plugins = Plugins::open(plugins).await?;
+    Ok(Opened { blobs, plugins, identity, secrets, tls })
+}
+
+/// Says when every plugin that was in the directory at the start is active or rejected, and those that ship are approved.
+async fn first_pass(
+    plugins: Arc<Plugins>,
+    service: PluginService,
+    shipped: Option<PathBuf>,
+    ready: watch::Sender<bool>,
+    stop: CancellationToken,
+) {
+    let approve = async {
+        plugins.settled().await;
+        if let Some(shipped) = shipped {
+            match PluginService::shipped_in(&shipped).await {
+                Ok(shipped) => match service.approve_built_ins(&shipped).await {
+                    Ok(approved) => tracing::debug!(approved, "plugins of the platform were approved"),
+                    Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "the platform's own plugins were not approved: approve them over the API"),
+                },
+                Err(error) => tracing::error!(%error, "the platform's own plugins cannot be read: approve them over the API"),
+            }
+        }
+    };
+    tokio::select! {
+        () = approve => {
+            ready.send_replace(true);
+            tracing::info!("ready");
+        }
+        () = stop.cancelled() => {}
+    }
+}
+
+/// Follows what other servers decide about plugins, again after the store failed.
+async fn follow_decisions(service: PluginService, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        if let Err(error) = service.follow(stop.clone()).await {
+            tracing::error!(error = &error as &dyn std::error::Error, "decisions about plugins are not followed until the store answers");
+        }
+        pause(RETRY, &stop).await;
+    }
+}
+
+/// Deletes answers that were kept with idempotency keys long enough.
+async fn keep_answers(idempotency: Idempotency, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        if let Err(error) = idempotency.prune().await {
+            tracing::error!(error = &error as &dyn std::error::Error, "old idempotency records were not deleted");
+        }
+        pause(PRUNE_EVERY, &stop).await;
+    }
+}
+
+async fn pause(duration: Duration, stop: &CancellationToken) {
+    tokio::select! {
+        () = stop.cancelled() => {}
+        () = tokio::time::sleep(duration) => {}
+    }
+}
+
+/// Keeps the token cache true, again after the store failed.
+async fn keep_tokens(tokens: Tokens, stop: CancellationToken) {
+    while !stop.is_cancelled() {
+        if let Err(error) = tokens.keep_cache(stop.clone()).await {
+            tracing::error!(error = &error as &dyn std::error::Error, "revoked tokens are not noticed until the store answers");
+        }
+        pause(RETRY, &stop).await;
+    }
+}
+
+/// Figures for `/metrics`.
+struct Figures {
+    store: Arc<dyn Store>,
+    gateway: Gateway,
+    plugins: Arc<Plugins>,
+}
+
+#[async_trait]
+impl Gauges for Figures {
+    async fn read(&self) -> Vec<Gauge> {
+        let mut gauges = Vec::new();
+        let mut add = |name, help, value| gauges.push(Gauge { name, help, value });
+        add("agent_sessions", "Agents that are connected.", self.gateway.sessions().len() as u64);
+        let plugins = self.plugins.list();
+        let active = plugins.iter().filter(|plugin| plugin.state == windlass_runtime::PluginState::Active).count();
+        add("plugins", "Plugins and files that would be some.", plugins.len() as u64);
+        add("plugins_active", "Plugins that can be called.", active as u64);
+        if let Ok(revision) = self.store.revision().await {
+            add("store_revision", "The store's revision: rises with every commit.", revision.0);
+        }
+        if let Ok(active) = rows::read_all(&*self.store, &rows::all_active()).await {
+            add("orders_unfinished", "Orders that have not ended.", active.len() as u64);
+        }
+        gauges
+    }
+}
