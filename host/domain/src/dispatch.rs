@@ -146,3 +146,227 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
         action,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::{
+        expand::{
+            expand,
+            fixture::{all_at_once, env, input, installed, package, server_id},
+        },
+        plugin::StackStep,
+    };
+
+    /// Servers 1 and 2 of `shop`; something is installed on the first.
+    fn plan() -> Plan {
+        let mut input = input();
+        input.parts[0].servers[0].installed = Some(installed());
+        for step in &mut input.parts[0].steps.steps {
+            if step.phase == Phase::Deploy {
+                step.run_as = Some("shop".to_owned());
+                step.env = env(&[("OF", "step")]);
+            }
+        }
+        expand(input, &all_at_once()).unwrap()
+    }
+
+    fn attempt(plan: &Plan) -> Attempt {
+        Attempt {
+            order: OrderId::from_uuid(Uuid::from_u128(7)),
+            plan: plan.digest(),
+            attempt: 3,
+            fence: 9,
+            expires_at: Timestamp::from_unix_ms(1_000),
+        }
+    }
+
+    /// The first node of this name.
+    fn find(plan: &Plan, name: &str) -> NodeIndex {
+        let position = plan.nodes.iter().position(|node| node.name == name);
+        u32::try_from(position.unwrap_or_else(|| panic!("no node `{name}`"))).unwrap()
+    }
+
+    fn named(plan: &Plan, name: &str) -> Task {
+        let task = task(plan, find(plan, name), attempt(plan));
+        task.unwrap_or_else(|| panic!("`{name}` is a step"))
+    }
+
+    /// The stack's step of this name.
+    fn stack_step(plan: &Plan, name: &str) -> StackStep {
+        let NodeKind::Step { step } = plan.nodes[find(plan, name) as usize].kind else {
+            panic!("`{name}` is a step");
+        };
+        match &plan.steps[step as usize] {
+            StepTemplate::Stack(step) => step.clone(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_task_is_of_its_attempt_and_its_server() {
+        let plan = plan();
+        let node = find(&plan, "migrate");
+        let task = named(&plan, "migrate");
+        assert_eq!(
+            task.id.to_string(),
+            format!("{}.{node}.3", attempt(&plan).order)
+        );
+        assert_eq!(
+            (task.fence, task.expires_at),
+            (9, Timestamp::from_unix_ms(1_000))
+        );
+        assert_eq!(task.instance, plan.parts[0].instance);
+        assert_eq!(task.release, Some(release_name(&plan, &plan.units[0])));
+        // The step's own environment over the server's over the application's.
+        assert_eq!(
+            task.env,
+            env(&[("OF", "step"), ("PORT", "80"), ("STAGE", "test")])
+        );
+        assert_eq!(
+            (task.run_as.as_deref(), task.timeout_ms),
+            (Some("shop"), 60_000)
+        );
+        let other = named(&plan, "configuration");
+        assert_eq!(
+            other.env,
+            env(&[("OF", "server"), ("PORT", "80"), ("STAGE", "test")])
+        );
+        assert_eq!(other.run_as, None);
+        // Made again after a crash, it is the same.
+        assert_eq!(named(&plan, "migrate"), task);
+    }
+
+    #[test]
+    fn every_kind_of_step_becomes_its_action() {
+        let plan = plan();
+        let unit = &plan.units[0];
+        let release = release_name(&plan, unit);
+        let package = package("1.0");
+        for (name, expect) in [
+            ("fetch", Action::Fetch(package.clone())),
+            ("unpack", Action::Unpack { package, release }),
+            (
+                "activate",
+                Action::Activate(Box::new(manifest(&plan, plan.digest(), unit))),
+            ),
+        ] {
+            let task = named(&plan, name);
+            assert_eq!(task.action, expect, "{name}");
+            assert_eq!(
+                (task.timeout_ms, task.run_as),
+                (CORE_TIMEOUT_MS, None),
+                "{name}"
+            );
+        }
+        for name in [
+            "runtime",
+            "configuration",
+            "stop the old one",
+            "start",
+            "listens",
+        ] {
+            let action = named(&plan, name).action;
+            let same = match (stack_step(&plan, name).action, action) {
+                (StackAction::Script(step), Action::Script(task)) => step == task,
+                (StackAction::Start(step), Action::Start(task)) => step == task,
+                (StackAction::Check(step), Action::Check(task)) => step == task,
+                (
+                    StackAction::WriteFile {
+                        path,
+                        content,
+                        mode,
+                    },
+                    task,
+                ) => {
+                    task == Action::WriteFile {
+                        path,
+                        content,
+                        mode,
+                    }
+                }
+                (_, task) => panic!("{name} became {task:?}"),
+            };
+            assert!(same, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_stopped_is_the_current_release_in_its_own_environment() {
+        let mut input = input();
+        let mut old = installed();
+        old.stop[0].action = StackAction::Stop { grace_ms: 250 };
+        input.parts[0].servers[0].installed = Some(old);
+        let plan = expand(input, &all_at_once()).unwrap();
+        let task = named(&plan, "stop the old one");
+        assert_eq!(task.action, Action::StopSupervised { grace_ms: 250 });
+        assert_eq!(task.release, None, "the one that is current");
+        assert_eq!(task.env, env(&[("PORT", "79"), ("SIGNAL", "TERM")]));
+        assert_eq!(
+            (task.run_as.as_deref(), task.timeout_ms),
+            (Some("shop"), 5_000)
+        );
+    }
+
+    #[test]
+    fn what_is_no_step_of_a_server_is_no_task() {
+        let plan = plan();
+        for name in ["order", "all", "web-1", "drain", "restore"] {
+            let node = find(&plan, name);
+            assert_eq!(task(&plan, node, attempt(&plan)), None, "{name}");
+        }
+        let past = u32::try_from(plan.nodes.len()).unwrap();
+        assert_eq!(task(&plan, past, attempt(&plan)), None);
+        assert_eq!(unit_of(&plan, past), None);
+        assert_eq!(unit_of(&plan, find(&plan, "all")), None);
+        let second = find(&plan, "web-2");
+        let found =
+            unit_of(&plan, second + 2).map(|(node, index, unit)| (node, index, unit.server));
+        assert_eq!(found, Some((second, 1, server_id(2))));
+    }
+
+    #[test]
+    fn a_manifest_says_what_is_installed_and_how_to_stop_it() {
+        let plan = plan();
+        let manifest = manifest(&plan, plan.digest(), &plan.units[1]);
+        let part = &plan.parts[0];
+        assert_eq!((manifest.instance, manifest.app), (part.instance, part.app));
+        assert_eq!(manifest.release, release_name(&plan, &plan.units[1]));
+        assert_eq!(
+            (&manifest.package, &manifest.stack),
+            (&part.package, &part.stack)
+        );
+        // The new release's own steps: what stops it when the next one comes.
+        assert_eq!(manifest.stop[0].name, "stop the new one");
+        assert_eq!(manifest.start[0].name, "start");
+        assert_eq!(manifest.check[0].name, "listens");
+        assert_eq!(
+            manifest.env,
+            env(&[("OF", "server"), ("PORT", "80"), ("STAGE", "test")])
+        );
+        assert_eq!(manifest.plan, Some(plan.digest()));
+    }
+
+    #[test]
+    fn a_release_directory_is_named_by_version_and_content() {
+        let mut plan = plan();
+        let mut name = |version: &str, digest: &[u8]| {
+            plan.parts[0].package.version = version.to_owned();
+            plan.parts[0].package.digest = Digest::of(digest);
+            release_name(&plan, &plan.units[0])
+        };
+        // SHA-256 of `abc` begins with ba7816bf8f01.
+        for (version, expect) in [
+            ("1.0.0-rc.1", "1.0.0-rc.1-ba7816bf8f01"),
+            ("1.0+build 7", "1.0_build_7-ba7816bf8f01"),
+            ("../../etc", ".._.._etc-ba7816bf8f01"),
+            ("ü\0\n", "___-ba7816bf8f01"),
+            ("", "-ba7816bf8f01"),
+        ] {
+            assert_eq!(name(version, b"abc"), expect, "{version:?}");
+        }
+        assert_ne!(name("1", b"abc"), name("1", b"another build of it"));
+    }
+}

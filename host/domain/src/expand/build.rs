@@ -1,0 +1,285 @@
+//! Expands a checked strategy's plan: its own nodes as they are, each server by the fixed skeleton.
+//!
+//! Refuses nothing: every reference was resolved when it was checked. A step stands once, however many servers run it.
+
+use std::collections::HashMap;
+
+use crate::{
+    manifest::Manifest,
+    plan::{Level, Node, NodeIndex, NodeKind, StepTemplate, TrafficAction, Unit},
+    plugin::{NodeRole, Phase, StackAction, StackStep, StrategyPlan, StrategyUnit},
+};
+
+use super::{MAX_NODES, MAX_TIMEOUT_MS, PlanInput, check::Checked};
+
+/// Phases before the application is stopped, in their order.
+const BEFORE_STOP: [Phase; 3] = [Phase::Prepare, Phase::Install, Phase::Configure];
+/// Phases after the link was switched, in their order.
+const AFTER_ACTIVATE: [Phase; 3] = [Phase::Deploy, Phase::Start, Phase::Check];
+
+/// What a plan's tree consists of.
+pub(super) struct Tree {
+    pub(super) steps: Vec<StepTemplate>,
+    pub(super) units: Vec<Unit>,
+    pub(super) nodes: Vec<Node>,
+}
+
+/// The tree of a plan. It breaks off once it has more than [`MAX_NODES`] nodes: such a plan is refused.
+pub(super) fn tree(input: &PlanInput, strategy: &StrategyPlan, checked: &[Checked<'_>]) -> Tree {
+    let mut children: Vec<Vec<usize>> = vec![Vec::new(); strategy.nodes.len()];
+    let mut tops = Vec::new();
+    for (index, node) in strategy.nodes.iter().enumerate() {
+        match node.parent {
+            Some(parent) => children[parent as usize].push(index),
+            None => tops.push(index),
+        }
+    }
+    let mut builder = Builder {
+        input,
+        strategy,
+        checked,
+        children,
+        phases: input
+            .parts
+            .iter()
+            .map(|part| Phases::of(&part.steps.steps))
+            .collect(),
+        known: HashMap::new(),
+        adapted: HashMap::new(),
+        tree: Tree {
+            steps: Vec::new(),
+            units: Vec::new(),
+            nodes: vec![Node {
+                parent: None,
+                level: Level::Order,
+                name: "order".to_owned(),
+                kind: NodeKind::Sequence,
+            }],
+        },
+    };
+    for top in tops {
+        builder.node(top, 0);
+    }
+    builder.tree
+}
+
+/// An index in a plan; plans are refused long before one could be too large.
+fn number(index: usize) -> u32 {
+    u32::try_from(index).unwrap_or(u32::MAX)
+}
+
+/// Where an application's steps stand in what its stack answered, in the order of a release.
+struct Phases {
+    before_stop: Vec<usize>,
+    after_activate: Vec<usize>,
+}
+
+impl Phases {
+    fn of(steps: &[StackStep]) -> Self {
+        let positions = |wanted: [Phase; 3]| {
+            wanted
+                .into_iter()
+                .flat_map(|phase| (0..steps.len()).filter(move |at| steps[*at].phase == phase))
+                .collect()
+        };
+        Self {
+            before_stop: positions(BEFORE_STOP),
+            after_activate: positions(AFTER_ACTIVATE),
+        }
+    }
+}
+
+/// A stack's step as a strategy wants it: its part and position, and of a check the minimum healthy time and the deadline.
+type Adapted = (usize, usize, u64, Option<u64>);
+
+struct Builder<'a> {
+    input: &'a PlanInput,
+    strategy: &'a StrategyPlan,
+    /// What each of the strategy's nodes becomes.
+    checked: &'a [Checked<'a>],
+    /// Of each of the strategy's nodes.
+    children: Vec<Vec<usize>>,
+    /// Of each part.
+    phases: Vec<Phases>,
+    /// Steps by their JSON.
+    known: HashMap<String, u32>,
+    /// Spares writing a step as JSON for every server.
+    adapted: HashMap<Adapted, u32>,
+    tree: Tree,
+}
+
+impl Builder<'_> {
+    fn push(&mut self, parent: NodeIndex, level: Level, name: &str, kind: NodeKind) -> NodeIndex {
+        let index = number(self.tree.nodes.len());
+        self.tree.nodes.push(Node {
+            parent: Some(parent),
+            level,
+            name: name.to_owned(),
+            kind,
+        });
+        index
+    }
+
+    fn node(&mut self, at: usize, parent: NodeIndex) {
+        if self.tree.nodes.len() > MAX_NODES {
+            return;
+        }
+        let checked = self.checked;
+        let planned = &self.strategy.nodes[at];
+        let level = match planned.role {
+            NodeRole::Plain => Level::Plain,
+            NodeRole::Application => Level::Application,
+            NodeRole::Group => Level::Group,
+        };
+        match &checked[at] {
+            Checked::Inner(kind) => {
+                let index = self.push(parent, level, &planned.name, kind.clone());
+                for child in std::mem::take(&mut self.children[at]) {
+                    self.node(child, index);
+                }
+            }
+            Checked::Leaf(kind) => {
+                self.push(parent, Level::Step, &planned.name, kind.clone());
+            }
+            Checked::Server { unit, part, server } => {
+                // A server that is a group by itself still gets a group around it, for people to act on.
+                let parent = if level == Level::Group {
+                    self.push(parent, Level::Group, &planned.name, NodeKind::Sequence)
+                } else {
+                    parent
+                };
+                self.unit(unit, *part, *server, parent);
+            }
+        }
+    }
+
+    fn unit(&mut self, planned: &StrategyUnit, index: usize, server: usize, parent: NodeIndex) {
+        let input = self.input;
+        let part = &input.parts[index];
+        let server = &part.servers[server];
+        let unit = number(self.tree.units.len());
+        let mut env = part
+            .steps
+            .server_env
+            .get(&planned.server)
+            .cloned()
+            .unwrap_or_default();
+        env.extend(server.env.clone());
+        self.tree.units.push(Unit {
+            part: number(index),
+            server: server.id,
+            server_name: server.name.clone(),
+            cell: server.cell.clone(),
+            env,
+            restore: planned.restore,
+            before: server
+                .installed
+                .as_ref()
+                .map(|installed| installed.release.clone()),
+            drained_by: server.drained_by,
+            reads: server.reads.clone(),
+        });
+        let node = self.push(parent, Level::Server, &server.name, NodeKind::Unit { unit });
+        let pools = !part.part.pools.is_empty();
+        if pools {
+            let drain = TrafficAction::Drain {
+                deadline_ms: input.drain_deadline_ms,
+            };
+            self.push(node, Level::Step, "drain", NodeKind::Traffic(drain));
+        }
+        self.core(node, "fetch", StepTemplate::Fetch);
+        self.core(node, "unpack", StepTemplate::Unpack);
+        for at in 0..self.phases[index].before_stop.len() {
+            self.stack(node, index, self.phases[index].before_stop[at], planned);
+        }
+        if let Some(installed) = &server.installed {
+            self.stop(node, installed);
+        }
+        self.core(node, "activate", StepTemplate::Activate);
+        for at in 0..self.phases[index].after_activate.len() {
+            self.stack(node, index, self.phases[index].after_activate[at], planned);
+        }
+        if pools {
+            let restore = NodeKind::Traffic(TrafficAction::Restore);
+            self.push(node, Level::Step, "restore", restore);
+        }
+    }
+
+    /// A step of the core itself.
+    fn core(&mut self, unit: NodeIndex, name: &str, template: StepTemplate) {
+        let step = self.shared(template);
+        self.push(unit, Level::Step, name, NodeKind::Step { step });
+    }
+
+    /// A step that the application's stack gave.
+    fn stack(&mut self, unit: NodeIndex, part: usize, position: usize, planned: &StrategyUnit) {
+        let input = self.input;
+        let planned_step = &input.parts[part].steps.steps[position];
+        let (healthy_for_ms, deadline_ms) = match &planned_step.action {
+            StackAction::Check(_) => (planned.healthy_for_ms, planned.health_deadline_ms),
+            StackAction::Script(_)
+            | StackAction::WriteFile { .. }
+            | StackAction::Start(_)
+            | StackAction::Stop { .. } => (0, None),
+        };
+        let key = (part, position, healthy_for_ms, deadline_ms);
+        let step = match self.adapted.get(&key) {
+            Some(step) => *step,
+            None => {
+                let step = self.shared(StepTemplate::Stack(adapt(planned_step, planned)));
+                self.adapted.insert(key, step);
+                step
+            }
+        };
+        self.push(
+            unit,
+            Level::Step,
+            &planned_step.name,
+            NodeKind::Step { step },
+        );
+    }
+
+    /// What is stopped is what is installed: by its own steps, with the environment that it was installed with.
+    fn stop(&mut self, unit: NodeIndex, installed: &Manifest) {
+        for stop in &installed.stop {
+            if stop.phase != Phase::Stop {
+                continue;
+            }
+            let mut env = installed.env.clone();
+            env.extend(stop.env.clone());
+            let step = self.shared(StepTemplate::Stack(StackStep {
+                env,
+                ..stop.clone()
+            }));
+            self.push(unit, Level::Step, &stop.name, NodeKind::Step { step });
+        }
+    }
+
+    /// The index of a step that stands once, whoever runs it.
+    fn shared(&mut self, template: StepTemplate) -> u32 {
+        let key = serde_json::to_string(&template).unwrap_or_default();
+        let next = number(self.tree.steps.len());
+        let step = *self.known.entry(key).or_insert(next);
+        if step == next {
+            self.tree.steps.push(template);
+        }
+        step
+    }
+}
+
+/// A check as the strategy wants it: its minimum healthy time and its deadline.
+fn adapt(step: &StackStep, planned: &StrategyUnit) -> StackStep {
+    let mut step = step.clone();
+    if let StackAction::Check(check) = &mut step.action {
+        check.healthy_for_ms = check.healthy_for_ms.max(planned.healthy_for_ms);
+        if let Some(deadline) = planned.health_deadline_ms {
+            step.timeout_ms = deadline;
+        }
+        // A deadline below the healthy time could never be met.
+        step.timeout_ms = step
+            .timeout_ms
+            .max(check.healthy_for_ms.saturating_add(check.try_timeout_ms))
+            .min(MAX_TIMEOUT_MS);
+    }
+    step
+}
