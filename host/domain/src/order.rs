@@ -52,7 +52,7 @@ pub enum OrderState {
     Drifted,
     /// Whether a step ran cannot be known; a person decides.
     Unknown,
-    /// A gate waits for a person.
+    /// A gate or a judge waits for a person, or nothing is under way and the next group waits for being run.
     AwaitingConfirmation,
     /// Tasks under way are being ended.
     Cancelling,
@@ -282,14 +282,16 @@ pub enum Ending {
 pub enum Action {
     /// Run everything, or go on with everything.
     Run,
-    /// Run one group or application.
+    /// Run one application, group or server, with the gates and the like before it. Refused while a server that stands
+    /// before it is not done.
     RunNode {
         /// The node.
         node: u32,
     },
-    /// Confirm a gate (`node`: the gate itself, or a node in which exactly one waits; absent: the whole order).
+    /// Confirm everything that waits for a person in this node: gates, and judges that hold. What comes to wait later is not
+    /// confirmed by it.
     Confirm {
-        /// The node.
+        /// The gate or judge itself, or a node around; absent: the whole order.
         node: Option<u32>,
     },
     /// Try again what failed, drifted or is unknown in this node.
@@ -302,12 +304,12 @@ pub enum Action {
         /// A step, server, group, or 0 for all.
         node: u32,
     },
-    /// End a node, or the whole order.
+    /// End an application, group or server, or the whole order. What is under way in it is ended; what is done stays.
     Cancel {
-        /// The node; absent: the whole order.
+        /// The node; absent or 0: the whole order.
         node: Option<u32>,
     },
-    /// Start nothing more in this group.
+    /// Start nothing more in this group or application; servers under way go on.
     Lock {
         /// The node.
         node: u32,

@@ -1,8 +1,9 @@
 //! Progress: where every node of a plan is.
 //!
-//! Leaves have states of their own; the state of an inner node *follows* from its children by one function, [`derive`].
-//! For that each inner node keeps a [`Tally`] of its children's states, so that one leaf's change costs its depth, not
-//! the size of the plan. Stored are leaves and the marks that people or checks put on inner nodes; tallies are not.
+//! Leaves have states of their own; the state of an inner node *follows* from its children's, and from the marks on it, by
+//! one function, [`derive()`]. For that each inner node keeps a [`Tally`] of its children's states, so that one leaf's
+//! change costs its depth, not the size of the plan. Stored are leaves and the marks that people or checks put on inner
+//! nodes; tallies are not.
 
 use serde::{Deserialize, Serialize};
 
@@ -34,7 +35,7 @@ pub enum NodeState {
     /// Not reached.
     #[default]
     NotStarted,
-    /// Under way.
+    /// Under way; of an inner node also: begun, and nothing in it may start at the moment.
     Running,
     /// Waits for a person.
     AwaitingConfirmation,
@@ -48,7 +49,7 @@ pub enum NodeState {
     Failed,
     /// Being ended.
     Cancelling,
-    /// Ended by a person.
+    /// Ended by a person, or because the order rolls back.
     Cancelled,
     /// A person went on without it.
     Ignored,
@@ -118,9 +119,9 @@ impl NodeState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default, utoipa::ToSchema)]
 #[serde(default)]
 pub struct Counts {
-    /// Not reached.
+    /// Not reached, or locked.
     pub waiting: u32,
-    /// Under way, or held.
+    /// Under way, held by the envelope, being ended, or waiting for a person.
     pub running: u32,
     /// Done.
     pub succeeded: u32,
@@ -236,7 +237,7 @@ const fn is_none_admission(admission: &Admission) -> bool {
 pub struct Tally([u32; NodeState::COUNT]);
 
 impl Tally {
-    /// Branch in `state`.
+    /// Children in `state`.
     #[must_use]
     pub const fn of(&self, state: NodeState) -> u32 {
         self.0[state as usize]
@@ -269,10 +270,25 @@ impl Tally {
     }
 }
 
-/// The state of an inner node from its children: the one function that decides it.
+/// The state of an inner node from its children's (`tally`) and the `marks` on it: the one function that decides it.
 ///
-/// A failure within a `parallel` node's `max_failures` is tolerated: once everything in it has ended, the node has
-/// succeeded. Drift and unknown outcomes are never tolerated.
+/// The first rule that fits:
+///
+/// 1. A person ignored it: `running` while something in it is (its server gets its weight back), else `ignored`.
+/// 2. All children are settled: `cancelled` when all of them are, or when it is marked to be ended and one of them is; else
+///    `succeeded`.
+/// 3. It is marked to be ended: `cancelling` while something is under way, waits for a person or for the unit's admission;
+///    else `cancelled`, whatever in it was not reached or failed.
+/// 4. A unit that drifted is `drifted`; one whose admission is asked for or held is `running`.
+/// 5. Something in it is under way: `running`, whatever failed beside it.
+/// 6. A child has drifted, is unknown, or failed: `drifted`, `unknown` or `failed`, in this order. In a `parallel` node up to
+///    `max_failures` failed children are tolerated; what drifted or is unknown never is.
+/// 7. All that is not settled is a tolerated failure: `succeeded`.
+/// 8. A child waits for a person: `awaiting_confirmation`.
+/// 9. It, or a child, is locked: `locked`.
+/// 10. No child was reached and its admission was not asked for: `not_started`; else `running`.
+///
+/// Whether the order tolerates as many failures as its strategy does is not seen here but in [`Progress::order_state`].
 #[must_use]
 pub fn derive(kind: &NodeKind, marks: &NodeProgress, tally: &Tally) -> NodeState {
     use NodeState as S;
@@ -381,11 +397,11 @@ pub(crate) struct Live {
     pub(crate) children: u32,
 }
 
-/// The children of an inner node: indices in a shared list.
+/// The children of an inner node, in order.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Branch {
     pub(crate) list: Vec<NodeIndex>,
-    /// All children before this position are settled or were started.
+    /// All children before this position are settled: where scanning begins.
     pub(crate) cursor: usize,
 }
 

@@ -47,8 +47,8 @@ pub use unit::unit_state;
 /// How many nodes one call starts, ends or resets at most.
 pub const TURN_BUDGET: usize = 12;
 
-/// How many rows one call changes at most: an event's own (see [`LOCKS_PER_TURN`]; others have at most
-/// `TURN_BUDGET + 1`), what is started or ended after it, and one node that is ended in two rows.
+/// How many rows one call changes at most: an event's own (`2 * TURN_BUDGET` locks of an [`Event::Initialised`]; others have
+/// at most `TURN_BUDGET + 1`), what is started or ended after it, and one node that is ended in two rows.
 pub const MAX_ROWS: usize = LOCKS_PER_TURN + TURN_BUDGET + 2;
 
 /// How many groups one [`Event::Initialised`] locks before it asks to be applied [`again`](Delta::again).
