@@ -189,8 +189,10 @@ async fn carry_out(
     if let Action::Script(script) = &task.action {
         return run_script(context, job, script, left).await;
     }
-    let cancelled = AtomicBool::new(false);
-    let cancelled = Arc::new(cancelled);
+    if left.is_zero() {
+        return Ok(too_late(task));
+    }
+    let cancelled = Arc::new(AtomicBool::new(false));
     let progress = std::sync::Mutex::new(String::new());
     let act = async {
         match &task.action {
@@ -253,6 +255,17 @@ async fn carry_out(
     };
     cancelled.store(true, Ordering::Relaxed);
     ended
+}
+
+/// The end of a task that was interrupted by the agent's death and cannot go on: its time has passed.
+fn too_late(task: &Task) -> Ended {
+    Ended::new(
+        Outcome::TimedOut,
+        format!(
+            "ExecutionTimeout: the agent was down while it ran, and its time-out of {} ms has passed; it does not go on",
+            task.timeout_ms
+        ),
+    )
 }
 
 /// The whole environment of a task's processes, and the texts in it that are secret.

@@ -243,6 +243,20 @@ impl Journal {
         }])
     }
 
+    /// Records that a task was taken and starts at once; durable, both or neither, when it returns.
+    ///
+    /// # Errors
+    /// When it cannot be recorded: then the task must neither be answered nor start.
+    pub fn accept_and_start(&mut self, task: Task, at: Timestamp) -> Result<(), JournalError> {
+        let task_id = task.id;
+        self.append(vec![
+            Record::Accepted {
+                task: Box::new(task),
+            },
+            Record::Started { task_id, at },
+        ])
+    }
+
     /// Records that a task starts; durable when it returns.
     ///
     /// # Errors

@@ -122,11 +122,13 @@ pub fn stop_all(data: &DataDir) -> Result<usize, StopError> {
 fn lock_holder(data: &DataDir) -> Option<ProcessId> {
     let pid: u32 = fs::read_to_string(data.lock()).ok()?.trim().parse().ok()?;
     let process = ProcessId::of(pid)?;
-    // A number in a stale file may be anybody's by now.
-    let arguments = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    arguments
-        .windows(14)
-        .any(|window| window == b"windlass-agent")
+    // A number in a stale file may be anybody's by now, and an upgraded agent's binary may have any name: whoever has the lock
+    // file open is it.
+    let lock = data.lock();
+    fs::read_dir(format!("/proc/{pid}/fd"))
+        .ok()?
+        .flatten()
+        .any(|entry| fs::read_link(entry.path()).is_ok_and(|open| open == lock))
         .then_some(process)
 }
 

@@ -11,4 +11,6 @@ mod attacks;
 mod crashes;
 mod network;
 mod processes;
+mod soak;
 mod support;
+mod upgrade;

@@ -2,7 +2,11 @@
 
 use std::{fs, os::unix::process::ExitStatusExt as _};
 
-use windlass_domain::task::{Action, Outcome, PackageFormat};
+use windlass_agent::clock;
+use windlass_domain::{
+    Timestamp,
+    task::{Action, Outcome, PackageFormat},
+};
 use windlass_protocol::JournalState;
 
 use crate::support::*;
@@ -206,6 +210,36 @@ async fn a_lost_journal_means_unknown_and_nothing_runs_again() {
             gateway.run(order.script("true")).await.outcome,
             Outcome::Succeeded
         );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_interrupted_before_it_acted_does_not_run_too_late() {
+    const LATE_MS: u32 = 1500;
+    for (by_expiry, expect) in [(true, Outcome::Refused), (false, Outcome::TimedOut)] {
+        let gateway = Gateway::start().await;
+        let mut agent = TestAgent::register(&gateway).await;
+        agent.start_with(&[("WINDLASS_CRASH_AT", "before_shim:1".into())]);
+        gateway.connected().await;
+        let log = agent.open_file("runs.log");
+        let mut task = Order::new().script(&format!("echo ran >> {}", log.display()));
+        let too_late = Timestamp::from_unix_ms(clock::now().unix_ms() + i64::from(LATE_MS));
+        if by_expiry {
+            task.expires_at = too_late;
+        } else {
+            task.timeout_ms = LATE_MS.into();
+        }
+        let id = gateway.push(task);
+        let status = until("the crash", || agent.ended()).await;
+        assert_eq!(status.signal(), Some(9));
+        until("its time", || {
+            (clock::now().since_ms(too_late) > 100).then_some(())
+        })
+        .await;
+        agent.start();
+        let result = gateway.result(id).await;
+        assert_eq!(result.outcome, expect, "{result:?}");
+        assert_eq!(lines(&log), [""; 0]);
     }
 }
 

@@ -238,14 +238,7 @@ async fn a_step_ends_with_its_main_process_and_leaves_services_alone_and_stop_al
     for pid in services.into_iter().chain([app, agent_pid]) {
         assert!(!is_alive(pid), "{pid}");
     }
-    let marker = agent.data().into_os_string();
-    let left = windlass_agent::proc::with_environment(|line| {
-        line.starts_with(b"WINDLASS_")
-            && line
-                .windows(marker.len())
-                .any(|part| part == marker.as_encoded_bytes())
-    });
-    assert_eq!(left, []);
+    assert_eq!(agent.left_behind(), []);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -16,6 +16,10 @@ use crate::{
     execute::{self, Job},
     files::{chain, remove_file, remove_tree},
     journal::{Entry, Known},
+    shim::{
+        client::{self, Found},
+        spec::RunDir,
+    },
 };
 
 impl Agent {
@@ -78,7 +82,17 @@ impl Agent {
             self.record(Some(push.task), id, result);
             return;
         }
-        if let Err(error) = self.journal.accept(push.task.clone()) {
+        let instance = push.task.instance;
+        // With nothing before it, its turn is now: one sync then serves its acceptance and its start.
+        let is_next = !self.busy.contains(&instance)
+            && self.queues.get(&instance).is_none_or(VecDeque::is_empty);
+        let recorded = if is_next {
+            self.journal
+                .accept_and_start(push.task.clone(), clock::now())
+        } else {
+            self.journal.accept(push.task.clone())
+        };
+        if let Err(error) = recorded {
             let message = format!(
                 "the agent cannot record the task, so it does not run it: {}; free some space on its disk",
                 chain(&error)
@@ -92,7 +106,6 @@ impl Agent {
             return;
         }
         self.send(ToServer::Accepted { task_id: id });
-        let instance = push.task.instance;
         self.queues.entry(instance).or_default().push_back(push);
         self.start_next(instance);
     }
@@ -143,15 +156,19 @@ impl Agent {
                 Known::Held(entry) => entry.started_at,
                 Known::Never | Known::Acknowledged(_) => None,
             };
+            // Interrupted while it acted: it goes on, whatever the time. Interrupted before: it may be too late for it by now.
+            let refused = match begun {
+                Some(_) if self.has_acted(&push.task) => None,
+                Some(_) | None => self.refusal(&push.task),
+            };
+            if let Some(message) = refused {
+                let result = execute::result_without_run(Outcome::Refused, &message, None);
+                self.finish(id, result);
+                continue;
+            }
             let at = match begun {
-                // Interrupted: goes on, whatever the time.
                 Some(at) => at,
                 None => {
-                    if let Some(message) = self.refusal(&push.task) {
-                        let result = execute::result_without_run(Outcome::Refused, &message, None);
-                        self.finish(id, result);
-                        continue;
-                    }
                     let at = clock::now();
                     if let Err(error) = self.journal.start(id, at) {
                         let message = format!(
@@ -172,6 +189,23 @@ impl Agent {
                 tracing::warn!(error = %chain(&error), "the reserve cannot be given back");
             }
             self.spawn(push);
+        }
+    }
+
+    /// Whether a task that started may have done something: of a script its run directory tells, of the others nothing does.
+    fn has_acted(&self, task: &Task) -> bool {
+        match &task.action {
+            Action::Script(_) => !matches!(
+                client::find(&RunDir::new(self.context.data.run(&task.id))),
+                Ok(Found::Nothing)
+            ),
+            Action::Fetch(_)
+            | Action::Unpack { .. }
+            | Action::WriteFile { .. }
+            | Action::Activate(_)
+            | Action::Start(_)
+            | Action::StopSupervised { .. }
+            | Action::Check(_) => true,
         }
     }
 

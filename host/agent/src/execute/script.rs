@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 use windlass_domain::task::{Outcome, Script, Task, TaskId};
 use windlass_protocol::{OutputChunk, SecretText};
 
-use super::{ActionError, Context, Ended, Job, become_user, cgroup, environment};
+use super::{ActionError, Context, Ended, Job, become_user, cgroup, environment, too_late};
 use crate::{
     instance::InstanceDir,
     proc,
@@ -61,6 +61,9 @@ pub(super) async fn run_script(
 ) -> Result<Ended, ActionError> {
     let dir = RunDir::new(context.data.run(&job.task.id));
     if client::find(&dir)? == Found::Nothing {
+        if left.is_zero() {
+            return Ok(too_late(&job.task));
+        }
         let spec = script_spec(context, &job.task, &job.secrets, script, &dir, left)?;
         client::start(&dir, &spec, Some(&script.text)).await?;
     }

@@ -31,6 +31,8 @@ use super::{DEADLINE, id};
 pub(crate) struct State {
     inbox: Vec<Slot>,
     pub(crate) results: BTreeMap<TaskId, TaskResult>,
+    /// Results that said another outcome than the one before.
+    pub(crate) conflicts: Vec<(TaskResult, TaskResult)>,
     pub(crate) accepted: BTreeSet<TaskId>,
     pub(crate) started: BTreeSet<TaskId>,
     pub(crate) output: HashMap<TaskId, String>,
@@ -440,7 +442,10 @@ impl Gateway {
                             // The row and the inbox, then the acknowledgement. What came first stays.
                             state.inbox.retain(|slot| slot.push.task.id != task_id);
                             sent.remove(&task_id);
-                            state.results.entry(task_id).or_insert(result);
+                            let first = state.results.entry(task_id).or_insert_with(|| result.clone()).clone();
+                            if first.outcome != result.outcome {
+                                state.conflicts.push((first, result));
+                            }
                             if !state.hold_acks {
                                 reply = Some(ToAgent::Ack { task_id });
                             }

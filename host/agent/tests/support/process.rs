@@ -1,7 +1,7 @@
 //! An agent that is a real process.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
@@ -10,11 +10,19 @@ use super::Gateway;
 /// A registered agent, a real process; everything of it is ended with the test.
 pub(crate) struct TestAgent {
     pub(crate) dir: tempfile::TempDir,
+    /// The binary that [`TestAgent::start`] starts.
+    pub(crate) program: PathBuf,
     child: Option<Child>,
 }
 
+pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_windlass-agent");
+
 pub(crate) fn binary() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_windlass-agent"));
+    command(Path::new(BINARY))
+}
+
+fn command(program: &Path) -> Command {
+    let mut command = Command::new(program);
     command
         .env_remove("WINDLASS_CRASH_AT")
         .env_remove("WINDLASS_CRASH_LOG")
@@ -31,7 +39,11 @@ impl TestAgent {
         use std::os::unix::fs::PermissionsExt as _;
         // Other users have to get through to their scripts.
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
-        let agent = Self { dir, child: None };
+        let agent = Self {
+            dir,
+            program: BINARY.into(),
+            child: None,
+        };
         let mut command = binary();
         command
             .args([
@@ -76,7 +88,7 @@ impl TestAgent {
             .append(true)
             .open(self.dir.path().join("log"))
             .unwrap();
-        let mut command = binary();
+        let mut command = command(&self.program);
         command
             .args(["run", "--data"])
             .arg(self.data())
@@ -119,6 +131,15 @@ impl TestAgent {
         if let Some(mut child) = self.child.take() {
             child.wait().unwrap();
         }
+    }
+
+    /// Processes that belong to the data directory, by their environment.
+    pub(crate) fn left_behind(&self) -> Vec<windlass_agent::proc::ProcessId> {
+        let data = self.data().into_os_string();
+        let data = data.as_encoded_bytes();
+        windlass_agent::proc::with_environment(|line| {
+            line.starts_with(b"WINDLASS_") && line.windows(data.len()).any(|part| part == data)
+        })
     }
 
     /// A file beside the data directory that every user may write.
