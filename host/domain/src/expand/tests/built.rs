@@ -186,6 +186,34 @@ fn a_step_stands_once_however_many_servers_run_it() {
 }
 
 #[test]
+fn each_application_has_its_own_steps() {
+    let mut input = input();
+    let mut bank = part("bank", vec![server(3)]);
+    bank.steps.steps[2].action = script("install the bank's");
+    input.parts.push(bank);
+    let mut strategy = all_at_once();
+    let kind = StrategyNodeKind::Unit(unit_of("bank", 3));
+    strategy.nodes.push(node(Some(0), "bank", kind));
+    let plan = plan(input, &strategy);
+    let runtimes: Vec<_> = plan
+        .nodes
+        .iter()
+        .filter(|node| node.name == "runtime")
+        .map(|node| match node.kind {
+            NodeKind::Step { step } => match &plan.steps[step as usize] {
+                StepTemplate::Stack(step) => step.action.clone(),
+                other => panic!("{other:?}"),
+            },
+            ref other => panic!("{other:?}"),
+        })
+        .collect();
+    let [ours, theirs] = ["install", "install the bank's"].map(script);
+    assert_eq!(runtimes, [ours.clone(), ours, theirs]);
+    let parts: Vec<_> = plan.units.iter().map(|unit| unit.part).collect();
+    assert_eq!(parts, [0, 0, 1]);
+}
+
+#[test]
 fn a_check_is_as_the_strategy_wants_it() {
     // Healthy time and deadline as wanted by the strategy; what becomes of the stack's 2 s within 60 s, 1 s each try.
     let cases = [
