@@ -183,7 +183,10 @@ pub(crate) fn orders() -> Prefix {
 
 /// What is installed, of all instances (rows of the engine): each is a `Manifest`.
 pub(crate) fn all_installed() -> [Prefix; 2] {
-    [key(["installed"]).below(), key(["installed-before"]).below()]
+    [
+        key(["installed"]).below(),
+        key(["installed-before"]).below(),
+    ]
 }
 
 /// What is installed of one service instance (rows of the engine).

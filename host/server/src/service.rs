@@ -26,7 +26,7 @@ pub mod workspaces;
 
 use windlass_store::{BlobError, CommitError, StoreError, Txn};
 
-pub use records::{PageOf, PageRequest};
+pub use records::{PAGE_MAX_SIZE, PageOf, PageRequest};
 
 /// Who asks, and what is committed together with the change.
 #[derive(Debug, Clone, Default)]

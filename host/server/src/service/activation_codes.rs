@@ -157,7 +157,14 @@ impl ActivationCodes {
     ) -> Result<PageOf<(ActivationCode, Revision)>, ServiceError> {
         records::get::<Workspace>(&*self.store, ws).await?;
         let prefix = keys::all_of_workspace(Kind::Activation, ws);
-        records::list(&*self.store, &prefix, Sort::Falling, &page, |_: &ActivationCode| true).await
+        records::list(
+            &*self.store,
+            &prefix,
+            Sort::Falling,
+            &page,
+            |_: &ActivationCode| true,
+        )
+        .await
     }
 
     /// Makes a code. The idempotency record does not hold it: it is shown once.
@@ -314,7 +321,11 @@ pub(crate) mod tests {
             ("validity_h", 25.into(), false),
             ("cell", serde_json::json!("cell-b"), true),
             ("cell", serde_json::json!("cell-c"), false),
-            ("allowed_sources", serde_json::json!(["10.2.0.0/16", "::1"]), true),
+            (
+                "allowed_sources",
+                serde_json::json!(["10.2.0.0/16", "::1"]),
+                true,
+            ),
             ("allowed_sources", serde_json::json!(["10.2.0.0/33"]), false),
         ] {
             let mut json = serde_json::json!({"name_prefix": "web-"});
@@ -328,7 +339,10 @@ pub(crate) mod tests {
     async fn nothing_that_is_kept_shows_the_code() {
         let store = memory_store();
         let workspaces = Workspaces::new(store.clone());
-        workspaces.create(caller(), workspace("prod")).await.unwrap();
+        workspaces
+            .create(caller(), workspace("prod"))
+            .await
+            .unwrap();
         let codes = ActivationCodes::new(store.clone(), Fingerprint::of_key(b"key"));
         let idempotency = crate::service::idempotency::Idempotency::new(store.clone());
         let token = windlass_domain::id::TokenId::from_uuid(uuid::Uuid::nil());
@@ -353,7 +367,14 @@ pub(crate) mod tests {
             !text.contains(secret)
         }));
         let id = new.record.id;
-        assert!(codes.disable(caller(), "prod", id, None).await.unwrap().0.disabled);
+        assert!(
+            codes
+                .disable(caller(), "prod", id, None)
+                .await
+                .unwrap()
+                .0
+                .disabled
+        );
         assert!(codes.get("other", id).await.is_err());
         codes.delete(caller(), "prod", id).await.unwrap();
         workspaces.delete(caller(), "prod", "prod").await.unwrap();

@@ -182,16 +182,25 @@ impl Apps {
     ) -> Result<PageOf<(Application, Revision)>, ServiceError> {
         let search = filter.search.as_ref().map(|text| text.to_lowercase());
         let prefix = keys::records(Kind::App);
-        records::list(&*self.store, &prefix, Sort::Rising, &page, |app: &Application| {
-            search.as_ref().is_none_or(|text| {
-                app.name.as_str().to_lowercase().contains(text)
-                    || app.alias.to_lowercase().contains(text)
-            }) && filter.owner.as_ref().is_none_or(|owner| app.owner == *owner)
-                && filter
-                    .tech_stack
+        records::list(
+            &*self.store,
+            &prefix,
+            Sort::Rising,
+            &page,
+            |app: &Application| {
+                search.as_ref().is_none_or(|text| {
+                    app.name.as_str().to_lowercase().contains(text)
+                        || app.alias.to_lowercase().contains(text)
+                }) && filter
+                    .owner
                     .as_ref()
-                    .is_none_or(|stack| app.tech_stack.name == *stack)
-        })
+                    .is_none_or(|owner| app.owner == *owner)
+                    && filter
+                        .tech_stack
+                        .as_ref()
+                        .is_none_or(|stack| app.tech_stack.name == *stack)
+            },
+        )
         .await
     }
 
@@ -220,7 +229,11 @@ impl Apps {
         records::change(store, &caller, || async {
             let name_key = keys::name_in_tenant(Kind::App, app.name.as_str());
             if records::indexed(store, &name_key).await?.is_some() {
-                return Err(ServiceError::taken("application", "name", app.name.as_str()));
+                return Err(ServiceError::taken(
+                    "application",
+                    "name",
+                    app.name.as_str(),
+                ));
             }
             let txn = records::create(&app)?
                 .absent(name_key.clone())
@@ -391,14 +404,21 @@ pub(crate) mod tests {
         other.tech_stack.name = "java".parse().unwrap();
         assert!(matches!(
             apps.create(caller(), other).await.unwrap_err(),
-            ServiceError::Invalid { code: "tech_stack_unknown", .. }
+            ServiceError::Invalid {
+                code: "tech_stack_unknown",
+                ..
+            }
         ));
         let (app, revision) = apps.create(caller(), request("shop")).await.unwrap();
         let update = |version: &str| UpdateApp {
             tech_stack_version: Some(version.parse().unwrap()),
             ..UpdateApp::default()
         };
-        assert!(apps.update(caller(), "shop", None, update("^2")).await.is_err());
+        assert!(
+            apps.update(caller(), "shop", None, update("^2"))
+                .await
+                .is_err()
+        );
         let (changed, _) = apps
             .update(caller(), "shop", Some(revision), update("~1.2"))
             .await
@@ -407,7 +427,10 @@ pub(crate) mod tests {
         let stale = apps.update(caller(), "shop", Some(revision), update("^1"));
         assert!(matches!(
             stale.await.unwrap_err(),
-            ServiceError::Changed { what: "application", .. }
+            ServiceError::Changed {
+                what: "application",
+                ..
+            }
         ));
     }
 
@@ -425,7 +448,11 @@ pub(crate) mod tests {
             tech_stack: Some("binary".parse().unwrap()),
         };
         let page = apps.list(&filter, PageRequest::first(10)).await.unwrap();
-        let names: Vec<_> = page.items.iter().map(|(app, _)| app.name.as_str()).collect();
+        let names: Vec<_> = page
+            .items
+            .iter()
+            .map(|(app, _)| app.name.as_str())
+            .collect();
         assert_eq!(names, ["Shop"]);
     }
 }

@@ -209,13 +209,9 @@ impl Idempotency {
         let is_expired = |entry: &windlass_store::Entry| {
             serde_json::from_slice::<Row>(&entry.value).is_ok_and(|row| row.is_expired(now))
         };
-        let pruned = windlass_store::retention::prune(
-            &*self.store,
-            &keys::all_idempotency(),
-            0,
-            is_expired,
-        )
-        .await?;
+        let pruned =
+            windlass_store::retention::prune(&*self.store, &keys::all_idempotency(), 0, is_expired)
+                .await?;
         Ok(pruned.deleted)
     }
 }
@@ -342,7 +338,12 @@ mod tests {
             "{error}"
         );
         for key in [String::new(), "k".repeat(201)] {
-            assert!(records.lookup(token(1), &key, Digest::of(b"")).await.is_err());
+            assert!(
+                records
+                    .lookup(token(1), &key, Digest::of(b""))
+                    .await
+                    .is_err()
+            );
         }
     }
 
@@ -381,8 +382,10 @@ mod tests {
         };
         let retention = i64::try_from(RETENTION_MS).unwrap();
         for (key, age_ms) in [("old", retention + 1), ("young", retention - 60_000)] {
-            let txn =
-                Txn::new().put(keys::idempotency(token(1), key), records::encode(&old(age_ms)));
+            let txn = Txn::new().put(
+                keys::idempotency(token(1), key),
+                records::encode(&old(age_ms)),
+            );
             store.commit(txn).await.unwrap();
         }
         new(&records, "old", Digest::of(b"new")).await;

@@ -378,7 +378,8 @@ impl Instances {
         if let Some(version) = &instance.tech_stack_version {
             stack.version = version.clone();
         }
-        self.plugins.check_parameters(&stack, &instance.parameters)?;
+        self.plugins
+            .check_parameters(&stack, &instance.parameters)?;
         Ok(refers)
     }
 
@@ -412,7 +413,11 @@ impl Instances {
             }
             let txn = records::remove(&instance, revision)
                 .and(unused)
-                .delete(keys::name_in_workspace(Kind::Instance, ws, instance.name.as_str()))
+                .delete(keys::name_in_workspace(
+                    Kind::Instance,
+                    ws,
+                    instance.name.as_str(),
+                ))
                 .delete(keys::of_workspace(Kind::Instance, ws, &text));
             Ok((txn, ()))
         })
@@ -676,10 +681,15 @@ pub(crate) mod tests {
             (json!({"env": {"A B": "x"}}), "invalid_value"),
             (json!({"description": "x".repeat(501)}), "out_of_limit"),
             (json!({"pools": vec![missing; 21]}), "out_of_limit"),
-            (json!({"app": AppId::from_uuid(uuid::Uuid::nil())}), "not_found"),
+            (
+                json!({"app": AppId::from_uuid(uuid::Uuid::nil())}),
+                "not_found",
+            ),
         ] {
             let text = fields.to_string();
-            let answer = instances.create(caller(), "prod", request(app, fields)).await;
+            let answer = instances
+                .create(caller(), "prod", request(app, fields))
+                .await;
             assert_eq!(code(&answer.unwrap_err()), expect, "{text}");
         }
         let good = json!({
@@ -689,7 +699,10 @@ pub(crate) mod tests {
         let create = || instances.create(caller(), "prod", request(app, good.clone()));
         let (one, two) = tokio::join!(create(), create());
         assert!(one.is_ok() != two.is_ok());
-        let used = pools.delete(caller(), "prod", pool.id, "front").await.unwrap_err();
+        let used = pools
+            .delete(caller(), "prod", pool.id, "front")
+            .await
+            .unwrap_err();
         assert!(used.to_string().contains("service instance shop"), "{used}");
         let apps = Apps::new(store, Arc::new(OneStack));
         let used = apps.delete(caller(), "shop", "shop").await.unwrap_err();
@@ -723,7 +736,9 @@ pub(crate) mod tests {
             ..UpdateServer::default()
         };
         let servers = Servers::new(store.clone());
-        let moved = servers.update(caller(), "prod", server.id, None, move_away).await;
+        let moved = servers
+            .update(caller(), "prod", server.id, None, move_away)
+            .await;
         assert_eq!(code(&moved.unwrap_err()), "server_bound");
         let cells = UpdateInstance {
             cells: Some(vec!["cell-b".parse().unwrap()]),
@@ -732,7 +747,9 @@ pub(crate) mod tests {
         let away = instances.update(caller(), "prod", bound, None, cells).await;
         assert_eq!(code(&away.unwrap_err()), "server_in_other_cell");
         let name = instances.find(bound).await.unwrap().unwrap().name;
-        let used = instances.delete(caller(), "prod", bound, name.as_str()).await;
+        let used = instances
+            .delete(caller(), "prod", bound, name.as_str())
+            .await;
         assert_eq!(code(&used.unwrap_err()), "in_use");
         lock(&store, server.id).await;
         let unbind = || instances.unbind(caller(), "prod", bound, vec![server.id]);
@@ -766,8 +783,13 @@ pub(crate) mod tests {
             .unwrap();
         assert_eq!(bound.len(), MAX_SERVERS_PER_CALL);
         let servers = all.iter().map(|bind| bind.server).collect();
-        instances.unbind(caller(), "prod", made.id, servers).await.unwrap();
-        let left = Workspaces::new(store).delete(caller(), "prod", "prod").await;
+        instances
+            .unbind(caller(), "prod", made.id, servers)
+            .await
+            .unwrap();
+        let left = Workspaces::new(store)
+            .delete(caller(), "prod", "prod")
+            .await;
         assert_eq!(code(&left.unwrap_err()), "in_use");
     }
 }

@@ -289,9 +289,7 @@ impl Packages {
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn digests_in_use(
-        &self,
-    ) -> Result<std::collections::BTreeSet<Digest>, ServiceError> {
+    pub async fn digests_in_use(&self) -> Result<std::collections::BTreeSet<Digest>, ServiceError> {
         records::all(&*self.store, &keys::records(Kind::Package))
             .await?
             .iter()
@@ -471,7 +469,9 @@ impl About {
             None => Ok(()),
             Some(other) => Err(ServiceError::conflict(
                 "version_taken",
-                format!("the workspace `{ws}` has the version `{version}` of this application already: {other}"),
+                format!(
+                    "the workspace `{ws}` has the version `{version}` of this application already: {other}"
+                ),
                 "give the package another version, or delete that one first",
             )),
         }
@@ -550,7 +550,10 @@ impl About {
                 .absent(version_key.clone())
                 .put(version_key.clone(), id.clone())
                 .put(keys::of_workspace(Kind::Package, ws, &id), "")
-                .put(keys::upload(ws, &self.id.to_string()), records::encode(&record));
+                .put(
+                    keys::upload(ws, &self.id.to_string()),
+                    records::encode(&record),
+                );
             Ok((txn, package.clone()))
         })
         .await
@@ -577,9 +580,10 @@ impl About {
         });
         let ws = self.workspace.name.as_str();
         // A workspace that is gone keeps no records.
-        Txn::new()
-            .exists(keys::record(Kind::Workspace, ws))
-            .put(keys::upload(ws, &self.id.to_string()), records::encode(&record))
+        Txn::new().exists(keys::record(Kind::Workspace, ws)).put(
+            keys::upload(ws, &self.id.to_string()),
+            records::encode(&record),
+        )
     }
 
     async fn record_failure(&self, error: &ServiceError) {
@@ -605,7 +609,8 @@ impl Drop for Upload {
         }
         self.recorded = true;
         let received = self.received();
-        let reason = format!("the connection broke off after {received} bytes; upload the file again");
+        let reason =
+            format!("the connection broke off after {received} bytes; upload the file again");
         let txn = self.about.failure("package_truncated", reason);
         let (store, id) = (self.about.packages.store.clone(), self.about.id);
         // Outside a runtime there is nobody to write the record, and the process ends.
@@ -641,12 +646,18 @@ pub(crate) mod tests {
         let store = memory_store();
         let blobs = Blobs::open_directory(dir.path()).await.unwrap();
         let workspaces = Workspaces::new(store.clone());
-        workspaces.create(caller(), workspace("prod")).await.unwrap();
+        workspaces
+            .create(caller(), workspace("prod"))
+            .await
+            .unwrap();
         let limit = UpdateWorkspace {
             package_limit_bytes: Some(100),
             ..UpdateWorkspace::default()
         };
-        workspaces.update(caller(), "prod", None, limit).await.unwrap();
+        workspaces
+            .update(caller(), "prod", None, limit)
+            .await
+            .unwrap();
         let apps = Apps::new(store.clone(), Arc::new(OneStack));
         let request = crate::service::apps::tests::request("shop");
         let (app, _) = apps.create(caller(), request).await.unwrap();
@@ -689,7 +700,12 @@ pub(crate) mod tests {
             let page = PageRequest::first(50);
             let filter = PackageFilter::default();
             let found = self.packages.list_uploads("prod", &filter, page).await;
-            found.unwrap().items.into_iter().map(|record| record.outcome).collect()
+            found
+                .unwrap()
+                .items
+                .into_iter()
+                .map(|record| record.outcome)
+                .collect()
         }
 
         async fn blobs(&self) -> usize {
@@ -715,13 +731,25 @@ pub(crate) mod tests {
         };
         let cases: Vec<(BeginUpload, Vec<&[u8]>, &str)> = vec![
             (request("1", "a"), vec![], "package_empty"),
-            (request("1", "a"), vec![&[0; 60], &[0; 41]], "package_too_large"),
+            (
+                request("1", "a"),
+                vec![&[0; 60], &[0; 41]],
+                "package_too_large",
+            ),
             (announced(101), vec![], "package_too_large"),
             (announced(5), vec![b"four"], "package_truncated"),
             (request("1", "a.zip"), vec![gzip], "package_format"),
-            (request("1", "a.tar.gz"), vec![b"P", b"K\x03\x04"], "package_format"),
+            (
+                request("1", "a.tar.gz"),
+                vec![b"P", b"K\x03\x04"],
+                "package_format",
+            ),
             (request("1", "a.zip"), vec![b"PK"], "package_format"),
-            (with_digest(Digest::of(b"other")), vec![b"this"], "package_digest"),
+            (
+                with_digest(Digest::of(b"other")),
+                vec![b"this"],
+                "package_digest",
+            ),
             (remark, vec![], "out_of_limit"),
         ];
         for (number, (request, chunks, expect)) in cases.into_iter().enumerate() {
@@ -737,11 +765,19 @@ pub(crate) mod tests {
             assert_eq!(ready.blobs().await, 0, "{text}");
         }
         let filter = PackageFilter::default();
-        let page = ready.packages.list("prod", &filter, PageRequest::first(5)).await;
+        let page = ready
+            .packages
+            .list("prod", &filter, PageRequest::first(5))
+            .await;
         assert!(page.unwrap().items.is_empty());
         let app = AppId::from_uuid(uuid::Uuid::nil());
-        let unknown = ready.packages.begin(caller(), "prod", app, request("1", "a"));
-        assert!(matches!(unknown.await.err(), Some(ServiceError::NotFound { .. })));
+        let unknown = ready
+            .packages
+            .begin(caller(), "prod", app, request("1", "a"));
+        assert!(matches!(
+            unknown.await.err(),
+            Some(ServiceError::NotFound { .. })
+        ));
     }
 
     #[tokio::test]
@@ -750,7 +786,9 @@ pub(crate) mod tests {
         let prefix = keys::uploads("prod");
         let from = ready.store.revision().await.unwrap();
         let mut watch = ready.store.watch(&prefix, from).await.unwrap();
-        let begun = ready.packages.begin(caller(), "prod", ready.app, request("1", "a"));
+        let begun = ready
+            .packages
+            .begin(caller(), "prod", ready.app, request("1", "a"));
         let mut upload = begun.await.unwrap();
         upload.write(Bytes::from_static(b"half")).await.unwrap();
         drop(upload);
@@ -771,7 +809,11 @@ pub(crate) mod tests {
             expected_digest: Some(Digest::of(&[7; 100])),
             ..request("1.0", "a")
         };
-        let begin = || ready.packages.begin(caller(), "prod", ready.app, request("2.0", "a"));
+        let begin = || {
+            ready
+                .packages
+                .begin(caller(), "prod", ready.app, request("2.0", "a"))
+        };
         // Both begin before either commits.
         let (mut one, mut two) = (begin().await.unwrap(), begin().await.unwrap());
         one.write(Bytes::from_static(b"1")).await.unwrap();
@@ -781,14 +823,20 @@ pub(crate) mod tests {
         assert_eq!(one.err().or(two.err()).unwrap().code(), "version_taken");
         assert_eq!(begin().await.err().unwrap().code(), "version_taken");
         let package = ready.upload(at_limit, &[&[7; 100]]).await.unwrap();
-        assert_eq!((package.size_bytes, package.digest), (100, Digest::of(&[7; 100])));
+        assert_eq!(
+            (package.size_bytes, package.digest),
+            (100, Digest::of(&[7; 100]))
+        );
         let found = ready.packages.find_version("prod", ready.app, "1.0").await;
         assert_eq!(found.unwrap(), Some(package.clone()));
         let filter = PackageFilter {
             app: Some(ready.app),
             version: Some("1.".to_owned()),
         };
-        let page = ready.packages.list("prod", &filter, PageRequest::first(5)).await;
+        let page = ready
+            .packages
+            .list("prod", &filter, PageRequest::first(5))
+            .await;
         assert_eq!(page.unwrap().items.len(), 1);
         let in_use = ready.packages.digests_in_use().await.unwrap();
         assert!(in_use.contains(&package.digest) && in_use.len() == 2);
@@ -804,10 +852,12 @@ pub(crate) mod tests {
         }));
         let made = instances.create(caller(), "prod", create.unwrap()).await;
         let (instance, _) = made.unwrap();
-        let delete = |confirm: &'static str| {
-            ready.packages.delete(caller(), "prod", package.id, confirm)
-        };
-        assert_eq!(delete("1").await.unwrap_err().code(), "confirmation_missing");
+        let delete =
+            |confirm: &'static str| ready.packages.delete(caller(), "prod", package.id, confirm);
+        assert_eq!(
+            delete("1").await.unwrap_err().code(),
+            "confirmation_missing"
+        );
         assert_eq!(delete("1.0").await.unwrap_err().code(), "in_use");
         let other = ready.upload(request("1.1", "a"), &[b"y"]).await.unwrap();
         let update = UpdateInstance {

@@ -135,13 +135,21 @@ impl PluginService {
     ///
     /// # Errors
     /// Those of the store.
-    pub async fn approve_built_ins(&self, shipped: &BTreeSet<Digest>) -> Result<usize, ServiceError> {
+    pub async fn approve_built_ins(
+        &self,
+        shipped: &BTreeSet<Digest>,
+    ) -> Result<usize, ServiceError> {
         let accepted: Vec<(Digest, bool)> = self
             .list()
             .into_iter()
             .filter_map(|status| {
                 let digest = status.digest.filter(|digest| shipped.contains(digest))?;
-                let wants_root = status.descriptor?.wishes.users.iter().any(|user| user == "root");
+                let wants_root = status
+                    .descriptor?
+                    .wishes
+                    .users
+                    .iter()
+                    .any(|user| user == "root");
                 Some((digest, wants_root))
             })
             .collect();
@@ -176,7 +184,10 @@ impl PluginService {
         };
         while let Some(file) = files.next_entry().await? {
             let path = file.path();
-            if path.extension().is_some_and(|extension| extension == "wasm") {
+            if path
+                .extension()
+                .is_some_and(|extension| extension == "wasm")
+            {
                 shipped.insert(Digest::of(&tokio::fs::read(path).await?));
             }
         }
@@ -284,7 +295,8 @@ fn write(row: &Row, guard: Txn) -> Result<Txn, ServiceError> {
             ),
             limit: VALUE_MAX_BYTES as u64,
             current: value.len() as u64,
-            mend: "take decisions back that are no longer needed: of plugins that are gone".to_owned(),
+            mend: "take decisions back that are no longer needed: of plugins that are gone"
+                .to_owned(),
         });
     }
     Ok(guard.put(keys::plugin_decisions(), value))
@@ -316,7 +328,9 @@ fn apply(
             decisions.revoked.remove(&digest);
         }
         Decision::Pin => {
-            decisions.pinned.insert(version.0.clone(), version.1.clone());
+            decisions
+                .pinned
+                .insert(version.0.clone(), version.1.clone());
         }
         Decision::Unpin => {
             decisions.pinned.remove(&version.0);
@@ -403,8 +417,13 @@ mod tests {
         assert!(store.commit(txn).await.is_err());
         let stored = PluginService::load_decisions(&*store).await.unwrap();
         assert_eq!(stored, row.decisions);
-        row.built_in = (0..600_u32).map(|number| Digest::of(&number.to_be_bytes())).collect();
-        assert_eq!(write(&row, Txn::new()).unwrap_err().code(), "too_many_decisions");
+        row.built_in = (0..600_u32)
+            .map(|number| Digest::of(&number.to_be_bytes()))
+            .collect();
+        assert_eq!(
+            write(&row, Txn::new()).unwrap_err().code(),
+            "too_many_decisions"
+        );
     }
 
     #[tokio::test]
@@ -423,7 +442,9 @@ mod tests {
         let service = PluginService::new(memory_store(), plugins.clone());
         assert_eq!(service.list().len(), 1);
         assert_eq!(service.approve_built_ins(&shipped).await.unwrap(), 0);
-        let refused = service.decide(caller(), "bad.wasm", Decision::Approve).await;
+        let refused = service
+            .decide(caller(), "bad.wasm", Decision::Approve)
+            .await;
         assert_eq!(refused.unwrap_err().code(), "plugin_rejected");
         let unknown = service.decide(caller(), "x", Decision::Approve).await;
         assert_eq!(unknown.unwrap_err().code(), "not_found");

@@ -169,7 +169,10 @@ mod tests {
         };
         assert!(matches!(
             create("one").await.unwrap_err(),
-            ServiceError::NotFound { what: "workspace", .. }
+            ServiceError::NotFound {
+                what: "workspace",
+                ..
+            }
         ));
         for ws in ["one", "two"] {
             workspaces.create(caller(), request(ws)).await.unwrap();
@@ -181,8 +184,16 @@ mod tests {
         assert!(pools.get("two", pool.id).await.is_err());
         let left = workspaces.delete(caller(), "one", "one").await.unwrap_err();
         assert!(left.to_string().contains("pool front"), "{left}");
-        assert!(pools.delete(caller(), "one", pool.id, "back").await.is_err());
-        pools.delete(caller(), "one", pool.id, "front").await.unwrap();
+        assert!(
+            pools
+                .delete(caller(), "one", pool.id, "back")
+                .await
+                .is_err()
+        );
+        pools
+            .delete(caller(), "one", pool.id, "front")
+            .await
+            .unwrap();
         workspaces.delete(caller(), "one", "one").await.unwrap();
     }
 }

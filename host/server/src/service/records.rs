@@ -114,8 +114,7 @@ pub(crate) fn decode<R: Record>(entry: &Entry) -> Result<R, ServiceError> {
     struct Schema {
         schema: u32,
     }
-    let fail =
-        |source: serde_json::Error| malformed(&entry.key, R::KIND.what(), &source);
+    let fail = |source: serde_json::Error| malformed(&entry.key, R::KIND.what(), &source);
     let found = serde_json::from_slice::<Schema>(&entry.value)
         .map_err(fail)?
         .schema;
@@ -170,10 +169,7 @@ pub(crate) async fn get<R: Record>(
 }
 
 /// The id that an index row holds, with the row's revision.
-pub(crate) async fn indexed(
-    store: &dyn Store,
-    key: &Key,
-) -> Result<Option<String>, ServiceError> {
+pub(crate) async fn indexed(store: &dyn Store, key: &Key) -> Result<Option<String>, ServiceError> {
     Ok(store
         .get(key)
         .await?
@@ -225,14 +221,21 @@ pub(crate) async fn list<R: Record>(
     keep: impl Fn(&R) -> bool + Send + Sync,
 ) -> Result<PageOf<(R, Revision)>, ServiceError> {
     let own = *prefix == keys::records(R::KIND);
-    list_rows(store, prefix, sort, page, |entry| async move {
-        let record = if own {
-            Some((decode::<R>(&entry)?, entry.revision))
-        } else {
-            find::<R>(store, keys::last_segment(&entry.key)).await?
-        };
-        Ok(record)
-    }, |(record, _)| keep(record))
+    list_rows(
+        store,
+        prefix,
+        sort,
+        page,
+        |entry| async move {
+            let record = if own {
+                Some((decode::<R>(&entry)?, entry.revision))
+            } else {
+                find::<R>(store, keys::last_segment(&entry.key)).await?
+            };
+            Ok(record)
+        },
+        |(record, _)| keep(record),
+    )
     .await
 }
 
@@ -272,7 +275,11 @@ where
     loop {
         let found = match sort {
             Sort::Rising => store.scan(prefix, position.as_ref(), SCAN_ROWS).await?,
-            Sort::Falling => store.scan_reverse(prefix, position.as_ref(), SCAN_ROWS).await?,
+            Sort::Falling => {
+                store
+                    .scan_reverse(prefix, position.as_ref(), SCAN_ROWS)
+                    .await?
+            }
         };
         position = found.entries.last().map(|entry| entry.key.clone());
         for entry in found.entries {

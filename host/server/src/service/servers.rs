@@ -91,9 +91,10 @@ impl ServerFilter {
                 .connection
                 .is_none_or(|connection| server.connection == connection)
             && self.tag.as_ref().is_none_or(|(key, wanted)| {
-                server.tags.get(key).is_some_and(|value| {
-                    wanted.as_ref().is_none_or(|wanted| value == wanted)
-                })
+                server
+                    .tags
+                    .get(key)
+                    .is_some_and(|value| wanted.as_ref().is_none_or(|wanted| value == wanted))
             })
     }
 }
@@ -223,7 +224,11 @@ impl Servers {
             let mut txn = unlocked(store, &server)
                 .await?
                 .and(records::remove(&server, revision))
-                .delete(keys::name_in_workspace(Kind::Server, ws, server.name.as_str()))
+                .delete(keys::name_in_workspace(
+                    Kind::Server,
+                    ws,
+                    server.name.as_str(),
+                ))
                 .delete(keys::of_workspace(Kind::Server, ws, &text))
                 .delete(keys::server_key(key_hash(&server.public_key)));
             if let Some(instance) = server.instance {
@@ -355,11 +360,12 @@ impl Servers {
     ) -> Result<ServerName, Refusal> {
         let store = &*self.store;
         if let Some(wished) = wished {
-            let name: ServerName = wished
-                .parse()
-                .map_err(|error: windlass_domain::name::InvalidValue| Refusal::Name {
-                    message: error.message,
-                })?;
+            let name: ServerName =
+                wished
+                    .parse()
+                    .map_err(|error: windlass_domain::name::InvalidValue| Refusal::Name {
+                        message: error.message,
+                    })?;
             let key = keys::name_in_workspace(Kind::Server, ws, name.as_str());
             if records::indexed(store, &key).await?.is_some() {
                 return Err(Refusal::Name {
@@ -370,11 +376,11 @@ impl Servers {
         }
         for number in code.used..=MAX_NUMBER {
             let text = format!("{}{number}", code.name_prefix);
-            let name: ServerName = text
-                .parse()
-                .map_err(|error: windlass_domain::name::InvalidValue| Refusal::Name {
-                    message: error.message,
-                })?;
+            let name: ServerName =
+                text.parse()
+                    .map_err(|error: windlass_domain::name::InvalidValue| Refusal::Name {
+                        message: error.message,
+                    })?;
             let key = keys::name_in_workspace(Kind::Server, ws, name.as_str());
             if records::indexed(store, &key).await?.is_none() {
                 return Ok(name);
@@ -396,8 +402,7 @@ impl Servers {
     ) -> Result<(), ServiceError> {
         let store = &*self.store;
         for _ in 0..TRIES {
-            let Some((before, revision)) =
-                records::find::<Server>(store, &id.to_string()).await?
+            let Some((before, revision)) = records::find::<Server>(store, &id.to_string()).await?
             else {
                 return Ok(());
             };
@@ -568,7 +573,11 @@ impl Directory for Servers {
         let manifest: Manifest =
             records::decode_plain(&entry, "what is installed").map_err(directory)?;
         // The agent starts, checks and stops the release again: with the steps' own environment too.
-        let steps = manifest.stop.iter().chain(&manifest.start).chain(&manifest.check);
+        let steps = manifest
+            .stop
+            .iter()
+            .chain(&manifest.start)
+            .chain(&manifest.check);
         Ok(manifest
             .env
             .values()
@@ -643,7 +652,11 @@ pub(crate) mod tests {
         let code = with_code(store, serde_json::json!({"cell": "cell-a"})).await;
         let servers = Servers::new(store.clone());
         let registered = servers.register(&code, registration(number, None)).await;
-        servers.get("prod", registered.unwrap().server).await.unwrap().0
+        servers
+            .get("prod", registered.unwrap().server)
+            .await
+            .unwrap()
+            .0
     }
 
     pub(crate) async fn lock(store: &Arc<dyn Store>, server: ServerId) {
@@ -665,7 +678,11 @@ pub(crate) mod tests {
         // Ten of them on another server of the platform, which has turns of its own.
         let (here, there) = (Servers::new(store.clone()), Servers::new(store.clone()));
         let all = (0..20).map(|number| {
-            let servers = if number % 2 == 0 { here.clone() } else { there.clone() };
+            let servers = if number % 2 == 0 {
+                here.clone()
+            } else {
+                there.clone()
+            };
             let code = code.clone();
             tokio::spawn(async move { servers.register(&code, registration(number, None)).await })
         });
@@ -689,11 +706,20 @@ pub(crate) mod tests {
         let store = memory_store();
         let code = with_code(&store, serde_json::json!({"quota": 1})).await;
         let servers = Servers::new(store.clone());
-        let first = servers.register(&code, registration(1, None)).await.unwrap();
-        let again = servers.register(&code, registration(1, None)).await.unwrap();
+        let first = servers
+            .register(&code, registration(1, None))
+            .await
+            .unwrap();
+        let again = servers
+            .register(&code, registration(1, None))
+            .await
+            .unwrap();
         assert_eq!(first.server, again.server);
         let other = with_code(&store, serde_json::json!({})).await;
-        let error = servers.register(&other, registration(1, None)).await.unwrap_err();
+        let error = servers
+            .register(&other, registration(1, None))
+            .await
+            .unwrap_err();
         assert_eq!(code_of(&error), "server_registered");
     }
 
@@ -702,7 +728,11 @@ pub(crate) mod tests {
         let store = memory_store();
         let servers = Servers::new(store.clone());
         let unknown = windlass_protocol::ActivationCode::new([9; 16], Fingerprint::of_key(b"key"));
-        let far = with_code(&store, serde_json::json!({"allowed_sources": ["10.3.0.0/16"]})).await;
+        let far = with_code(
+            &store,
+            serde_json::json!({"allowed_sources": ["10.3.0.0/16"]}),
+        )
+        .await;
         let near = with_code(&store, serde_json::json!({"allowed_sources": ["10.2.0.7"]})).await;
         for (code, name, expect) in [
             (&unknown, None, "activation_code_unknown"),
@@ -712,26 +742,32 @@ pub(crate) mod tests {
             let answer = servers.register(code, registration(1, name)).await;
             assert_eq!(code_of(&answer.unwrap_err()), expect);
         }
-        let named = servers.register(&near, registration(1, Some("db1"))).await.unwrap();
+        let named = servers
+            .register(&near, registration(1, Some("db1")))
+            .await
+            .unwrap();
         assert_eq!(named.name, "db1");
         let taken = servers.register(&near, registration(2, Some("db1"))).await;
         assert_eq!(code_of(&taken.unwrap_err()), "server_name_refused");
         let many = vec!["10.2.0.7"; MAX_SOURCES + 1];
         let codes = ActivationCodes::new(store.clone(), Fingerprint::of_key(b"key"));
-        let request = code_request(
-            serde_json::json!({"name_prefix": "a", "allowed_sources": many}),
-        );
+        let request =
+            code_request(serde_json::json!({"name_prefix": "a", "allowed_sources": many}));
         assert!(codes.create(caller(), "prod", request).await.is_err());
         // Expired: the row is set back.
         let (id, _) = servers.code_of(near.secret_hash()).await.unwrap().unwrap();
-        let (mut record, revision) =
-            records::get::<ActivationCode>(&*store, &id.id.to_string()).await.unwrap();
+        let (mut record, revision) = records::get::<ActivationCode>(&*store, &id.id.to_string())
+            .await
+            .unwrap();
         record.expires_at = Timestamp::from_unix_ms(1);
         let txn = records::replace(&record, revision).unwrap();
         store.commit(txn).await.unwrap();
         let late = servers.register(&near, registration(3, None)).await;
         assert_eq!(code_of(&late.unwrap_err()), "activation_code_expired");
-        let codes = codes.disable(caller(), "prod", record.id, None).await.unwrap();
+        let codes = codes
+            .disable(caller(), "prod", record.id, None)
+            .await
+            .unwrap();
         assert!(codes.0.disabled);
         let disabled = servers.register(&near, registration(3, None)).await;
         assert_eq!(code_of(&disabled.unwrap_err()), "activation_code_disabled");
@@ -751,9 +787,14 @@ pub(crate) mod tests {
         let taken = servers.update(caller(), "prod", one.id, None, update(two.name.as_str()));
         assert!(matches!(
             taken.await.unwrap_err(),
-            ServiceError::Conflict { code: "name_taken", .. }
+            ServiceError::Conflict {
+                code: "name_taken",
+                ..
+            }
         ));
-        let changed = servers.update(caller(), "prod", one.id, None, update("db")).await;
+        let changed = servers
+            .update(caller(), "prod", one.id, None, update("db"))
+            .await;
         assert_eq!(changed.unwrap().0.cell, Some("cell-b".parse().unwrap()));
         let filter = ServerFilter {
             search: Some("DB".to_owned()),
@@ -761,20 +802,38 @@ pub(crate) mod tests {
             cell: Some("cell-b".parse().unwrap()),
             ..ServerFilter::default()
         };
-        let page = servers.list("prod", &filter, PageRequest::first(5)).await.unwrap();
+        let page = servers
+            .list("prod", &filter, PageRequest::first(5))
+            .await
+            .unwrap();
         assert_eq!(page.items.len(), 1);
         lock(&store, one.id).await;
-        let held = servers.deregister(caller(), "prod", one.id, "db").await.unwrap_err();
-        assert!(matches!(held, ServiceError::Conflict { code: "server_locked", .. }));
+        let held = servers
+            .deregister(caller(), "prod", one.id, "db")
+            .await
+            .unwrap_err();
+        assert!(matches!(
+            held,
+            ServiceError::Conflict {
+                code: "server_locked",
+                ..
+            }
+        ));
         store
             .commit(Txn::new().delete(engine_rows::lock(one.id)))
             .await
             .unwrap();
-        servers.deregister(caller(), "prod", one.id, "db").await.unwrap();
+        servers
+            .deregister(caller(), "prod", one.id, "db")
+            .await
+            .unwrap();
         assert!(servers.find(one.id).await.unwrap().is_none());
         // Its name and its key are free again.
         let code = with_code(&store, serde_json::json!({})).await;
-        let again = servers.register(&code, registration(1, Some("db"))).await.unwrap();
+        let again = servers
+            .register(&code, registration(1, Some("db")))
+            .await
+            .unwrap();
         assert_ne!(again.server, one.id);
     }
 
@@ -785,7 +844,10 @@ pub(crate) mod tests {
         let id = server(&store, 1).await.id;
         let at = Timestamp::from_unix_ms(5);
         let facts = Box::new(facts());
-        servers.note(id, SessionNote::Connected { at, facts }).await.unwrap();
+        servers
+            .note(id, SessionNote::Connected { at, facts })
+            .await
+            .unwrap();
         let (online, revision) = servers.get("prod", id).await.unwrap();
         assert_eq!(online.connection, ConnectionState::Online);
         assert_eq!(online.last_seen_at, Some(at));

@@ -252,10 +252,7 @@ impl Tokens {
     ///
     /// # Errors
     /// A page size or cursor that is not accepted.
-    pub async fn list(
-        &self,
-        page: PageRequest,
-    ) -> Result<PageOf<(Token, Revision)>, ServiceError> {
+    pub async fn list(&self, page: PageRequest) -> Result<PageOf<(Token, Revision)>, ServiceError> {
         let prefix = keys::records(Kind::Token);
         records::list(&*self.store, &prefix, Sort::Rising, &page, |_: &Token| true).await
     }
@@ -481,7 +478,15 @@ mod tests {
         let token = std::fs::read_to_string(&path).unwrap();
         let admin = tokens.authenticate(token.trim()).await.unwrap().unwrap();
         assert_eq!(admin.token.name.as_str(), "admin");
-        assert_eq!(tokens.list(PageRequest::first(10)).await.unwrap().items.len(), 1);
+        assert_eq!(
+            tokens
+                .list(PageRequest::first(10))
+                .await
+                .unwrap()
+                .items
+                .len(),
+            1
+        );
         // After a crash between file and store the file is taken over.
         let other = Tokens::new(memory_store());
         other.ensure_admin(dir.path()).await.unwrap();
@@ -514,7 +519,13 @@ mod tests {
         assert!(other.authenticate(&gone.token).await.unwrap().is_none());
         assert!(tokens.authenticate(&keep.token).await.unwrap().is_some());
         let last = tokens.revoke(caller(), keep.record.id).await.unwrap_err();
-        assert!(matches!(last, ServiceError::Conflict { code: "last_token", .. }));
+        assert!(matches!(
+            last,
+            ServiceError::Conflict {
+                code: "last_token",
+                ..
+            }
+        ));
         stop.cancel();
         keeping.await.unwrap().unwrap();
     }
@@ -533,7 +544,11 @@ mod tests {
                 name: format!("t{days}").parse().unwrap(),
                 validity_d: Some(days),
             };
-            assert_eq!(tokens.create(caller(), request).await.is_ok(), good, "{days}");
+            assert_eq!(
+                tokens.create(caller(), request).await.is_ok(),
+                good,
+                "{days}"
+            );
         }
         assert!(!format!("{new:?}").contains(&new.token));
     }

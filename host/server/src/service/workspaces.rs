@@ -12,9 +12,7 @@ use windlass_domain::{
     package::Package,
     pool::Pool,
     server::Server,
-    workspace::{
-        Cell, DEFAULT_PACKAGE_LIMIT_BYTES, DeploymentZone, Workspace, WorkspaceKind,
-    },
+    workspace::{Cell, DEFAULT_PACKAGE_LIMIT_BYTES, DeploymentZone, Workspace, WorkspaceKind},
 };
 use windlass_store::{Revision, Store, retention};
 
@@ -129,12 +127,18 @@ impl Workspaces {
     ) -> Result<PageOf<(Workspace, Revision)>, ServiceError> {
         let search = filter.search.as_ref().map(|text| text.to_lowercase());
         let prefix = keys::records(Kind::Workspace);
-        records::list(&*self.store, &prefix, Sort::Rising, &page, |found: &Workspace| {
-            search.as_ref().is_none_or(|text| {
-                found.name.as_str().contains(text)
-                    || found.display_name.to_lowercase().contains(text)
-            })
-        })
+        records::list(
+            &*self.store,
+            &prefix,
+            Sort::Rising,
+            &page,
+            |found: &Workspace| {
+                search.as_ref().is_none_or(|text| {
+                    found.name.as_str().contains(text)
+                        || found.display_name.to_lowercase().contains(text)
+                })
+            },
+        )
         .await
     }
 
@@ -275,8 +279,7 @@ impl Workspaces {
         edit: impl Fn(&mut Workspace) -> Result<(), ServiceError> + Send + Sync,
     ) -> Result<(Workspace, Revision), ServiceError> {
         records::change(&*self.store, &caller, || async {
-            let (mut workspace, revision) =
-                records::get::<Workspace>(&*self.store, name).await?;
+            let (mut workspace, revision) = records::get::<Workspace>(&*self.store, name).await?;
             records::check_revision::<Workspace>(if_match, revision)?;
             edit(&mut workspace)?;
             workspace.validate().map_err(ServiceError::of_value)?;
@@ -381,7 +384,13 @@ pub(crate) mod tests {
         assert!(one.is_ok() != two.is_ok());
         let error = one.err().or(two.err()).unwrap();
         assert!(
-            matches!(error, ServiceError::Conflict { code: "name_taken", .. }),
+            matches!(
+                error,
+                ServiceError::Conflict {
+                    code: "name_taken",
+                    ..
+                }
+            ),
             "{error}"
         );
     }
@@ -426,7 +435,12 @@ pub(crate) mod tests {
             zones: Some(vec!["z1".parse().unwrap()]),
             ..UpdateWorkspace::default()
         };
-        assert!(workspaces.update(caller(), "prod", None, gone).await.is_err());
+        assert!(
+            workspaces
+                .update(caller(), "prod", None, gone)
+                .await
+                .is_err()
+        );
         let moved = UpdateCell {
             zones: Some(vec!["z2".parse().unwrap()]),
             ..UpdateCell::default()
@@ -444,13 +458,25 @@ pub(crate) mod tests {
         let secret = keys::secrets("prod");
         let key = windlass_store::Key::new([secret.as_bytes(), b"password"].concat()).unwrap();
         let txn = windlass_store::Txn::new();
-        store.commit(txn.clone().put(key.clone(), "{}")).await.unwrap();
-        let unconfirmed = workspaces.delete(caller(), "prod", "pro").await.unwrap_err();
+        store
+            .commit(txn.clone().put(key.clone(), "{}"))
+            .await
+            .unwrap();
+        let unconfirmed = workspaces
+            .delete(caller(), "prod", "pro")
+            .await
+            .unwrap_err();
         assert!(matches!(
             unconfirmed,
-            ServiceError::Invalid { code: "confirmation_missing", .. }
+            ServiceError::Invalid {
+                code: "confirmation_missing",
+                ..
+            }
         ));
-        let left = workspaces.delete(caller(), "prod", "prod").await.unwrap_err();
+        let left = workspaces
+            .delete(caller(), "prod", "prod")
+            .await
+            .unwrap_err();
         assert!(left.to_string().contains("secret password"), "{left}");
         store.commit(txn.delete(key)).await.unwrap();
         workspaces.delete(caller(), "prod", "prod").await.unwrap();
