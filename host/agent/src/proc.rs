@@ -270,4 +270,35 @@ mod tests {
         child.wait().unwrap();
         assert!(!signal(id, Signal::KILL));
     }
+
+    #[test]
+    fn a_cgroup_ends_a_tree_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(subtree) = Cgroup::subtree(dir.path()) else {
+            eprintln!("skipped: no cgroup v2 hierarchy can be written here");
+            return;
+        };
+        let group = subtree.child("run").unwrap();
+        let mut child = Command::new("/bin/sh")
+            .args(["-c", "echo $$ > $PROCS; setsid sleep 600 & sleep 600"])
+            .env("PROCS", group.path().join("cgroup.procs"))
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let until = |what: &str, look: &dyn Fn() -> bool| {
+            while !look() {
+                assert!(std::time::Instant::now() < deadline, "{what}");
+                std::thread::yield_now();
+            }
+        };
+        let members = || fs::read_to_string(group.path().join("cgroup.procs")).unwrap();
+        until("no three members", &|| members().lines().count() == 3);
+        assert!(subtree.is_populated());
+        group.kill();
+        child.wait().unwrap();
+        until("members are left", &|| !subtree.is_populated());
+        subtree.remove_if_empty();
+        assert!(!subtree.path().exists());
+    }
 }

@@ -482,3 +482,73 @@ async fn output_comes_live_and_is_bounded() {
             .contains(&format!("{} bytes dropped", result.dropped_bytes))
     );
 }
+
+/// The user `nobody` on every Linux.
+const NOBODY: u32 = 65534;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_ordinary_user_has_its_own_directory_and_processes_and_nobody_elses() {
+    let gateway = Gateway::start().await;
+    let mut agent = if is_root() {
+        TestAgent::register_as(&gateway, NOBODY).await
+    } else {
+        TestAgent::register(&gateway).await
+    };
+    agent.start();
+    let own = gateway
+        .until("facts", |state| {
+            Some(state.states.last()?.facts.agent_user.clone())
+        })
+        .await;
+    let mut order = Order::new();
+    let package = package(
+        &gateway,
+        b"#!/bin/sh\nexec sleep 600\n".to_vec(),
+        PackageFormat::Plain,
+        "app",
+    );
+    let manifest = order.manifest("r1", &package);
+    let steps = [
+        order.task(Action::Fetch(package.clone())),
+        order.task(Action::Unpack {
+            package,
+            release: "r1".into(),
+        }),
+        order.task(Action::Activate(Box::new(manifest))),
+        order.start(&["${WINDLASS_PACKAGE_FILE}"]),
+        order.script("id -u; touch $WINDLASS_DATA_DIR/mine; stat -c %u $WINDLASS_RELEASE_DIR"),
+    ];
+    let mut output = String::new();
+    for step in steps {
+        let result = gateway.run(step).await;
+        assert_eq!(result.outcome, Outcome::Succeeded, "{result:?}");
+        output = result.output;
+    }
+    let uid =
+        std::fs::metadata(agent.data()).map(|meta| std::os::unix::fs::MetadataExt::uid(&meta));
+    let uid = uid.unwrap();
+    assert_eq!(output, format!("{uid}\n{uid}\n"));
+    // Itself by name, but nobody else; the message says who it is and what helps.
+    let mut task = order.script("true");
+    task.run_as = Some(own.clone());
+    assert_eq!(gateway.run(task).await.outcome, Outcome::Succeeded);
+    for other in ["root", "daemon"] {
+        let mut task = order.script("true");
+        task.run_as = Some(other.into());
+        let result = gateway.run(task).await;
+        assert_eq!(result.outcome, Outcome::Failed, "{result:?}");
+        assert!(
+            result.message.contains(&format!("`{own}`"))
+                && result.message.contains(&format!("`{other}`"))
+                && result.message.contains("run the agent as root"),
+            "{}",
+            result.message
+        );
+    }
+    let pid = gateway
+        .until("pid", |state| state.states.last()?.apps.first()?.pid)
+        .await;
+    agent.stop_all();
+    assert!(!is_alive(pid));
+    assert_eq!(agent.left_behind(), []);
+}

@@ -171,6 +171,13 @@ async fn a_time_out_kills_the_whole_tree_with_and_without_cgroups_and_without_an
         let mut agent = TestAgent::register(&gateway).await;
         agent.policy(|policy| policy.cgroups = cgroups);
         agent.start();
+        // Where a v2 subtree can be written, it is used, and only where it is wanted.
+        let possible = windlass_agent::proc::Cgroup::subtree(&agent.data()).is_some();
+        gateway
+            .until("the use of cgroups", |state| {
+                (state.states.last()?.cgroups == (cgroups && possible)).then_some(())
+            })
+            .await;
         let pids = agent.open_file("pids");
         let mut order = Order::new();
         let mut task = order.script(TREE);

@@ -26,8 +26,8 @@ async fn another_binary_takes_over_what_runs() {
     let old = agent.dir.path().join("windlass-agent");
     let new = agent.dir.path().join("versions/2.0/successor");
     fs::create_dir_all(new.parent().unwrap()).unwrap();
-    fs::copy(BINARY, &old).unwrap();
-    fs::copy(BINARY, &new).unwrap();
+    fs::copy(binary_path(), &old).unwrap();
+    fs::copy(binary_path(), &new).unwrap();
     let mut end = fs::OpenOptions::new().append(true).open(&new).unwrap();
     std::io::Write::write_all(&mut end, b"a later version").unwrap();
     drop(end);

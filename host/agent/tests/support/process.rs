@@ -12,13 +12,25 @@ pub(crate) struct TestAgent {
     pub(crate) dir: tempfile::TempDir,
     /// The binary that [`TestAgent::start`] starts.
     pub(crate) program: PathBuf,
+    /// The user that it runs as, where that is not the test's own.
+    user: Option<u32>,
     child: Option<Child>,
 }
 
-pub(crate) const BINARY: &str = env!("CARGO_BIN_EXE_windlass-agent");
+/// The agent's binary: of this build, or beside an example of it.
+pub(crate) fn binary_path() -> PathBuf {
+    match option_env!("CARGO_BIN_EXE_windlass-agent") {
+        Some(path) => path.into(),
+        None => {
+            let example = std::env::current_exe().unwrap();
+            let profile = example.ancestors().nth(2).unwrap();
+            profile.join("windlass-agent")
+        }
+    }
+}
 
 pub(crate) fn binary() -> Command {
-    command(Path::new(BINARY))
+    command(&binary_path())
 }
 
 fn command(program: &Path) -> Command {
@@ -41,10 +53,40 @@ impl TestAgent {
         std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
         let agent = Self {
             dir,
-            program: BINARY.into(),
+            program: binary_path(),
+            user: None,
             child: None,
         };
-        let mut command = binary();
+        agent.registered(gateway, port).await
+    }
+
+    /// Runs as another user, with a copy of the binary where that user gets at it. Needs root.
+    pub(crate) async fn register_as(gateway: &Gateway, user: u32) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("windlass-agent");
+        std::fs::copy(binary_path(), &program).unwrap();
+        std::os::unix::fs::chown(dir.path(), Some(user), Some(user)).unwrap();
+        let agent = Self {
+            dir,
+            program,
+            user: Some(user),
+            child: None,
+        };
+        agent.registered(gateway, gateway.port).await
+    }
+
+    fn command(&self) -> Command {
+        use std::os::unix::process::CommandExt as _;
+        let mut command = command(&self.program);
+        if let Some(user) = self.user {
+            command.uid(user).gid(user);
+        }
+        command
+    }
+
+    async fn registered(self, gateway: &Gateway, port: u16) -> Self {
+        let agent = self;
+        let mut command = agent.command();
         command
             .args([
                 "register",
@@ -88,7 +130,7 @@ impl TestAgent {
             .append(true)
             .open(self.dir.path().join("log"))
             .unwrap();
-        let mut command = command(&self.program);
+        let mut command = self.command();
         command
             .args(["run", "--data"])
             .arg(self.data())
@@ -120,7 +162,7 @@ impl TestAgent {
     }
 
     pub(crate) fn stop_all(&mut self) {
-        let mut command = binary();
+        let mut command = self.command();
         command.args(["stop-all", "--data"]).arg(self.data());
         let output = command.output().unwrap();
         assert!(
@@ -157,7 +199,7 @@ impl Drop for TestAgent {
         if std::thread::panicking() {
             eprintln!("--- the agent's log\n{}", self.log());
         }
-        let mut command = binary();
+        let mut command = self.command();
         command.args(["stop-all", "--data"]).arg(self.data());
         let stopped = command.output().is_ok_and(|output| output.status.success());
         if let Some(mut child) = self.child.take() {
