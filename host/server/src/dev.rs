@@ -60,7 +60,8 @@ impl Dev {
     /// What could not be started, and why; nothing is left running.
     pub async fn start(options: &DevOptions) -> anyhow::Result<Self> {
         let binary = agent_binary()?;
-        let config = ServerConfig::local(&options.data, options.listen, &options.plugins);
+        let mut config = ServerConfig::local(&options.data, options.listen, &options.plugins);
+        config.agent_listen = agent_listen(&options.data)?;
         let running = platform::start(config).await.context("the server did not start")?;
         let token = fs::read_to_string(&running.admin_token_file)
             .with_context(|| format!("the token file {} cannot be read", running.admin_token_file.display()))?;
@@ -76,6 +77,7 @@ impl Dev {
     }
 
     async fn bring_agents(&mut self, options: &DevOptions) -> anyhow::Result<()> {
+        self.running.ready().await;
         if self.client.get(&format!("/v1/workspaces/{WORKSPACE}")).await.is_err() {
             self.client
                 .post("/v1/workspaces", &json!({ "name": WORKSPACE, "zones": ["zone-a", "zone-b"] }))
@@ -114,7 +116,7 @@ impl Dev {
         fs::create_dir_all(data).with_context(|| format!("{} cannot be made", data.display()))?;
         let mut command = Command::new(&self.binary);
         command
-            .args(["register", "--server", &self.running.agent_url, "--name", name, "--data"])
+            .args(["register", "--server", &format!("https://{}", self.running.agent_url), "--name", name, "--data"])
             .arg(data)
             .env("WINDLASS_ACTIVATION_CODE", code)
             .stdin(Stdio::null())
@@ -184,9 +186,21 @@ impl Dev {
                 Err(_) => failed = Some(anyhow::anyhow!("the agent in {} did not end in time", data.display())),
             }
         }
-        self.running.shutdown().await;
+        self.running.shutdown().await.context("the store was not closed")?;
         failed.map_or(Ok(()), Err)
     }
+}
+
+/// Where agents connect: the same address at every start, because they keep it.
+fn agent_listen(data: &Path) -> anyhow::Result<SocketAddr> {
+    let file = data.join("agents").join("listen");
+    if let Ok(kept) = fs::read_to_string(&file) {
+        return kept.trim().parse().with_context(|| format!("{} does not hold an address", file.display()));
+    }
+    let address = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
+    fs::create_dir_all(data.join("agents")).with_context(|| format!("{} cannot be made", data.join("agents").display()))?;
+    fs::write(&file, address.to_string()).with_context(|| format!("{} cannot be written", file.display()))?;
+    Ok(address)
 }
 
 /// The entries of a page.

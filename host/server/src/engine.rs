@@ -38,11 +38,13 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use windlass_domain::{
     id::{InstanceId, OrderId, ServerId},
     inbox::JournalEpoch,
+    manifest::Manifest,
     order::{Action, Control, Order},
     plan::{NodeIndex, Plan, Read},
     plugin::Judgement,
     progress::Progress,
     reducer::{Event, Refused},
+    server::ReleaseState,
     task::{TaskId, TaskResult},
 };
 use windlass_store::{BlobError, Blobs, CommitError, Lease, Store, Txn};
@@ -348,6 +350,24 @@ impl Engine {
                 Err(ActError::Busy(id))
             }
         }
+    }
+
+    /// Where a server of an instance is in the life of a release.
+    ///
+    /// # Errors
+    /// [`RowError`].
+    pub async fn release_state(&self, instance: InstanceId, server: ServerId) -> Result<ReleaseState, RowError> {
+        let store = &*self.shared.store;
+        let seats = rows::read_all(store, &rows::unavailable_of(instance)).await?;
+        let seat = seats.iter().find(|entry| entry.key.segments().next_back() == Some(&server.to_string()));
+        if let Some(entry) = seat {
+            let row: rows::Unavailable = rows::decode(entry, "an unavailable server")?;
+            let order = rows::read_order(store, row.order).await?;
+            let over = order.is_none_or(|(order, _)| order.state.is_terminal());
+            return Ok(if over { ReleaseState::ReleaseFailed } else { ReleaseState::Releasing });
+        }
+        let installed: Option<(Manifest, _)> = rows::read(store, &rows::installed(instance, server), "what is installed").await?;
+        Ok(if installed.is_some() { ReleaseState::Released } else { ReleaseState::AwaitingRelease })
     }
 
     /// Keeps and runs the rollback of an order that has ended. `with` is committed together with it.

@@ -1,7 +1,3 @@
-// NOTE TO WORKERS (to be removed by the owner of this folder before the final commit): the folder host/server/src/service, keys.rs
-// and the domain records are owned by the helper whose brief began at 02:40 ("Catalogue services"). The helper whose brief began
-// at 01:50 ("API foundation, catalogue services, domain records") STOPS now: leave every file as it is, commit nothing, report.
-// api/** and platform.rs are owned by the helper "HTTP API, platform wiring, main" of 02:40.
 //! The keys of the catalogue's rows: the one place that knows where a record stands.
 //!
 //! Every key starts with the tenant. A record stands under its id; names, hashes and memberships are index rows, written in

@@ -6,6 +6,8 @@
 pub mod api;
 pub mod clock;
 pub mod config;
+pub mod demo;
+pub mod dev;
 pub mod engine;
 pub mod gateway;
 pub mod ids;

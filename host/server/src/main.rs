@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use windlass::{
     config::{self, ServerConfig, Tls},
-    platform,
+    demo, dev, platform,
     telemetry::{self, LogFormat},
 };
 
@@ -31,6 +31,10 @@ struct Arguments {
 enum Command {
     /// Run the platform server.
     Server(Server),
+    /// Run a server with agents of its own on this machine, in a workspace `dev`.
+    Dev(Dev),
+    /// Show three releases of a real application on three agents.
+    Demo(Demo),
     /// Write everything of a data directory to a new archive, whether a server runs there or not.
     Backup {
         /// The data directory.
@@ -83,6 +87,38 @@ struct Server {
     tls_key: Option<PathBuf>,
 }
 
+#[derive(Args)]
+struct Dev {
+    /// Data of the server and the agents; made if it is missing.
+    #[arg(long, default_value = "windlass-dev")]
+    data: PathBuf,
+    /// Where the API listens.
+    #[arg(long, default_value = "127.0.0.1:7460")]
+    listen: SocketAddr,
+    /// How many agents.
+    #[arg(long, default_value_t = 3)]
+    agents: u32,
+    /// The plugin directory; the shipped plugins unless given.
+    #[arg(long)]
+    plugins: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct Demo {
+    /// Data; a directory that is removed at the end unless given.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Where the API listens; any free port unless given.
+    #[arg(long, default_value = "127.0.0.1:0")]
+    listen: SocketAddr,
+    /// The plugin directory; the shipped plugins unless given.
+    #[arg(long)]
+    plugins: Option<PathBuf>,
+    /// End when everything was shown, with status 0 only if it was as expected.
+    #[arg(long)]
+    exit: bool,
+}
+
 #[derive(Clone, Copy, Default, ValueEnum)]
 enum TlsChoice {
     /// Off on loopback addresses, on elsewhere.
@@ -118,6 +154,12 @@ fn run(command: Command) -> anyhow::Result<()> {
     runtime.block_on(async {
         match command {
             Command::Server(options) => serve(options).await,
+            Command::Dev(Dev { data, listen, agents, plugins }) => {
+                dev::run(&dev::DevOptions { data, listen, agents, plugins: shipped(plugins)? }).await
+            }
+            Command::Demo(Demo { data, listen, plugins, exit }) => {
+                demo::run(&demo::DemoOptions { data, listen, plugins: shipped(plugins)?, exit }).await
+            }
             Command::Backup { data, archive } => {
                 let manifest = platform::back_up(&data, &archive).await?;
                 println!("{}: revision {}, {} blobs", archive.display(), manifest.revision.0, manifest.blobs);
@@ -128,9 +170,16 @@ fn run(command: Command) -> anyhow::Result<()> {
                 println!("{}: revision {}, {} blobs", data.display(), manifest.revision.0, manifest.blobs);
                 Ok(())
             }
-            Command::CompilePlugin { .. } => unreachable!("main has run it"),
+            Command::CompilePlugin { .. } => Ok(()),
         }
     })
+}
+
+/// The plugin directory that was given, or the shipped one.
+fn shipped(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
+    given
+        .or_else(config::shipped_plugins)
+        .context("the shipped plugins are not beside this program: build them with `make build`, or give --plugins")
 }
 
 async fn serve(options: Server) -> anyhow::Result<()> {

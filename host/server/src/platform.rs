@@ -57,7 +57,7 @@ use crate::{
         packages::Packages,
         planning::{Planner, PlannerParts},
         plugins::PluginService,
-        pools::Pools,
+        pools::Pools, retention::{Retention, RetentionSettings},
         servers::Servers,
         tokens::{ADMIN_TOKEN_FILE, AdminTokenError, Tokens},
         workspaces::Workspaces,
@@ -294,6 +294,9 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     keepers.spawn(control.serve(socket, keepers_stop.clone()));
     keepers.spawn(keep_tokens(tokens.clone(), keepers_stop.clone()));
     keepers.spawn(keep_answers(idempotency.clone(), keepers_stop.clone()));
+    let retention = Retention::new(store.clone(), blobs.clone(), RetentionSettings::default());
+    let stop_retention = keepers_stop.clone();
+    keepers.spawn(async move { retention.run(stop_retention).await });
     keepers.spawn(follow_decisions(plugin_service.clone(), keepers_stop.clone()));
     let (set_ready, ready) = watch::channel(false);
     let shipped = config.shipped_plugins.clone();

@@ -1,6 +1,6 @@
 //! `/v1/workspaces/{ws}/servers`. Servers come with an activation code, not through here.
 
-use axum::{extract::State, http::HeaderMap};
+use axum::extract::State;
 use serde::Deserialize;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use windlass_domain::{
@@ -72,14 +72,20 @@ async fn list_servers(State(api): State<Api>, Path(ws): Path<String>, Query(quer
         connection: query.connection,
         tag: tag.transpose()?,
     };
-    Ok(reply::page(api.servers.list(&ws, &filter, page).await?))
+    let mut page = api.servers.list(&ws, &filter, page).await?;
+    for (server, _) in &mut page.items {
+        *server = api.orders.server_now(server.clone()).await?;
+    }
+    Ok(reply::page(page))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/servers/{id}", operation_id = "get_server", tag = "servers",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = ServerId, Path, description = "The server's id.")),
     responses((status = 200, description = "The server.", body = Server)))]
-async fn get_server(State(api): State<Api>, Path((ws, id)): Path<(String, ServerId)>, headers: HeaderMap) -> Reply {
-    Ok(reply::found_unless(&headers, api.servers.get(&ws, id).await?))
+async fn get_server(State(api): State<Api>, Path((ws, id)): Path<(String, ServerId)>) -> Reply {
+    // What is seen beside the record has no revision: the answer is never `304 Not Modified`.
+    let (server, revision) = api.servers.get(&ws, id).await?;
+    Ok(reply::found((api.orders.server_now(server).await?, revision)))
 }
 
 #[utoipa::path(put, path = "/v1/workspaces/{ws}/servers/{id}", operation_id = "update_server", tag = "servers",

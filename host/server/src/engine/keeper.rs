@@ -211,7 +211,8 @@ impl KeeperTask {
             self.changed.notify_waiters();
         }
         for reply in released {
-            drop(reply.send(()));
+            // Whoever asked may be gone; the release stands.
+            let _gone = reply.send(());
         }
     }
 

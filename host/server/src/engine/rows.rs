@@ -141,6 +141,10 @@ pub(crate) fn unavailable(instance: InstanceId, cell: &str, server: ServerId) ->
     ])
 }
 
+pub(crate) fn unavailable_of(instance: InstanceId) -> Prefix {
+    prefix(["unavailable", &instance.to_string()])
+}
+
 pub(crate) fn all_unavailable() -> Prefix {
     prefix(["unavailable"])
 }

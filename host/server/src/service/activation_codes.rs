@@ -33,7 +33,8 @@ const DEFAULT_VALIDITY_H: u32 = 4;
 #[derive(Debug, Clone, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CreateActivationCode {
-    /// Start of the names of servers: `web-` gives `web-1`, `web-2`…
+    /// Start of the names of servers: `web-` gives `web-1`, `web-2`…; `server-` unless given.
+    #[serde(default = "default_prefix")]
     pub name_prefix: NamePrefix,
     /// Cell that servers are put into; where the workspace has only one, that one.
     #[serde(default)]
@@ -50,6 +51,10 @@ pub struct CreateActivationCode {
     /// Description, at most 500 characters.
     #[serde(default)]
     pub description: String,
+}
+
+fn default_prefix() -> NamePrefix {
+    "server-".parse().expect("a valid prefix")
 }
 
 const fn default_quota() -> u32 {

@@ -4,6 +4,8 @@
 //! action; the engine owns what happens then. A previewed plan is kept, so that an order made with its digest runs exactly
 //! that plan, or is refused with what has changed since.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 use windlass_domain::{
     Digest, Timestamp,
@@ -13,14 +15,16 @@ use windlass_domain::{
     plan::{Level, NodeIndex, NodeKind, Plan},
     progress::{Counts, Drift, NodeProgress, NodeState, PoolWeight, Progress},
     reducer::Refused,
+    server::{ConnectionState, Server},
 };
 use windlass_store::{CommitError, Revision, Watch};
 
-use super::{Caller, ServiceError, planning::Planner};
+use super::{Caller, ServiceError, planning::Planner, records};
 use crate::{
     clock,
     engine::{self, ActError, Engine, rows},
     ids,
+    keys::Kind,
 };
 
 /// Orders on one page unless asked otherwise.
@@ -142,6 +146,7 @@ impl Orders {
     pub async fn create(&self, caller: Caller, workspace: &str, create: CreateOrder) -> Result<Order, ServiceError> {
         let CreateOrder { release, plan_digest, run } = create;
         check_title(&release.title)?;
+        let create_refers: BTreeSet<String> = release.targets.iter().map(|target| target.package.to_string()).collect();
         let plan = self.planner.plan_release(workspace, &release).await?;
         let digest = self.keep(&plan).await?;
         if let Some(previewed) = plan_digest.filter(|previewed| *previewed != digest) {
@@ -175,7 +180,9 @@ impl Orders {
             finished_at: None,
             last_progress_at: None,
         };
-        self.engine.create(&order, caller.with).await.map_err(not_committed)?;
+        // Who begins to use a package says so in the same commit: a deletion at this moment finds out.
+        let with = create_refers.into_iter().fold(caller.with, |with, package| with.and(records::refer(Kind::Package, &package)));
+        self.engine.create(&order, with).await.map_err(not_committed)?;
         if run {
             self.engine.act(id, Action::Run, &caller.name, windlass_store::Txn::new()).await.map_err(refused)?;
         }
@@ -357,6 +364,20 @@ impl Orders {
             .map_err(|error| ServiceError::Unavailable { message: error.to_string() })
     }
 
+    /// A server as it is now: its session, and where it is in the life of a release. The record knows neither for sure.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn server_now(&self, mut server: Server) -> Result<Server, ServiceError> {
+        let online = self.engine.shared.agents.is_online(server.id);
+        server.connection = if online { ConnectionState::Online } else { ConnectionState::Offline };
+        if let Some(instance) = server.instance {
+            let state = self.engine.release_state(instance, server.id).await;
+            server.release_state = state.map_err(|error| failed("read a server's release state", error))?;
+        }
+        Ok(server)
+    }
+
     async fn progress(&self, workspace: &str, id: OrderId) -> Result<(Order, std::sync::Arc<Plan>, Progress), ServiceError> {
         let found = self.engine.progress(id).await.map_err(refused)?;
         found.filter(|(order, ..)| order.workspace == workspace).ok_or_else(|| no_such_order(id))
@@ -379,7 +400,7 @@ impl Orders {
                 };
             }
         };
-        let subjects: Vec<String> = before.reads.keys().chain(now.reads.keys()).cloned().collect::<std::collections::BTreeSet<_>>().into_iter().collect();
+        let subjects: Vec<String> = before.reads.keys().chain(now.reads.keys()).cloned().collect::<BTreeSet<_>>().into_iter().collect();
         let changed = engine::differences(&before, &subjects, &now.reads);
         if changed.is_empty() {
             return ServiceError::Conflict {

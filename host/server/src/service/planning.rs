@@ -24,7 +24,7 @@ use windlass_domain::{
     Digest,
     dispatch,
     expand::{self, PartInput, PlanInput, ServerInput},
-    id::{InstanceId, OrderId, PackageId, ServerId},
+    id::{InstanceId, OrderId, ServerId},
     instance::{Binding, ServiceInstance},
     manifest::{Manifest, PluginRef},
     order::{Control, Order, OrderState, PlanRevision, Purpose, ReleaseSpec, Target},

@@ -34,15 +34,34 @@ pub struct CreateWorkspace {
     /// Name for people, 1 to 60 characters; the identifier unless given.
     #[serde(default)]
     pub display_name: Option<String>,
-    /// Region.
+    /// Region; `default` unless given.
+    #[serde(default = "default_region")]
     pub region: ZoneName,
-    /// One or two zones.
+    /// One or two zones; `zone-a` unless given.
+    #[serde(default = "default_zones")]
     pub zones: Vec<ZoneName>,
-    /// Private network, for example `10.2.0.0/16`; never changes.
+    /// Private network; `10.2.0.0/16` unless given. Never changes.
+    #[serde(default = "default_network")]
     pub network: String,
     /// Largest package in bytes: 1 to 300,000,000; 200,000,000 unless given.
     #[serde(default)]
     pub package_limit_bytes: Option<u64>,
+}
+
+fn zone(name: &str) -> ZoneName {
+    name.parse().expect("a valid zone name")
+}
+
+fn default_region() -> ZoneName {
+    zone("default")
+}
+
+fn default_zones() -> Vec<ZoneName> {
+    vec![zone("zone-a")]
+}
+
+fn default_network() -> String {
+    "10.2.0.0/16".to_owned()
 }
 
 /// A change of a workspace; what is not given stays.
