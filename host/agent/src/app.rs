@@ -89,7 +89,7 @@ pub(crate) async fn start(
         },
     };
     let dir = record.run_dir(&instance);
-    match client::find(&dir)? {
+    match client::find_settled(&dir).await? {
         Found::Nothing => {
             // Checked before the old one stops: what cannot be started must not end what runs.
             let spec = spec(context, &instance, &record, secrets)?;

@@ -4,7 +4,7 @@
 //!
 //! # The file
 //! Frames of `length | CRC-32 of the content | CRC-32 of these eight bytes | content`, numbers as u32 little endian, the content
-//! a JSON list of [`Record`]s; one frame is one append, so it counts whole or not at all. The first record is the header with
+//! a JSON list of `picture::Record`s; one frame is one append, so it counts whole or not at all. The first record is the header with
 //! the random epoch. The file always has a whole number of chunks of 64 KiB, filled with zeros: its space is taken before it is
 //! needed, so that a full disk cannot stop the end of a task from being recorded, and a file that was cut short is seen by its size.
 //!

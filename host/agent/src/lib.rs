@@ -34,11 +34,12 @@ pub mod stop_all;
 pub mod unpack;
 pub mod users;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::mpsc,
+    time::Instant,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -78,6 +79,23 @@ impl From<FileError> for RunError {
     }
 }
 
+/// How long an agent that starts waits for the lock of the one before. One that was killed just when it started a shim leaves
+/// its lock to that child until the child has become another program.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_RETRY: Duration = Duration::from_millis(20);
+
+async fn await_lock(data: &DataDir) -> Result<std::fs::File, ConfigError> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match data.take_lock() {
+            Err(ConfigError::Locked(_)) if Instant::now() < deadline => {
+                tokio::time::sleep(LOCK_RETRY).await;
+            }
+            taken @ (Ok(_) | Err(_)) => return taken,
+        }
+    }
+}
+
 /// Runs the agent of a data directory until SIGTERM or SIGINT, or until it is deregistered. Applications and scripts go on.
 ///
 /// # Errors
@@ -89,7 +107,7 @@ pub async fn run(data: &DataDir) -> Result<(), RunError> {
     }
     let config = data.load_config()?;
     let identity = register::load_identity(data)?;
-    let _lock = data.take_lock()?;
+    let _lock = await_lock(data).await?;
     let platform = net::Platform::new(&config.platform_url, config.fingerprint)?;
     let cgroup = config
         .policy

@@ -552,3 +552,36 @@ async fn an_ordinary_user_has_its_own_directory_and_processes_and_nobody_elses()
     assert!(!is_alive(pid));
     assert_eq!(agent.left_behind(), []);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_that_is_revoked_or_too_late_leaves_no_try_behind() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let pids = agent.open_file("pids");
+    for (revoke, expect) in [(true, Outcome::Revoked), (false, Outcome::TimedOut)] {
+        std::fs::write(&pids, "").unwrap();
+        let mut task = Order::new().task(Action::Check(Check {
+            probe: Probe::Script(script(&format!("echo $$ >> {}; sleep 600", pids.display()))),
+            interval_ms: 100,
+            try_timeout_ms: 600_000,
+            healthy_for_ms: 0,
+        }));
+        if !revoke {
+            task.timeout_ms = 1000;
+        }
+        let id = gateway.push(task);
+        until("a try", || (!lines(&pids).is_empty()).then_some(())).await;
+        if revoke {
+            gateway.revoke(id);
+        }
+        assert_eq!(gateway.result(id).await.outcome, expect);
+        let pid = lines(&pids)[0].parse().unwrap();
+        until("its end", || (!is_alive(pid)).then_some(())).await;
+        until("its directory's end", || {
+            let mut runs = std::fs::read_dir(agent.data().join("runs")).unwrap();
+            runs.next().is_none().then_some(())
+        })
+        .await;
+    }
+}

@@ -64,8 +64,11 @@ impl Agent {
             if !matches!(task.action, Action::Script(_)) {
                 continue;
             }
-            match client::find(&RunDir::new(data.run(&id))) {
+            let dir = RunDir::new(data.run(&id));
+            match client::find(&dir) {
                 Ok(Found::Nothing) => {}
+                // It may have died with its agent before it was told all: whether it runs is asked when the task is pushed.
+                Ok(Found::Live) if matches!(client::identity(&dir), Ok(None)) => {}
                 Ok(Found::Live | Found::Ended(_) | Found::Lost(_)) => {
                     tracing::info!(task.id = %id, "a script is found again");
                     self.spawn(TaskPush {

@@ -83,16 +83,17 @@ async fn probe_script(
         job.task.id,
         u32::from_le_bytes(clock::random())
     );
-    let dir = RunDir::new(context.data.runs().join(name));
-    let spec = script_spec(context, &job.task, &job.secrets, script, &dir, limit)
+    let run = Try(RunDir::new(context.data.runs().join(name)));
+    let dir = &run.0;
+    let spec = script_spec(context, &job.task, &job.secrets, script, dir, limit)
         .map_err(|error| text(&error))?;
-    client::start(&dir, &spec, Some(&script.text))
+    client::start(dir, &spec, Some(&script.text))
         .await
         .map_err(|error| text(&error))?;
-    let followed = follow(&dir, None, |_| {})
+    let followed = follow(dir, None, |_| {})
         .await
         .map_err(|error| text(&error))?;
-    let outcome = match followed {
+    match followed {
         Followed::Ended(status) => match &status.end {
             End::Exited(0) => Ok(()),
             end @ (End::Exited(_)
@@ -117,7 +118,20 @@ async fn probe_script(
             }
         },
         Followed::NeverRan | Followed::Lost { .. } => Err("the check's script was lost".into()),
-    };
-    remove_tree(dir.path()).map_err(|error| text(&error))?;
-    outcome
+    }
+}
+
+/// The run of one try, which goes with it: also when the check is revoked, or its time passes, in the middle of it.
+struct Try(RunDir);
+
+impl Drop for Try {
+    fn drop(&mut self) {
+        // One that is just starting hears nothing, and finds no directory to start in.
+        if matches!(client::is_live(&self.0), Ok(true)) {
+            client::kill(&self.0);
+        }
+        if let Err(error) = remove_tree(self.0.path()) {
+            tracing::warn!(error = %chain(&error), "the directory of a check's try stays");
+        }
+    }
 }

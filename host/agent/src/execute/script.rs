@@ -60,7 +60,7 @@ pub(super) async fn run_script(
     left: Duration,
 ) -> Result<Ended, ActionError> {
     let dir = RunDir::new(context.data.run(&job.task.id));
-    if client::find(&dir)? == Found::Nothing {
+    if client::find_settled(&dir).await? == Found::Nothing {
         if left.is_zero() {
             return Ok(too_late(&job.task));
         }

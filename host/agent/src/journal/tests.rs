@@ -202,3 +202,30 @@ fn a_deleted_journal_is_a_new_life() {
         (&JournalState::Created, epoch(2))
     );
 }
+
+#[test]
+fn acceptance_and_start_together_are_both_there_or_neither() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let mut journal = open(&path, 1, BOOT);
+    let begin = journal.end;
+    let at = Timestamp::from_unix_ms(3);
+    journal.accept_and_start(task(1, 4), at).unwrap();
+    let end = journal.end;
+    drop(journal);
+    let whole = std::fs::read(&path).unwrap();
+    let id = task(1, 4).id;
+    let journal = open(&path, 2, BOOT);
+    assert!(
+        matches!(journal.known(&id), Known::Held(entry) if entry.started_at == Some(at) && entry.task.is_some())
+    );
+    drop(journal);
+    for cut in (begin + 1..end).step_by(97) {
+        let mut bytes = whole.clone();
+        bytes[usize::try_from(cut).unwrap()..].fill(0);
+        std::fs::write(&path, bytes).unwrap();
+        let journal = open(&path, 2, BOOT);
+        assert_eq!(journal.state(), &JournalState::Intact, "cut at {cut}");
+        assert_eq!(journal.known(&id), Known::Never, "cut at {cut}");
+    }
+}

@@ -72,6 +72,22 @@ pub fn identity(dir: &RunDir) -> Result<Option<RunIdentity>, FileError> {
     read_json(&dir.identity())
 }
 
+/// Looks at a run directory whose shim may be just starting, until it has said who it is, or is gone. A shim whose agent died
+/// before it had told all goes without having run anything.
+///
+/// # Errors
+/// As [`find`] and [`identity`].
+pub async fn find_settled(dir: &RunDir) -> Result<Found, FileError> {
+    let watch = Watch::new(dir);
+    loop {
+        let found = find(dir)?;
+        if found != Found::Live || identity(dir)?.is_some() {
+            return Ok(found);
+        }
+        watch.changed(Duration::from_millis(50)).await;
+    }
+}
+
 /// Starts a shim in a directory in which nothing was ever run. The script's text, where there is one, is put beside it.
 ///
 /// # Errors
