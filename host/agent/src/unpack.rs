@@ -4,6 +4,8 @@
 //! Entries are created beneath that directory only (`openat2` with `RESOLVE_BENEATH` and `RESOLVE_NO_SYMLINKS`), each name once,
 //! never through a link. Refused, each with its own error: absolute paths, `..`, links that leave, writing through a link, devices
 //! and other special files, set-user-id and set-group-id bits, more bytes, entries or growth than the policy allows.
+//! Each entry is given to the application's user as it is made. The agent makes it itself rather than a process of that user: the
+//! fresh directory is nobody else's until all of it is good, so no other process can put a link into the way.
 //! Source: design, "Agents", "Unpacking"; spec "Packages".
 
 mod tarball;
@@ -14,6 +16,7 @@ use std::{
     collections::BTreeSet,
     fs::File,
     io::{self, Seek as _},
+    os::unix::fs::DirBuilderExt as _,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -134,7 +137,7 @@ pub enum UnpackError {
     File(#[from] FileError),
 }
 
-/// Unpacks the package at `source` into `target`, which must not exist; as `user` where one is given. Blocks.
+/// Unpacks the package at `source` into `target`, which must not exist; what it makes belongs to `user` where one is given. Blocks.
 ///
 /// # Errors
 /// When anything about it is not right; then `target` does not exist and nothing is left beside it.
@@ -175,7 +178,11 @@ fn unpack_into(
             source: error,
         }
     };
-    std::fs::create_dir(fresh).map_err(at(fresh))?;
+    // For the agent alone until all of it is good; the end opens it.
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(fresh)
+        .map_err(at(fresh))?;
     let root = File::open(fresh).map_err(at(fresh))?;
     let mut file = File::open(source).map_err(at(source))?;
     let packed = file.metadata().map_err(at(source))?.len();

@@ -220,7 +220,7 @@ fn acceptance_and_start_together_are_both_there_or_neither() {
         matches!(journal.known(&id), Known::Held(entry) if entry.started_at == Some(at) && entry.task.is_some())
     );
     drop(journal);
-    for cut in (begin + 1..end).step_by(97) {
+    for cut in (begin + 1..end).step_by(331) {
         let mut bytes = whole.clone();
         bytes[usize::try_from(cut).unwrap()..].fill(0);
         std::fs::write(&path, bytes).unwrap();
