@@ -29,11 +29,13 @@ pub struct Setup {
     pub agents: u32,
     /// More environment of the server's first process.
     pub server_env: Vec<(String, String)>,
+    /// The plugin directory of every server's process; the built plugins unless given.
+    pub plugins: Option<PathBuf>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { agents: 2, server_env: Vec::new() }
+        Self { agents: 2, server_env: Vec::new(), plugins: None }
     }
 }
 
@@ -42,6 +44,7 @@ pub struct TestHost {
     directory: TempDir,
     listen: SocketAddr,
     agent_listen: SocketAddr,
+    plugins: PathBuf,
     server: Option<Child>,
     /// Agents by their data directories.
     pub agents: Vec<Agent>,
@@ -118,6 +121,7 @@ impl TestHost {
         let mut host = Self {
             listen: free_address(),
             agent_listen: free_address(),
+            plugins: setup.plugins.clone().unwrap_or_else(plugins),
             server: None,
             agents: Vec::new(),
             api: Client::new("", ""),
@@ -150,6 +154,28 @@ impl TestHost {
         self.server.as_ref().map(Child::id)
     }
 
+    /// Where the API listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// Where the API listens.
+    #[must_use]
+    pub fn api_address(&self) -> SocketAddr {
+        self.listen
+    }
+
+    /// The administrator's token.
+    ///
+    /// # Panics
+    /// When its file cannot be read.
+    #[must_use]
+    pub fn token(&self) -> String {
+        let file = fs::read_to_string(self.data().join("admin.token"));
+        file.expect("the administrator's token").trim().to_owned()
+    }
+
     /// Where agents connect.
     #[must_use]
     pub fn agent_address(&self) -> SocketAddr {
@@ -178,7 +204,7 @@ impl TestHost {
             .arg(self.data())
             .args(["--listen", &self.listen.to_string(), "--agent-listen", &self.agent_listen.to_string()])
             .arg("--plugins")
-            .arg(plugins())
+            .arg(&self.plugins)
             .envs(env.iter().map(|(name, value)| (name.as_str(), value.as_str())))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a handle"))
