@@ -35,7 +35,11 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { agents: 2, server_env: Vec::new(), plugins: None }
+        Self {
+            agents: 2,
+            server_env: Vec::new(),
+            plugins: None,
+        }
     }
 }
 
@@ -68,7 +72,11 @@ pub struct Agent {
 #[must_use]
 pub fn program(name: &str) -> PathBuf {
     let own = std::env::current_exe().expect("the test knows its path");
-    let found = own.ancestors().skip(1).map(|folder| folder.join(name)).find(|path| path.is_file());
+    let found = own
+        .ancestors()
+        .skip(1)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file());
     found.unwrap_or_else(|| panic!("{name} is not built: run `make build`"))
 }
 
@@ -78,9 +86,14 @@ pub fn program(name: &str) -> PathBuf {
 /// When it is not there.
 #[must_use]
 pub fn plugins() -> PathBuf {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ has a parent");
     let found = root.join("target/plugins");
-    assert!(found.join("binary.wasm").exists(), "plugins are not built: run `make plugins`");
+    assert!(
+        found.join("binary.wasm").exists(),
+        "plugins are not built: run `make plugins`"
+    );
     found
 }
 
@@ -99,7 +112,10 @@ pub fn free_port() -> u16 {
 ///
 /// # Panics
 /// With what the condition last said, when the time is over.
-pub async fn eventually<T, F: Future<Output = Result<T, String>>>(what: &str, mut look: impl FnMut() -> F) -> T {
+pub async fn eventually<T, F: Future<Output = Result<T, String>>>(
+    what: &str,
+    mut look: impl FnMut() -> F,
+) -> T {
     let deadline = Instant::now() + WITHIN;
     let mut ticks = tokio::time::interval(Duration::from_millis(10));
     loop {
@@ -128,7 +144,13 @@ impl TestHost {
             directory,
         };
         host.boot(&setup.server_env).await;
-        host.api.post("/v1/workspaces", &json!({ "name": WORKSPACE, "zones": ["zone-a", "zone-b"] })).await.expect("a workspace");
+        host.api
+            .post(
+                "/v1/workspaces",
+                &json!({ "name": WORKSPACE, "zones": ["zone-a", "zone-b"] }),
+            )
+            .await
+            .expect("a workspace");
         for number in 1..=setup.agents {
             host.add_agent(&format!("agent-{number}")).await;
         }
@@ -202,10 +224,18 @@ impl TestHost {
             .arg("server")
             .arg("--data")
             .arg(self.data())
-            .args(["--listen", &self.listen.to_string(), "--agent-listen", &self.agent_listen.to_string()])
+            .args([
+                "--listen",
+                &self.listen.to_string(),
+                "--agent-listen",
+                &self.agent_listen.to_string(),
+            ])
             .arg("--plugins")
             .arg(&self.plugins)
-            .envs(env.iter().map(|(name, value)| (name.as_str(), value.as_str())))
+            .envs(
+                env.iter()
+                    .map(|(name, value)| (name.as_str(), value.as_str())),
+            )
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a handle"))
             .stderr(log)
@@ -215,7 +245,11 @@ impl TestHost {
     }
 
     fn log(&self, name: &str) -> File {
-        File::options().create(true).append(true).open(self.path().join(name)).expect("a log file")
+        File::options()
+            .create(true)
+            .append(true)
+            .open(self.path().join(name))
+            .expect("a log file")
     }
 
     /// Waits until the server is ready; answers whether it is (it may have ended by itself).
@@ -229,19 +263,28 @@ impl TestHost {
         loop {
             ticks.tick().await;
             if probe.get("/readyz").await.is_ok() {
-                let token = fs::read_to_string(self.data().join("admin.token")).expect("the administrator's token");
+                let token = fs::read_to_string(self.data().join("admin.token"))
+                    .expect("the administrator's token");
                 self.api = Client::new(&self.listen.to_string(), &token);
                 return true;
             }
             if self.has_ended() {
                 return false;
             }
-            assert!(Instant::now() < deadline, "the server is not ready:\n{}", self.server_log());
+            assert!(
+                Instant::now() < deadline,
+                "the server is not ready:\n{}",
+                self.server_log()
+            );
         }
     }
 
     async fn ready(&mut self) {
-        assert!(self.ready_or_gone().await, "the server has ended:\n{}", self.server_log());
+        assert!(
+            self.ready_or_gone().await,
+            "the server has ended:\n{}",
+            self.server_log()
+        );
     }
 
     /// Whether the server's process has ended; takes note of it.
@@ -291,7 +334,13 @@ impl TestHost {
             signal(child.id(), "TERM");
             eventually("the server ends", || {
                 let ended = child.try_wait().expect("the server's state").is_some();
-                async move { if ended { Ok(()) } else { Err("it still runs".to_owned()) } }
+                async move {
+                    if ended {
+                        Ok(())
+                    } else {
+                        Err("it still runs".to_owned())
+                    }
+                }
             })
             .await;
         }
@@ -308,22 +357,52 @@ impl TestHost {
     /// # Panics
     /// When it does not register.
     pub async fn add_agent(&mut self, name: &str) {
+        let workspace = self
+            .api
+            .get(&format!("/v1/workspaces/{WORKSPACE}"))
+            .await
+            .expect("the workspace");
+        let cells = workspace["cells"].as_array().cloned().unwrap_or_default();
+        // One after the other, so that every cell has servers.
+        let cell = &cells[self.agents.len() % cells.len()]["name"];
         let code = self
             .api
-            .post(&format!("/v1/workspaces/{WORKSPACE}/activation-codes"), &json!({ "quota": 1 }))
+            .post(
+                &format!("/v1/workspaces/{WORKSPACE}/activation-codes"),
+                &json!({ "quota": 1, "cell": cell }),
+            )
             .await
             .expect("an activation code");
         let data = self.path().join(name);
         fs::create_dir_all(&data).expect("the agent's directory");
         let output = Command::new(program("windlass-agent"))
-            .args(["register", "--server", &format!("https://{}", self.agent_listen), "--name", name, "--allow-root", "--data"])
+            .args([
+                "register",
+                "--server",
+                &format!("https://{}", self.agent_listen),
+                "--name",
+                name,
+                "--allow-root",
+                "--data",
+            ])
             .arg(&data)
-            .env("WINDLASS_ACTIVATION_CODE", code["code"].as_str().expect("the code"))
+            .env(
+                "WINDLASS_ACTIVATION_CODE",
+                code["code"].as_str().expect("the code"),
+            )
             .stdin(Stdio::null())
             .output()
             .expect("the agent's program");
-        assert!(output.status.success(), "{name}: {}", String::from_utf8_lossy(&output.stderr));
-        self.agents.push(Agent { name: name.to_owned(), data, child: None });
+        assert!(
+            output.status.success(),
+            "{name}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        self.agents.push(Agent {
+            name: name.to_owned(),
+            data,
+            child: None,
+        });
         let index = self.agents.len() - 1;
         self.start_agent(index, &[]);
     }
@@ -339,7 +418,10 @@ impl TestHost {
             .arg("run")
             .arg("--data")
             .arg(&agent.data)
-            .envs(env.iter().map(|(name, value)| (name.as_str(), value.as_str())))
+            .envs(
+                env.iter()
+                    .map(|(name, value)| (name.as_str(), value.as_str())),
+            )
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a handle"))
             .stderr(log)
@@ -363,9 +445,20 @@ impl TestHost {
     pub async fn wait_online(&self) {
         let path = format!("/v1/workspaces/{WORKSPACE}/servers?page_size=50");
         eventually("every agent is connected", || async {
-            let page = self.api.get(&path).await.map_err(|error| error.to_string())?;
-            let online = items(&page).iter().filter(|server| server["connection"] == "online").count();
-            if online >= self.agents.len() { Ok(()) } else { Err(format!("{online} of {}: {page}", self.agents.len())) }
+            let page = self
+                .api
+                .get(&path)
+                .await
+                .map_err(|error| error.to_string())?;
+            let online = items(&page)
+                .iter()
+                .filter(|server| server["connection"] == "online")
+                .count();
+            if online >= self.agents.len() {
+                Ok(())
+            } else {
+                Err(format!("{online} of {}: {page}", self.agents.len()))
+            }
         })
         .await;
     }
@@ -375,8 +468,15 @@ impl TestHost {
     /// # Panics
     /// When they cannot be listed.
     pub async fn servers(&self) -> Vec<(String, String)> {
-        let page = self.api.get(&format!("/v1/workspaces/{WORKSPACE}/servers?page_size=50")).await.expect("servers");
-        let mut servers: Vec<(String, String)> = items(&page).iter().map(|server| (text(&server["name"]), text(&server["id"]))).collect();
+        let page = self
+            .api
+            .get(&format!("/v1/workspaces/{WORKSPACE}/servers?page_size=50"))
+            .await
+            .expect("servers");
+        let mut servers: Vec<(String, String)> = items(&page)
+            .iter()
+            .map(|server| (text(&server["name"]), text(&server["id"])))
+            .collect();
         servers.sort();
         servers
     }
@@ -398,16 +498,25 @@ impl TestHost {
     /// Waits until an order is in one of some states; answers its header.
     pub async fn order_in(&self, id: &str, states: &[&str]) -> Value {
         eventually(&format!("order {id} is one of {states:?}"), || async {
-            let order = self.api.get(&self.ws(&format!("orders/{id}"))).await.map_err(|error| error.to_string())?;
+            let order = self
+                .api
+                .get(&self.ws(&format!("orders/{id}")))
+                .await
+                .map_err(|error| error.to_string())?;
             let state = order["state"].as_str().unwrap_or_default();
-            if states.contains(&state) { Ok(order) } else { Err(order.to_string()) }
+            if states.contains(&state) {
+                Ok(order)
+            } else {
+                Err(order.to_string())
+            }
         })
         .await
     }
 
     /// Waits until an order has ended; answers its header.
     pub async fn order_ended(&self, id: &str) -> Value {
-        self.order_in(id, &["succeeded", "failed", "cancelled", "rolled_back"]).await
+        self.order_in(id, &["succeeded", "failed", "cancelled", "rolled_back"])
+            .await
     }
 }
 
@@ -415,13 +524,21 @@ impl Drop for TestHost {
     fn drop(&mut self) {
         self.kill();
         for agent in &mut self.agents {
-            let stop = Command::new(program("windlass-agent")).arg("stop-all").arg("--data").arg(&agent.data).output();
+            let stop = Command::new(program("windlass-agent"))
+                .arg("stop-all")
+                .arg("--data")
+                .arg(&agent.data)
+                .output();
             if let Some(mut child) = agent.child.take() {
                 drop(child.kill());
                 drop(child.wait());
             }
             if std::thread::panicking() {
-                eprintln!("--- {}: {:?}", agent.name, stop.map(|output| String::from_utf8_lossy(&output.stderr).into_owned()));
+                eprintln!(
+                    "--- {}: {:?}",
+                    agent.name,
+                    stop.map(|output| String::from_utf8_lossy(&output.stderr).into_owned())
+                );
             }
         }
         if std::thread::panicking() {
@@ -436,7 +553,11 @@ impl Drop for TestHost {
 }
 
 fn signal(pid: u32, name: &str) {
-    let status = Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().expect("kill(1)");
+    let status = Command::new("kill")
+        .arg(format!("-{name}"))
+        .arg(pid.to_string())
+        .status()
+        .expect("kill(1)");
     assert!(status.success(), "process {pid} could not be signalled");
 }
 
@@ -452,7 +573,10 @@ pub fn items(page: &Value) -> Vec<Value> {
 /// When it is none.
 #[must_use]
 pub fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_else(|| panic!("a text was expected: {value}")).to_owned()
+    value
+        .as_str()
+        .unwrap_or_else(|| panic!("a text was expected: {value}"))
+        .to_owned()
 }
 
 /// A `.tar.gz` of files: name, mode, content.
@@ -461,13 +585,23 @@ pub fn text(value: &Value) -> String {
 /// When it cannot be packed.
 #[must_use]
 pub fn tar_gz(files: &[(&str, u32, &[u8])]) -> Bytes {
-    let mut archive = tar::Builder::new(flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast()));
+    let mut archive = tar::Builder::new(flate2::write::GzEncoder::new(
+        Vec::new(),
+        flate2::Compression::fast(),
+    ));
     for (name, mode, content) in files {
         let mut header = tar::Header::new_gnu();
         header.set_size(content.len() as u64);
         header.set_mode(*mode);
         header.set_cksum();
-        archive.append_data(&mut header, name, *content).expect("a file is packed");
+        archive
+            .append_data(&mut header, name, *content)
+            .expect("a file is packed");
     }
-    archive.into_inner().expect("the archive").finish().expect("the compression").into()
+    archive
+        .into_inner()
+        .expect("the archive")
+        .finish()
+        .expect("the compression")
+        .into()
 }

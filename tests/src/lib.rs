@@ -1,5 +1,7 @@
 //! What tests and benches of the whole share.
 
+pub mod guests;
 pub mod host;
 pub mod release;
+pub mod scene;
 pub mod simulated;

@@ -33,12 +33,25 @@ impl Counted {
     /// When the server refuses.
     pub async fn prepare(host: &TestHost) -> Self {
         let api = &host.api;
-        let app = api.post("/v1/apps", &json!({ "name": "counted", "tech_stack": { "name": "binary", "version": "*" } })).await.expect("an application");
-        let pool = text(&api.post(&host.ws("pools"), &json!({ "name": "front" })).await.expect("a pool")["id"]);
+        let app = api
+            .post(
+                "/v1/apps",
+                &json!({ "name": "counted", "tech_stack": { "name": "binary", "version": "*" } }),
+            )
+            .await
+            .expect("an application");
+        let pool = text(
+            &api.post(&host.ws("pools"), &json!({ "name": "front" }))
+                .await
+                .expect("a pool")["id"],
+        );
         let mut packages = Vec::new();
         for version in ["1.0.0", "2.0.0"] {
             let program = b"#!/bin/sh\nexec sleep 1000000\n";
-            let file = tar_gz(&[("run.sh", 0o755, program), ("VERSION", 0o644, version.as_bytes())]);
+            let file = tar_gz(&[
+                ("run.sh", 0o755, program),
+                ("VERSION", 0o644, version.as_bytes()),
+            ]);
             packages.push(upload(host, "counted", version, file).await);
         }
         let executions = host.path().join("executions");
@@ -64,8 +77,19 @@ impl Counted {
         let instance = text(&instance["id"]);
         let servers = host.servers().await;
         let ids: Vec<&String> = servers.iter().map(|(_, id)| id).collect();
-        api.post(&host.ws(&format!("service-instances/{instance}/servers")), &json!({ "servers": ids })).await.expect("servers are bound");
-        Self { instance, packages, pool, servers, executions }
+        api.post(
+            &host.ws(&format!("service-instances/{instance}/servers")),
+            &json!({ "servers": ids }),
+        )
+        .await
+        .expect("servers are bound");
+        Self {
+            instance,
+            packages,
+            pool,
+            servers,
+            executions,
+        }
     }
 
     /// An order that releases one package in groups of one; `run` marks its executions.
@@ -91,7 +115,10 @@ impl Counted {
         let lines = fs::read_to_string(&self.executions).expect("the file of executions");
         let mut counts = BTreeMap::new();
         for line in lines.lines() {
-            if let Some(rest) = line.strip_prefix(run).and_then(|rest| rest.strip_prefix(' ')) {
+            if let Some(rest) = line
+                .strip_prefix(run)
+                .and_then(|rest| rest.strip_prefix(' '))
+            {
                 *counts.entry(rest.to_owned()).or_default() += 1;
             }
         }
@@ -104,15 +131,34 @@ impl Counted {
     /// With what is not right.
     pub async fn check_succeeded(&self, host: &TestHost, order: &Value, run: &str) {
         assert_eq!(order["state"], "succeeded", "run {run}: {order}");
-        let expected: BTreeMap<String, u32> = self.servers.iter().map(|(name, _)| (format!("configure {name}"), 1)).collect();
-        assert_eq!(self.executions(run), expected, "run {run}: each script runs once on each server");
+        let expected: BTreeMap<String, u32> = self
+            .servers
+            .iter()
+            .map(|(name, _)| (format!("configure {name}"), 1))
+            .collect();
+        assert_eq!(
+            self.executions(run),
+            expected,
+            "run {run}: each script runs once on each server"
+        );
         let id = text(&order["id"]);
-        let nodes = host.api.get(&host.ws(&format!("orders/{id}/nodes"))).await.expect("nodes");
+        let nodes = host
+            .api
+            .get(&host.ws(&format!("orders/{id}/nodes")))
+            .await
+            .expect("nodes");
         for node in items(&nodes) {
             assert_eq!(node["state"], "succeeded", "run {run}: {node}");
-            assert!(node["attempt"].as_u64() <= Some(1), "run {run}: one attempt: {node}");
+            assert!(
+                node["attempt"].as_u64() <= Some(1),
+                "run {run}: one attempt: {node}"
+            );
         }
-        let weights = host.api.get(&host.ws(&format!("pools/{}/weights", self.pool))).await.expect("weights");
+        let weights = host
+            .api
+            .get(&host.ws(&format!("pools/{}/weights", self.pool)))
+            .await
+            .expect("weights");
         for weight in items(&weights) {
             assert_eq!(weight["weight"], 100, "run {run}: {weights}");
         }
@@ -124,7 +170,9 @@ impl Counted {
 /// # Panics
 /// When the server refuses.
 pub async fn upload(host: &TestHost, app: &str, version: &str, file: Bytes) -> String {
-    let path = host.ws(&format!("packages?app={app}&version={version}&file_name={app}-{version}.tar.gz"));
+    let path = host.ws(&format!(
+        "packages?app={app}&version={version}&file_name={app}-{version}.tar.gz"
+    ));
     text(&host.api.upload(&path, file).await.expect("a package")["id"])
 }
 
@@ -135,10 +183,23 @@ pub async fn upload(host: &TestHost, app: &str, version: &str, file: Bytes) -> S
 ///
 /// # Panics
 /// When the server refuses.
-pub async fn order_once(api: &Client, path: &str, key: &str, order: &Value) -> Result<String, String> {
-    let headers = [("content-type", "application/json"), ("idempotency-key", key)];
+pub async fn order_once(
+    api: &Client,
+    path: &str,
+    key: &str,
+    order: &Value,
+) -> Result<String, String> {
+    let headers = [
+        ("content-type", "application/json"),
+        ("idempotency-key", key),
+    ];
     let answer = api
-        .request(hyper::Method::POST, path, order.to_string().into(), &headers)
+        .request(
+            hyper::Method::POST,
+            path,
+            order.to_string().into(),
+            &headers,
+        )
         .await
         .map_err(|error| error.to_string())?;
     match answer.status {

@@ -28,7 +28,11 @@ impl Random {
 }
 
 async fn ready() -> (TestHost, Counted) {
-    let host = TestHost::start(Setup { agents: 2, ..Setup::default() }).await;
+    let host = TestHost::start(Setup {
+        agents: 2,
+        ..Setup::default()
+    })
+    .await;
     let counted = Counted::prepare(&host).await;
     // The first release has nothing to stop: the ones that are killed all have the same steps.
     release(&host, &counted, "first", 1).await;
@@ -37,23 +41,40 @@ async fn ready() -> (TestHost, Counted) {
 
 /// One release without any kill.
 async fn release(host: &TestHost, counted: &Counted, run: &str, package: usize) {
-    let id = host.order(&counted.order(run, package)).await.expect("an order");
+    let id = host
+        .order(&counted.order(run, package))
+        .await
+        .expect("an order");
     let order = host.order_ended(&id).await;
     counted.check_succeeded(host, &order, run).await;
 }
 
 /// One release in which each process of the server is killed at its own crash point, and the last one lives.
-async fn release_with_kills(host: &mut TestHost, counted: &Counted, run: &str, package: usize, kills: &[u64]) {
+async fn release_with_kills(
+    host: &mut TestHost,
+    counted: &Counted,
+    run: &str,
+    package: usize,
+    kills: &[u64],
+) {
     let wanted = counted.order(run, package);
     let path = host.ws("orders");
     let mut kills = kills.iter();
     host.stop().await;
     let id = 'made: loop {
-        let env: Vec<(String, String)> = kills.next().map(|at| ("WINDLASS_CRASH_AT".to_owned(), at.to_string())).into_iter().collect();
+        let env: Vec<(String, String)> = kills
+            .next()
+            .map(|at| ("WINDLASS_CRASH_AT".to_owned(), at.to_string()))
+            .into_iter()
+            .collect();
         let last = env.is_empty();
         host.spawn(&env);
         if !host.ready_or_gone().await {
-            assert!(!last, "run {run}: the server died by itself:\n{}", host.server_log());
+            assert!(
+                !last,
+                "run {run}: the server died by itself:\n{}",
+                host.server_log()
+            );
             continue;
         }
         loop {
@@ -97,7 +118,8 @@ async fn died_or_done(host: &mut TestHost, id: &str) -> bool {
 async fn count_points(host: &mut TestHost, counted: &Counted) -> (u64, BTreeMap<String, u64>) {
     host.stop().await;
     let log = host.path().join("crash-points");
-    host.boot(&[("WINDLASS_CRASH_LOG".to_owned(), log.display().to_string())]).await;
+    host.boot(&[("WINDLASS_CRASH_LOG".to_owned(), log.display().to_string())])
+        .await;
     host.wait_online().await;
     release(host, counted, "count", 0).await;
     host.stop().await;
@@ -121,7 +143,10 @@ async fn lane(number: u64, schedules: Vec<Vec<u64>>) {
 async fn in_lanes(schedules: Vec<Vec<u64>>) {
     let mut lanes = tokio::task::JoinSet::new();
     for number in 0..LANES {
-        let mine = schedules.iter().skip(usize::try_from(number).expect("small")).step_by(usize::try_from(LANES).expect("small"));
+        let mine = schedules
+            .iter()
+            .skip(usize::try_from(number).expect("small"))
+            .step_by(usize::try_from(LANES).expect("small"));
         lanes.spawn(lane(number, mine.cloned().collect()));
     }
     while let Some(done) = lanes.join_next().await {
@@ -135,10 +160,26 @@ async fn a_release_survives_a_kill_at_every_crash_point() {
     let (points, names) = count_points(&mut host, &counted).await;
     drop(host);
     println!("{points} crash points: {names:?}");
-    for expected in ["store.before_apply", "store.after_apply", "store.after_sync", "engine.before_apply", "engine.after_apply",
-        "engine.after_commit", "executor.before_effect", "executor.after_effect", "gateway.before_push", "gateway.after_push",
-        "gateway.before_report", "gateway.after_report", "gateway.before_ack", "gateway.after_ack"] {
-        assert!(names.contains_key(expected), "the release passes {expected}: {names:?}");
+    for expected in [
+        "store.before_apply",
+        "store.after_apply",
+        "store.after_sync",
+        "engine.before_apply",
+        "engine.after_apply",
+        "engine.after_commit",
+        "executor.before_effect",
+        "executor.after_effect",
+        "gateway.before_push",
+        "gateway.after_push",
+        "gateway.before_report",
+        "gateway.after_report",
+        "gateway.before_ack",
+        "gateway.after_ack",
+    ] {
+        assert!(
+            names.contains_key(expected),
+            "the release passes {expected}: {names:?}"
+        );
     }
     in_lanes((1..=points).map(|point| vec![point]).collect()).await;
 }
@@ -146,6 +187,12 @@ async fn a_release_survives_a_kill_at_every_crash_point() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_release_survives_random_kills() {
     let mut random = Random(0x5eed_0f_57a7e);
-    let schedules = (0..SCHEDULES).map(|_| (0..1 + random.below(3)).map(|_| 1 + random.below(250)).collect()).collect();
+    let schedules = (0..SCHEDULES)
+        .map(|_| {
+            (0..1 + random.below(3))
+                .map(|_| 1 + random.below(250))
+                .collect()
+        })
+        .collect();
     in_lanes(schedules).await;
 }

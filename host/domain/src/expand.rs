@@ -168,6 +168,14 @@ pub enum BadPlan {
         weight: u32,
     },
     #[error(
+        "node {node} (`{name}`) sets the weight of `{server}` twice: give each server one weight"
+    )]
+    WeightTwice {
+        node: usize,
+        name: String,
+        server: String,
+    },
+    #[error(
         "node {node} (`{name}`) sets every weight of `{application}` to 0, which would cut all its traffic: `min_healthy_members` is {minimum}"
     )]
     CutsTraffic {

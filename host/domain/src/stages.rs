@@ -23,11 +23,21 @@ pub enum BadDependencies {
 ///
 /// # Errors
 /// [`BadDependencies`].
-pub fn stages(applications: &[&str], dependencies: &str) -> Result<BTreeMap<String, u32>, BadDependencies> {
+pub fn stages(
+    applications: &[&str],
+    dependencies: &str,
+) -> Result<BTreeMap<String, u32>, BadDependencies> {
     let known: BTreeSet<&str> = applications.iter().copied().collect();
-    let mut needs: BTreeMap<&str, BTreeSet<&str>> = known.iter().map(|name| (*name, BTreeSet::new())).collect();
-    for part in dependencies.split(',').map(str::trim).filter(|part| !part.is_empty()) {
-        let (from, to) = part.split_once('>').ok_or_else(|| BadDependencies::Malformed(part.to_owned()))?;
+    let mut needs: BTreeMap<&str, BTreeSet<&str>> =
+        known.iter().map(|name| (*name, BTreeSet::new())).collect();
+    for part in dependencies
+        .split(',')
+        .map(str::trim)
+        .filter(|part| !part.is_empty())
+    {
+        let (from, to) = part
+            .split_once('>')
+            .ok_or_else(|| BadDependencies::Malformed(part.to_owned()))?;
         let (from, to) = (from.trim(), to.trim());
         if from.is_empty() || to.is_empty() || to.contains('>') {
             return Err(BadDependencies::Malformed(part.to_owned()));
@@ -35,14 +45,19 @@ pub fn stages(applications: &[&str], dependencies: &str) -> Result<BTreeMap<Stri
         if !known.contains(to) {
             return Err(BadDependencies::Unknown(to.to_owned()));
         }
-        needs.get_mut(from).ok_or_else(|| BadDependencies::Unknown(from.to_owned()))?.insert(to);
+        needs
+            .get_mut(from)
+            .ok_or_else(|| BadDependencies::Unknown(from.to_owned()))?
+            .insert(to);
     }
     let mut stages: BTreeMap<String, u32> = BTreeMap::new();
     let mut stage = 1;
     while stages.len() < needs.len() {
         let ready: Vec<&str> = needs
             .iter()
-            .filter(|(name, on)| !stages.contains_key(**name) && on.iter().all(|on| stages.contains_key(*on)))
+            .filter(|(name, on)| {
+                !stages.contains_key(**name) && on.iter().all(|on| stages.contains_key(*on))
+            })
             .map(|(name, _)| *name)
             .collect();
         if ready.is_empty() {
@@ -57,7 +72,9 @@ pub fn stages(applications: &[&str], dependencies: &str) -> Result<BTreeMap<Stri
 /// One circle among the applications that got no stage, as `a>b>a`.
 fn cycle(needs: &BTreeMap<&str, BTreeSet<&str>>, done: &BTreeMap<String, u32>) -> String {
     let open = |name: &&&str| !done.contains_key(**name);
-    let Some(mut at) = needs.keys().find(open).copied() else { return String::new() };
+    let Some(mut at) = needs.keys().find(open).copied() else {
+        return String::new();
+    };
     let mut path = vec![at];
     // Every application without a stage depends on another one, so this comes round.
     while let Some(next) = needs.get(at).and_then(|on| on.iter().find(open)).copied() {
@@ -79,7 +96,10 @@ mod tests {
         let found = stages(&["a", "b", "c"], dependencies);
         match expect {
             Ok(expect) => {
-                let expect = expect.iter().map(|(name, stage)| ((*name).to_owned(), *stage)).collect();
+                let expect = expect
+                    .iter()
+                    .map(|(name, stage)| ((*name).to_owned(), *stage))
+                    .collect();
                 assert_eq!(found, Ok(expect), "{dependencies}");
             }
             Err(text) => {

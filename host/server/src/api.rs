@@ -42,7 +42,8 @@ use bytes::Bytes;
 use tokio::sync::watch;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use utoipa::openapi::{
-    Components, ContentBuilder, Info, OpenApi, OpenApiBuilder, Ref, RefOr, Required, ResponseBuilder,
+    Components, ContentBuilder, Info, OpenApi, OpenApiBuilder, Ref, RefOr, Required,
+    ResponseBuilder,
     path::{Operation, ParameterBuilder, ParameterIn},
     schema::{ObjectBuilder, Type},
     security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme},
@@ -53,9 +54,9 @@ use crate::{
     engine::traffic::SimulatedPools,
     gateway::{Gateway, secrets::SecretVault},
     service::{
-        activation_codes::ActivationCodes, apps::Apps, idempotency::Idempotency, instances::Instances,
-        orders::Orders, packages::Packages, plugins::PluginService, pools::Pools, servers::Servers,
-        tokens::Tokens, workspaces::Workspaces,
+        activation_codes::ActivationCodes, apps::Apps, idempotency::Idempotency,
+        instances::Instances, orders::Orders, packages::Packages, plugins::PluginService,
+        pools::Pools, servers::Servers, tokens::Tokens, workspaces::Workspaces,
     },
 };
 use metrics::Metrics;
@@ -158,7 +159,10 @@ fn routes() -> OpenApiRouter<Api> {
     let problem = <Problem as utoipa::PartialSchema>::schema();
     let mut components = Components::new();
     components.schemas.insert("Problem".to_owned(), problem);
-    let document = OpenApiBuilder::new().info(info).components(Some(components)).build();
+    let document = OpenApiBuilder::new()
+        .info(info)
+        .components(Some(components))
+        .build();
     OpenApiRouter::with_openapi(document)
         .merge(meta::router())
         .merge(workspaces::router())
@@ -184,7 +188,9 @@ fn complete(mut document: OpenApi) -> OpenApi {
     );
     let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
     let components = document.components.get_or_insert_with(Components::new);
-    components.security_schemes.insert("token".to_owned(), RefOr::T(SecurityScheme::Http(bearer)));
+    components
+        .security_schemes
+        .insert("token".to_owned(), RefOr::T(SecurityScheme::Http(bearer)));
     for (path, item) in &mut document.paths.paths {
         let guarded = path.starts_with("/v1/");
         for (method, operation) in [
@@ -209,7 +215,10 @@ fn share(operation: &mut Operation, method: &Method, guarded: bool) {
         .description("What is wrong.")
         .content("application/problem+json", content)
         .build();
-    operation.responses.responses.insert("default".to_owned(), RefOr::T(problem));
+    operation
+        .responses
+        .responses
+        .insert("default".to_owned(), RefOr::T(problem));
     if !guarded {
         return;
     }
@@ -217,10 +226,16 @@ fn share(operation: &mut Operation, method: &Method, guarded: bool) {
     operation.security = Some(vec![SecurityRequirement::new("token", none)]);
     let mut headers = Vec::new();
     if *method != Method::GET {
-        headers.push(("Idempotency-Key", "Up to 200 characters: the same request under the same key is carried out once."));
+        headers.push((
+            "Idempotency-Key",
+            "Up to 200 characters: the same request under the same key is carried out once.",
+        ));
     }
     if *method == Method::PUT {
-        headers.push(("If-Match", "The ETag that was read: refused with 412 when the resource has changed since."));
+        headers.push((
+            "If-Match",
+            "The ETag that was read: refused with 412 when the resource has changed since.",
+        ));
     }
     for (name, description) in headers {
         let parameter = ParameterBuilder::new()
@@ -230,15 +245,27 @@ fn share(operation: &mut Operation, method: &Method, guarded: bool) {
             .description(Some(description))
             .schema(Some(ObjectBuilder::new().schema_type(Type::String)))
             .build();
-        operation.parameters.get_or_insert_with(Vec::new).push(RefOr::T(parameter));
+        operation
+            .parameters
+            .get_or_insert_with(Vec::new)
+            .push(RefOr::T(parameter));
     }
 }
 
 async fn route_not_found() -> Problem {
-    Problem::new(StatusCode::NOT_FOUND, "route_not_found", "there is nothing at this path").mend("look the paths up at /docs")
+    Problem::new(
+        StatusCode::NOT_FOUND,
+        "route_not_found",
+        "there is nothing at this path",
+    )
+    .mend("look the paths up at /docs")
 }
 
 async fn method_not_allowed() -> Problem {
-    Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "this path does not take this method")
-        .mend("the header `Allow` names those that it takes")
+    Problem::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "method_not_allowed",
+        "this path does not take this method",
+    )
+    .mend("the header `Allow` names those that it takes")
 }

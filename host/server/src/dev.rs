@@ -62,11 +62,22 @@ impl Dev {
         let binary = agent_binary()?;
         let mut config = ServerConfig::local(&options.data, options.listen, &options.plugins);
         config.agent_listen = agent_listen(&options.data)?;
-        let running = platform::start(config).await.context("the server did not start")?;
-        let token = fs::read_to_string(&running.admin_token_file)
-            .with_context(|| format!("the token file {} cannot be read", running.admin_token_file.display()))?;
+        let running = platform::start(config)
+            .await
+            .context("the server did not start")?;
+        let token = fs::read_to_string(&running.admin_token_file).with_context(|| {
+            format!(
+                "the token file {} cannot be read",
+                running.admin_token_file.display()
+            )
+        })?;
         let client = Client::new(&running.api_url, &token);
-        let mut dev = Self { running, client, agents: Vec::new(), binary };
+        let mut dev = Self {
+            running,
+            client,
+            agents: Vec::new(),
+            binary,
+        };
         match dev.bring_agents(options).await {
             Ok(()) => Ok(dev),
             Err(error) => {
@@ -78,16 +89,32 @@ impl Dev {
 
     async fn bring_agents(&mut self, options: &DevOptions) -> anyhow::Result<()> {
         self.running.ready().await;
-        if self.client.get(&format!("/v1/workspaces/{WORKSPACE}")).await.is_err() {
+        if self
+            .client
+            .get(&format!("/v1/workspaces/{WORKSPACE}"))
+            .await
+            .is_err()
+        {
             self.client
-                .post("/v1/workspaces", &json!({ "name": WORKSPACE, "zones": ["zone-a", "zone-b"] }))
+                .post(
+                    "/v1/workspaces",
+                    &json!({ "name": WORKSPACE, "zones": ["zone-a", "zone-b"] }),
+                )
                 .await
                 .context("the workspace was not made")?;
         }
-        let workspace = self.client.get(&format!("/v1/workspaces/{WORKSPACE}")).await?;
+        let workspace = self
+            .client
+            .get(&format!("/v1/workspaces/{WORKSPACE}"))
+            .await?;
         let cells: Vec<&str> = workspace["cells"]
             .as_array()
-            .map(|cells| cells.iter().filter_map(|cell| cell["name"].as_str()).collect())
+            .map(|cells| {
+                cells
+                    .iter()
+                    .filter_map(|cell| cell["name"].as_str())
+                    .collect()
+            })
             .unwrap_or_default();
         for number in 1..=options.agents {
             let name = format!("agent-{number}");
@@ -109,14 +136,27 @@ impl Dev {
         }
         let code = self
             .client
-            .post(&format!("/v1/workspaces/{WORKSPACE}/activation-codes"), &wanted)
+            .post(
+                &format!("/v1/workspaces/{WORKSPACE}/activation-codes"),
+                &wanted,
+            )
             .await
             .context("no activation code was made")?;
-        let code = code["code"].as_str().context("the activation code is missing in the answer")?.to_owned();
+        let code = code["code"]
+            .as_str()
+            .context("the activation code is missing in the answer")?
+            .to_owned();
         fs::create_dir_all(data).with_context(|| format!("{} cannot be made", data.display()))?;
         let mut command = Command::new(&self.binary);
         command
-            .args(["register", "--server", &format!("https://{}", self.running.agent_url), "--name", name, "--data"])
+            .args([
+                "register",
+                "--server",
+                &format!("https://{}", self.running.agent_url),
+                "--name",
+                name,
+                "--data",
+            ])
             .arg(data)
             .env("WINDLASS_ACTIVATION_CODE", code)
             .stdin(Stdio::null())
@@ -124,15 +164,24 @@ impl Dev {
         if is_root() {
             command.arg("--allow-root");
         }
-        let output = command.output().await.with_context(|| format!("{} cannot be run", self.binary.display()))?;
+        let output = command
+            .output()
+            .await
+            .with_context(|| format!("{} cannot be run", self.binary.display()))?;
         if !output.status.success() {
-            bail!("{name} was not registered: {}", String::from_utf8_lossy(&output.stderr).trim());
+            bail!(
+                "{name} was not registered: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
         }
         Ok(())
     }
 
     fn run(&self, data: &Path) -> anyhow::Result<Child> {
-        let log = fs::OpenOptions::new().create(true).append(true).open(data.join("agent.log"))?;
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(data.join("agent.log"))?;
         Command::new(&self.binary)
             .arg("run")
             .arg("--data")
@@ -152,7 +201,10 @@ impl Dev {
             loop {
                 ticks.tick().await;
                 let servers = self.client.get(&path).await?;
-                online = items(&servers).iter().filter(|server| server["connection"] == "online").count();
+                online = items(&servers)
+                    .iter()
+                    .filter(|server| server["connection"] == "online")
+                    .count();
                 if online >= wanted as usize {
                     return anyhow::Ok(());
                 }
@@ -160,7 +212,9 @@ impl Dev {
         });
         match waited.await {
             Ok(result) => result,
-            Err(_) => bail!("only {online} of {wanted} agents connected within {CONNECT_WITHIN:?}: see agents/*/agent.log"),
+            Err(_) => bail!(
+                "only {online} of {wanted} agents connected within {CONNECT_WITHIN:?}: see agents/*/agent.log"
+            ),
         }
     }
 
@@ -171,22 +225,42 @@ impl Dev {
     pub async fn stop(mut self) -> anyhow::Result<()> {
         let mut failed = None;
         for (data, mut child) in self.agents.drain(..) {
-            let stop = Command::new(&self.binary).arg("stop-all").arg("--data").arg(&data).stdin(Stdio::null()).output();
+            let stop = Command::new(&self.binary)
+                .arg("stop-all")
+                .arg("--data")
+                .arg(&data)
+                .stdin(Stdio::null())
+                .output();
             let ended = async {
                 let output = stop.await?;
                 if !output.status.success() {
-                    bail!("{}", String::from_utf8_lossy(&output.stderr).trim().to_owned());
+                    bail!(
+                        "{}",
+                        String::from_utf8_lossy(&output.stderr).trim().to_owned()
+                    );
                 }
                 child.wait().await?;
                 anyhow::Ok(())
             };
             match tokio::time::timeout(STOP_WITHIN, ended).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => failed = Some(error.context(format!("the agent in {} was not ended", data.display()))),
-                Err(_) => failed = Some(anyhow::anyhow!("the agent in {} did not end in time", data.display())),
+                Ok(Err(error)) => {
+                    failed = Some(
+                        error.context(format!("the agent in {} was not ended", data.display())),
+                    )
+                }
+                Err(_) => {
+                    failed = Some(anyhow::anyhow!(
+                        "the agent in {} did not end in time",
+                        data.display()
+                    ))
+                }
             }
         }
-        self.running.shutdown().await.context("the store was not closed")?;
+        self.running
+            .shutdown()
+            .await
+            .context("the store was not closed")?;
         failed.map_or(Ok(()), Err)
     }
 }
@@ -195,11 +269,16 @@ impl Dev {
 fn agent_listen(data: &Path) -> anyhow::Result<SocketAddr> {
     let file = data.join("agents").join("listen");
     if let Ok(kept) = fs::read_to_string(&file) {
-        return kept.trim().parse().with_context(|| format!("{} does not hold an address", file.display()));
+        return kept
+            .trim()
+            .parse()
+            .with_context(|| format!("{} does not hold an address", file.display()));
     }
     let address = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
-    fs::create_dir_all(data.join("agents")).with_context(|| format!("{} cannot be made", data.join("agents").display()))?;
-    fs::write(&file, address.to_string()).with_context(|| format!("{} cannot be written", file.display()))?;
+    fs::create_dir_all(data.join("agents"))
+        .with_context(|| format!("{} cannot be made", data.join("agents").display()))?;
+    fs::write(&file, address.to_string())
+        .with_context(|| format!("{} cannot be written", file.display()))?;
     Ok(address)
 }
 
@@ -240,8 +319,14 @@ pub async fn run(options: &DevOptions) -> anyhow::Result<()> {
     let dev = Dev::start(options).await?;
     println!("Windlass listens on {}", dev.running.api_url);
     println!("  browse:    {}/docs", dev.running.api_url);
-    println!("  token:     {} (send it as `Authorization: Bearer …`)", dev.running.admin_token_file.display());
-    println!("  workspace: {WORKSPACE}, {} agents connected", options.agents);
+    println!(
+        "  token:     {} (send it as `Authorization: Bearer …`)",
+        dev.running.admin_token_file.display()
+    );
+    println!(
+        "  workspace: {WORKSPACE}, {} agents connected",
+        options.agents
+    );
     println!("Ctrl-C ends the server, the agents and what they run.");
     stop_signal().await?;
     println!("stopping…");

@@ -309,6 +309,22 @@ impl Engine {
         Ok(())
     }
 
+    /// Keeps a new order that runs from the start, with one commit.
+    ///
+    /// # Errors
+    /// As [`Engine::create`].
+    pub async fn create_running(
+        &self,
+        order: Order,
+        plan: &Plan,
+        with: Txn,
+    ) -> Result<(), CommitError> {
+        let (id, rows) = executor::new_order_running(order, plan);
+        self.shared.store.commit(rows.and(with)).await?;
+        drop(self.take_up(id));
+        Ok(())
+    }
+
     /// A person acts on an order. Returns once it is durable. `with` is committed together with it: an idempotency record.
     ///
     /// # Errors
@@ -356,31 +372,61 @@ impl Engine {
     ///
     /// # Errors
     /// [`RowError`].
-    pub async fn release_state(&self, instance: InstanceId, server: ServerId) -> Result<ReleaseState, RowError> {
+    pub async fn release_state(
+        &self,
+        instance: InstanceId,
+        server: ServerId,
+    ) -> Result<ReleaseState, RowError> {
         let store = &*self.shared.store;
         let seats = rows::read_all(store, &rows::unavailable_of(instance)).await?;
-        let seat = seats.iter().find(|entry| entry.key.segments().next_back() == Some(&server.to_string()));
+        let seat = seats
+            .iter()
+            .find(|entry| entry.key.segments().next_back() == Some(&server.to_string()));
         if let Some(entry) = seat {
             let row: rows::Unavailable = rows::decode(entry, "an unavailable server")?;
             let order = rows::read_order(store, row.order).await?;
             let over = order.is_none_or(|(order, _)| order.state.is_terminal());
-            return Ok(if over { ReleaseState::ReleaseFailed } else { ReleaseState::Releasing });
+            return Ok(if over {
+                ReleaseState::ReleaseFailed
+            } else {
+                ReleaseState::Releasing
+            });
         }
-        let installed: Option<(Manifest, _)> = rows::read(store, &rows::installed(instance, server), "what is installed").await?;
-        Ok(if installed.is_some() { ReleaseState::Released } else { ReleaseState::AwaitingRelease })
+        let installed: Option<(Manifest, _)> = rows::read(
+            store,
+            &rows::installed(instance, server),
+            "what is installed",
+        )
+        .await?;
+        Ok(if installed.is_some() {
+            ReleaseState::Released
+        } else {
+            ReleaseState::AwaitingRelease
+        })
     }
 
     /// Keeps and runs the rollback of an order that has ended. `with` is committed together with it.
     ///
     /// # Errors
     /// [`ActError`].
-    pub async fn roll_back_ended(&self, of: OrderId, planned: PlannedRollback, with: Txn) -> Result<OrderId, ActError> {
+    pub async fn roll_back_ended(
+        &self,
+        of: OrderId,
+        planned: PlannedRollback,
+        with: Txn,
+    ) -> Result<OrderId, ActError> {
         let store = &*self.shared.store;
-        let found = rows::read_order(store, of).await.map_err(|source| ActError::Row { id: of, source })?;
-        let Some((mut parent, revision)) = found else { return Err(ActError::NoSuchOrder(of)) };
-        let (id, new) = executor::new_order_running(planned.order, &planned.plan)?;
+        let found = rows::read_order(store, of)
+            .await
+            .map_err(|source| ActError::Row { id: of, source })?;
+        let Some((mut parent, revision)) = found else {
+            return Err(ActError::NoSuchOrder(of));
+        };
+        let (id, new) = executor::new_order_running(planned.order, &planned.plan);
         parent.rolled_back_by = Some(id);
-        let link = Txn::new().revision_is(rows::order(of), revision).put(rows::order(of), rows::encode(&parent));
+        let link = Txn::new()
+            .revision_is(rows::order(of), revision)
+            .put(rows::order(of), rows::encode(&parent));
         match store.commit(new.and(link).and(with)).await {
             Ok(_) => {
                 drop(self.take_up(id));

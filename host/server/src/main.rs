@@ -1,11 +1,6 @@
 //! The `windlass` program: reads options, starts what they name, ends in order on SIGTERM and SIGINT.
 
-use std::{
-    ffi::OsString,
-    net::SocketAddr,
-    path::PathBuf,
-    process::ExitCode,
-};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -23,7 +18,13 @@ struct Arguments {
     #[command(subcommand)]
     command: Command,
     /// Form of the log, which goes to standard error; WINDLASS_LOG filters it.
-    #[arg(long, global = true, value_enum, default_value_t, env = "WINDLASS_LOG_FORMAT")]
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        env = "WINDLASS_LOG_FORMAT"
+    )]
     log_format: LogFormat,
 }
 
@@ -136,7 +137,15 @@ fn main() -> ExitCode {
     if let Command::CompilePlugin { arguments } = arguments.command {
         return windlass_runtime::compile_child_main(arguments);
     }
-    telemetry::init(arguments.log_format);
+    let filter = match &arguments.command {
+        // What people came to see is on standard output.
+        Command::Dev(_) | Command::Demo(_) => "warn",
+        Command::Server(_)
+        | Command::Backup { .. }
+        | Command::Restore { .. }
+        | Command::CompilePlugin { .. } => "info",
+    };
+    telemetry::init(arguments.log_format, filter);
     match run(arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -154,20 +163,52 @@ fn run(command: Command) -> anyhow::Result<()> {
     runtime.block_on(async {
         match command {
             Command::Server(options) => serve(options).await,
-            Command::Dev(Dev { data, listen, agents, plugins }) => {
-                dev::run(&dev::DevOptions { data, listen, agents, plugins: shipped(plugins)? }).await
+            Command::Dev(Dev {
+                data,
+                listen,
+                agents,
+                plugins,
+            }) => {
+                dev::run(&dev::DevOptions {
+                    data,
+                    listen,
+                    agents,
+                    plugins: shipped(plugins)?,
+                })
+                .await
             }
-            Command::Demo(Demo { data, listen, plugins, exit }) => {
-                demo::run(&demo::DemoOptions { data, listen, plugins: shipped(plugins)?, exit }).await
+            Command::Demo(Demo {
+                data,
+                listen,
+                plugins,
+                exit,
+            }) => {
+                demo::run(&demo::DemoOptions {
+                    data,
+                    listen,
+                    plugins: shipped(plugins)?,
+                    exit,
+                })
+                .await
             }
             Command::Backup { data, archive } => {
                 let manifest = platform::back_up(&data, &archive).await?;
-                println!("{}: revision {}, {} blobs", archive.display(), manifest.revision.0, manifest.blobs);
+                println!(
+                    "{}: revision {}, {} blobs",
+                    archive.display(),
+                    manifest.revision.0,
+                    manifest.blobs
+                );
                 Ok(())
             }
             Command::Restore { data, archive } => {
                 let manifest = windlass_store::backup::restore(&archive, &data).await?;
-                println!("{}: revision {}, {} blobs", data.display(), manifest.revision.0, manifest.blobs);
+                println!(
+                    "{}: revision {}, {} blobs",
+                    data.display(),
+                    manifest.revision.0,
+                    manifest.blobs
+                );
                 Ok(())
             }
             Command::CompilePlugin { .. } => Ok(()),
@@ -185,12 +226,17 @@ fn shipped(given: Option<PathBuf>) -> anyhow::Result<PathBuf> {
 async fn serve(options: Server) -> anyhow::Result<()> {
     let tls = match (options.tls, options.tls_certificate, options.tls_key) {
         (TlsChoice::Off, ..) => Tls::Off,
-        (TlsChoice::Auto | TlsChoice::On, Some(certificate), Some(key)) => Tls::Files { certificate, key },
+        (TlsChoice::Auto | TlsChoice::On, Some(certificate), Some(key)) => {
+            Tls::Files { certificate, key }
+        }
         (TlsChoice::On, ..) => Tls::Own,
         (TlsChoice::Auto, ..) => Tls::ByAddress,
     };
     let shipped = config::shipped_plugins();
-    let plugins = options.plugins.or_else(|| shipped.clone()).unwrap_or_else(|| options.data.join("plugins"));
+    let plugins = options
+        .plugins
+        .or_else(|| shipped.clone())
+        .unwrap_or_else(|| options.data.join("plugins"));
     let mut ended = signal(SignalKind::terminate()).context("SIGTERM cannot be caught")?;
     let mut interrupted = signal(SignalKind::interrupt()).context("SIGINT cannot be caught")?;
     let running = platform::start(ServerConfig {
@@ -205,12 +251,18 @@ async fn serve(options: Server) -> anyhow::Result<()> {
     })
     .await?;
     println!("API     {}", running.api_url);
-    println!("agents  {} (key {})", running.agent_url, running.fingerprint);
+    println!(
+        "agents  {} (key {})",
+        running.agent_url, running.fingerprint
+    );
     println!("token   {}", running.admin_token_file.display());
     tokio::select! {
         _ = ended.recv() => {}
         _ = interrupted.recv() => {}
     }
     tracing::info!("the server ends");
-    running.shutdown().await.context("the store was not closed well")
+    running
+        .shutdown()
+        .await
+        .context("the store was not closed well")
 }

@@ -57,7 +57,8 @@ use crate::{
         packages::Packages,
         planning::{Planner, PlannerParts},
         plugins::PluginService,
-        pools::Pools, retention::{Retention, RetentionSettings},
+        pools::Pools,
+        retention::{Retention, RetentionSettings},
         servers::Servers,
         tokens::{ADMIN_TOKEN_FILE, AdminTokenError, Tokens},
         workspaces::Workspaces,
@@ -84,7 +85,9 @@ pub enum StartError {
         source: io::Error,
     },
     /// An address cannot be listened on.
-    #[error("cannot listen on {address} for {whom}: choose another address with `{option}`, or end what uses it")]
+    #[error(
+        "cannot listen on {address} for {whom}: choose another address with `{option}`, or end what uses it"
+    )]
     Listen {
         /// The address.
         address: SocketAddr,
@@ -218,10 +221,13 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     let api_listener = listen(config.listen, "the API", "--listen").await?;
     let agent_listener = listen(config.agent_listen, "agents", "--agent-listen").await?;
     let api_address = local(&api_listener, config.listen);
-    let agent_address = config.agent_advertise.clone().unwrap_or_else(|| local(&agent_listener, config.agent_listen).to_string());
+    let agent_address = config
+        .agent_advertise
+        .clone()
+        .unwrap_or_else(|| local(&agent_listener, config.agent_listen).to_string());
 
-    let mut plugins_config =
-        PluginsConfig::new(config.plugins.clone(), data.join("plugins-state")).map_err(StartError::OwnPath)?;
+    let mut plugins_config = PluginsConfig::new(config.plugins.clone(), data.join("plugins-state"))
+        .map_err(StartError::OwnPath)?;
     if let Some(command) = &config.compile_command {
         plugins_config.compile_command.clone_from(command);
     }
@@ -232,7 +238,13 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         Ok(opened) => opened,
         Err(error) => return Err(close_after(&store, error).await),
     };
-    let Opened { blobs, plugins, identity, secrets, tls } = opened;
+    let Opened {
+        blobs,
+        plugins,
+        identity,
+        secrets,
+        tls,
+    } = opened;
     let plugins = Arc::new(plugins);
     let fingerprint = identity.fingerprint();
 
@@ -271,10 +283,17 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         planning: Arc::new(planner.clone()),
         pools: traffic.clone(),
     });
-    let control = control::Control { store: store.clone(), blobs: blobs.clone(), data: data.clone() };
+    let control = control::Control {
+        store: store.clone(),
+        blobs: blobs.clone(),
+        data: data.clone(),
+    };
     let prepared = async {
         tokens.ensure_admin(&data).await?;
-        let socket = control.listen().map_err(|source| StartError::Control { path: data.clone(), source })?;
+        let socket = control.listen().map_err(|source| StartError::Control {
+            path: data.clone(),
+            source,
+        })?;
         engine.start().await?;
         Ok(socket)
     };
@@ -297,14 +316,27 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     let retention = Retention::new(store.clone(), blobs.clone(), RetentionSettings::default());
     let stop_retention = keepers_stop.clone();
     keepers.spawn(async move { retention.run(stop_retention).await });
-    keepers.spawn(follow_decisions(plugin_service.clone(), keepers_stop.clone()));
+    keepers.spawn(follow_decisions(
+        plugin_service.clone(),
+        keepers_stop.clone(),
+    ));
     let (set_ready, ready) = watch::channel(false);
     let shipped = config.shipped_plugins.clone();
-    keepers.spawn(first_pass(plugins.clone(), plugin_service.clone(), shipped, set_ready, keepers_stop.clone()));
+    keepers.spawn(first_pass(
+        plugins.clone(),
+        plugin_service.clone(),
+        shipped,
+        set_ready,
+        keepers_stop.clone(),
+    ));
 
     let streams = TaskTracker::new();
     let scheme = if tls.is_some() { "https" } else { "http" };
-    let gauges = Arc::new(Figures { store: store.clone(), gateway: gateway.clone(), plugins: plugins.clone() });
+    let gauges = Arc::new(Figures {
+        store: store.clone(),
+        gateway: gateway.clone(),
+        plugins: plugins.clone(),
+    });
     let router = api::build(
         ApiParts {
             workspaces,
@@ -328,8 +360,17 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         },
         streams.clone(),
     );
-    let api = tokio::spawn(api::listener::serve(api_listener, router, tls, stop.clone()));
-    let agents = tokio::spawn(api::agents::serve(agent_listener, gateway.clone(), AgentListenerSettings::default()));
+    let api = tokio::spawn(api::listener::serve(
+        api_listener,
+        router,
+        tls,
+        stop.clone(),
+    ));
+    let agents = tokio::spawn(api::agents::serve(
+        agent_listener,
+        gateway.clone(),
+        AgentListenerSettings::default(),
+    ));
     Ok(Running {
         api_url: format!("{scheme}://{api_address}"),
         agent_url: agent_address,
@@ -351,11 +392,20 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
 
 /// Makes the data directory, or checks that it can be written. Gives its absolute path.
 fn open_data(data: &Path) -> Result<PathBuf, StartError> {
-    let failed = |source| StartError::Data { path: data.to_owned(), source };
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(data).map_err(failed)?;
+    let failed = |source| StartError::Data {
+        path: data.to_owned(),
+        source,
+    };
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(data)
+        .map_err(failed)?;
     let data = data.canonicalize().map_err(failed)?;
     let probe = data.join(format!(".probe-{}", std::process::id()));
-    fs::write(&probe, b"").and_then(|()| fs::remove_file(&probe)).map_err(failed)?;
+    fs::write(&probe, b"")
+        .and_then(|()| fs::remove_file(&probe))
+        .map_err(failed)?;
     let mode = fs::metadata(&data).map_err(failed)?.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         tracing::warn!(data = %data.display(), mode = format!("{mode:o}"), "others may look into the data directory; `chmod 700` it");
@@ -363,8 +413,19 @@ fn open_data(data: &Path) -> Result<PathBuf, StartError> {
     Ok(data)
 }
 
-async fn listen(address: SocketAddr, whom: &'static str, option: &'static str) -> Result<TcpListener, StartError> {
-    TcpListener::bind(address).await.map_err(|source| StartError::Listen { address, whom, option, source })
+async fn listen(
+    address: SocketAddr,
+    whom: &'static str,
+    option: &'static str,
+) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| StartError::Listen {
+            address,
+            whom,
+            option,
+            source,
+        })
 }
 
 fn local(listener: &TcpListener, wanted: SocketAddr) -> SocketAddr {
@@ -373,7 +434,10 @@ fn local(listener: &TcpListener, wanted: SocketAddr) -> SocketAddr {
 
 async fn close_after(store: &Arc<dyn Store>, error: StartError) -> StartError {
     if let Err(error) = store.close().await {
-        tracing::error!(error = &error as &dyn std::error::Error, "the store was not closed well");
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "the store was not closed well"
+        );
     }
     error
 }
@@ -398,7 +462,13 @@ async fn open_parts(
     let blobs = Blobs::open_directory(data.join(BLOBS_DIRECTORY)).await?;
     plugins.decisions = PluginService::load_decisions(&**store).await?;
     let plugins = Plugins::open(plugins).await?;
-    Ok(Opened { blobs, plugins, identity, secrets, tls })
+    Ok(Opened {
+        blobs,
+        plugins,
+        identity,
+        secrets,
+        tls,
+    })
 }
 
 /// Says when every plugin that was in the directory at the start is active or rejected, and those that ship are approved.
@@ -414,10 +484,17 @@ async fn first_pass(
         if let Some(shipped) = shipped {
             match PluginService::shipped_in(&shipped).await {
                 Ok(shipped) => match service.approve_built_ins(&shipped).await {
-                    Ok(approved) => tracing::debug!(approved, "plugins of the platform were approved"),
-                    Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "the platform's own plugins were not approved: approve them over the API"),
+                    Ok(approved) => {
+                        tracing::debug!(approved, "plugins of the platform were approved")
+                    }
+                    Err(error) => tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "the platform's own plugins were not approved: approve them over the API"
+                    ),
                 },
-                Err(error) => tracing::error!(%error, "the platform's own plugins cannot be read: approve them over the API"),
+                Err(error) => {
+                    tracing::error!(%error, "the platform's own plugins cannot be read: approve them over the API")
+                }
             }
         }
     };
@@ -434,7 +511,10 @@ async fn first_pass(
 async fn follow_decisions(service: PluginService, stop: CancellationToken) {
     while !stop.is_cancelled() {
         if let Err(error) = service.follow(stop.clone()).await {
-            tracing::error!(error = &error as &dyn std::error::Error, "decisions about plugins are not followed until the store answers");
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "decisions about plugins are not followed until the store answers"
+            );
         }
         pause(RETRY, &stop).await;
     }
@@ -444,7 +524,10 @@ async fn follow_decisions(service: PluginService, stop: CancellationToken) {
 async fn keep_answers(idempotency: Idempotency, stop: CancellationToken) {
     while !stop.is_cancelled() {
         if let Err(error) = idempotency.prune().await {
-            tracing::error!(error = &error as &dyn std::error::Error, "old idempotency records were not deleted");
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "old idempotency records were not deleted"
+            );
         }
         pause(PRUNE_EVERY, &stop).await;
     }
@@ -461,7 +544,10 @@ async fn pause(duration: Duration, stop: &CancellationToken) {
 async fn keep_tokens(tokens: Tokens, stop: CancellationToken) {
     while !stop.is_cancelled() {
         if let Err(error) = tokens.keep_cache(stop.clone()).await {
-            tracing::error!(error = &error as &dyn std::error::Error, "revoked tokens are not noticed until the store answers");
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "revoked tokens are not noticed until the store answers"
+            );
         }
         pause(RETRY, &stop).await;
     }
@@ -479,16 +565,39 @@ impl Gauges for Figures {
     async fn read(&self) -> Vec<Gauge> {
         let mut gauges = Vec::new();
         let mut add = |name, help, value| gauges.push(Gauge { name, help, value });
-        add("agent_sessions", "Agents that are connected.", self.gateway.sessions().len() as u64);
+        add(
+            "agent_sessions",
+            "Agents that are connected.",
+            self.gateway.sessions().len() as u64,
+        );
         let plugins = self.plugins.list();
-        let active = plugins.iter().filter(|plugin| plugin.state == windlass_runtime::PluginState::Active).count();
-        add("plugins", "Plugins and files that would be some.", plugins.len() as u64);
-        add("plugins_active", "Plugins that can be called.", active as u64);
+        let active = plugins
+            .iter()
+            .filter(|plugin| plugin.state == windlass_runtime::PluginState::Active)
+            .count();
+        add(
+            "plugins",
+            "Plugins and files that would be some.",
+            plugins.len() as u64,
+        );
+        add(
+            "plugins_active",
+            "Plugins that can be called.",
+            active as u64,
+        );
         if let Ok(revision) = self.store.revision().await {
-            add("store_revision", "The store's revision: rises with every commit.", revision.0);
+            add(
+                "store_revision",
+                "The store's revision: rises with every commit.",
+                revision.0,
+            );
         }
         if let Ok(active) = rows::read_all(&*self.store, &rows::all_active()).await {
-            add("orders_unfinished", "Orders that have not ended.", active.len() as u64);
+            add(
+                "orders_unfinished",
+                "Orders that have not ended.",
+                active.len() as u64,
+            );
         }
         gauges
     }

@@ -14,14 +14,17 @@ pub enum LogFormat {
     Json,
 }
 
-/// Sets logging up, once for the process. A filter that cannot be read is told and replaced by `info`.
-pub fn init(format: LogFormat) {
-    let wanted = std::env::var("WINDLASS_LOG").unwrap_or_else(|_| "info".to_owned());
+/// Sets logging up, once for the process, with `default` where `WINDLASS_LOG` says nothing. A filter that cannot be read is
+/// told and replaced by `info`.
+pub fn init(format: LogFormat, default: &str) {
+    let wanted = std::env::var("WINDLASS_LOG").unwrap_or_else(|_| default.to_owned());
     let (filter, wrong) = match EnvFilter::try_new(&wanted) {
         Ok(filter) => (filter, None),
         Err(error) => (EnvFilter::new("info"), Some(error)),
     };
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     let set = match format {
         LogFormat::Text => lines.try_init(),
         LogFormat::Json => lines.json().try_init(),

@@ -278,7 +278,7 @@ fn adapt(step: &StackStep, planned: &StrategyUnit) -> StackStep {
         // A deadline below the healthy time could never be met.
         step.timeout_ms = step
             .timeout_ms
-            .max(check.healthy_for_ms.saturating_add(check.try_timeout_ms))
+            .max(check.healthy_for_ms.saturating_add(check.interval_ms))
             .min(MAX_TIMEOUT_MS);
     }
     step

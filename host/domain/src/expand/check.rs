@@ -282,11 +282,20 @@ fn check_node<'a>(
             weights,
         } => {
             let (part, all) = places.part(named, application)?;
-            let mut set = Vec::with_capacity(weights.len());
+            let mut set: Vec<(ServerId, u32)> = Vec::with_capacity(weights.len());
+            let mut seen = BTreeSet::new();
             let mut without_traffic = BTreeSet::new();
             for (server, weight) in weights {
                 let (_, _, id) = places.server(named, application, server)?;
                 named.weight(*weight)?;
+                // A second weight would hide the first from whoever counts what serves.
+                if !seen.insert(id) {
+                    return Err(BadPlan::WeightTwice {
+                        node: named.index,
+                        name: named.name(),
+                        server: cut(server),
+                    });
+                }
                 if *weight == 0 {
                     without_traffic.insert(id);
                 }

@@ -17,7 +17,10 @@ use crate::service::{
 };
 
 /// Source: spec "Applications".
-const PAGES: PageLimits = PageLimits { default: 10, max: 20 };
+const PAGES: PageLimits = PageLimits {
+    default: 10,
+    max: 20,
+};
 
 pub(super) fn router() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
@@ -53,7 +56,11 @@ async fn create_app(State(api): State<Api>, caller: Caller, Json(body): Json<Cre
     params(ListApps), responses((status = 200, description = "Oldest first.", body = Page<Application>)))]
 async fn list_apps(State(api): State<Api>, Query(query): Query<ListApps>) -> Reply {
     let page = page_of(query.page_size, query.cursor, PAGES)?;
-    let filter = AppFilter { search: query.search, owner: query.owner, tech_stack: query.tech_stack };
+    let filter = AppFilter {
+        search: query.search,
+        owner: query.owner,
+        tech_stack: query.tech_stack,
+    };
     Ok(reply::page(api.apps.list(&filter, page).await?))
 }
 
@@ -67,14 +74,27 @@ async fn get_app(State(api): State<Api>, Path(app): Path<String>, headers: Heade
 #[utoipa::path(put, path = "/v1/apps/{app}", operation_id = "update_app", tag = "apps",
     params(("app" = String, Path, description = "The application's id or name.")),
     request_body = UpdateApp, responses((status = 200, description = "Changed; what is not given stays.", body = Application)))]
-async fn update_app(State(api): State<Api>, caller: Caller, Path(app): Path<String>, if_match: IfMatch, Json(body): Json<UpdateApp>) -> Reply {
-    Ok(reply::found(api.apps.update(caller, &app, if_match.0, body).await?))
+async fn update_app(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(app): Path<String>,
+    if_match: IfMatch,
+    Json(body): Json<UpdateApp>,
+) -> Reply {
+    Ok(reply::found(
+        api.apps.update(caller, &app, if_match.0, body).await?,
+    ))
 }
 
 #[utoipa::path(delete, path = "/v1/apps/{app}", operation_id = "delete_app", tag = "apps",
     params(("app" = String, Path, description = "The application's id or name."), Confirm),
     responses((status = 204, description = "Deleted.")))]
-async fn delete_app(State(api): State<Api>, caller: Caller, Path(app): Path<String>, Query(query): Query<Confirm>) -> Reply {
+async fn delete_app(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(app): Path<String>,
+    Query(query): Query<Confirm>,
+) -> Reply {
     api.apps.delete(caller, &app, &query.confirm).await?;
     Ok(reply::nothing())
 }

@@ -79,7 +79,10 @@ impl Answer {
     /// A header's value.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
     }
 
     /// The body as text.
@@ -99,8 +102,14 @@ impl Client {
     /// A client of the server at `host:port`, or `http://host:port`.
     #[must_use]
     pub fn new(address: &str, token: &str) -> Self {
-        let address = address.trim_start_matches("http://").trim_end_matches('/').to_owned();
-        Self { address, token: token.trim().to_owned() }
+        let address = address
+            .trim_start_matches("http://")
+            .trim_end_matches('/')
+            .to_owned();
+        Self {
+            address,
+            token: token.trim().to_owned(),
+        }
     }
 
     /// Reads.
@@ -116,7 +125,13 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; anything but 2xx is [`ClientError::Refused`].
     pub async fn post(&self, path: &str, body: &Value) -> Result<Value, ClientError> {
-        self.expect(Method::POST, path, body.to_string().into(), &[("content-type", "application/json")]).await
+        self.expect(
+            Method::POST,
+            path,
+            body.to_string().into(),
+            &[("content-type", "application/json")],
+        )
+        .await
     }
 
     /// Replaces with JSON.
@@ -124,7 +139,13 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; anything but 2xx is [`ClientError::Refused`].
     pub async fn put(&self, path: &str, body: &Value) -> Result<Value, ClientError> {
-        self.expect(Method::PUT, path, body.to_string().into(), &[("content-type", "application/json")]).await
+        self.expect(
+            Method::PUT,
+            path,
+            body.to_string().into(),
+            &[("content-type", "application/json")],
+        )
+        .await
     }
 
     /// Sends a file.
@@ -132,19 +153,39 @@ impl Client {
     /// # Errors
     /// [`ClientError`]; anything but 2xx is [`ClientError::Refused`].
     pub async fn upload(&self, path: &str, file: Bytes) -> Result<Value, ClientError> {
-        self.expect(Method::POST, path, file, &[("content-type", "application/octet-stream")]).await
+        self.expect(
+            Method::POST,
+            path,
+            file,
+            &[("content-type", "application/octet-stream")],
+        )
+        .await
     }
 
-    async fn expect(&self, method: Method, path: &str, body: Bytes, headers: &[(&str, &str)]) -> Result<Value, ClientError> {
+    async fn expect(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+        headers: &[(&str, &str)],
+    ) -> Result<Value, ClientError> {
         let answer = self.request(method.clone(), path, body, headers).await?;
         if !(200..300).contains(&answer.status) {
             let path = path.to_owned();
-            return Err(ClientError::Refused { method, path, status: answer.status, problem: answer.json() });
+            return Err(ClientError::Refused {
+                method,
+                path,
+                status: answer.status,
+                problem: answer.json(),
+            });
         }
         if answer.body.is_empty() {
             return Ok(Value::Null);
         }
-        serde_json::from_slice(&answer.body).map_err(|source| ClientError::Malformed { path: path.to_owned(), source })
+        serde_json::from_slice(&answer.body).map_err(|source| ClientError::Malformed {
+            path: path.to_owned(),
+            source,
+        })
     }
 
     /// One request, whatever its answer.
@@ -164,16 +205,31 @@ impl Client {
             let headers = response
                 .headers()
                 .iter()
-                .map(|(name, value)| (name.as_str().to_owned(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
+                .map(|(name, value)| {
+                    (
+                        name.as_str().to_owned(),
+                        String::from_utf8_lossy(value.as_bytes()).into_owned(),
+                    )
+                })
                 .collect();
             let body = http_body_util::Limited::new(response.into_body(), MAX_ANSWER_BYTES);
-            let body = body.collect().await.map_err(|source| self.broken(source))?.to_bytes();
+            let body = body
+                .collect()
+                .await
+                .map_err(|source| self.broken(source))?
+                .to_bytes();
             connection.abort();
-            Ok(Answer { status, headers, body })
+            Ok(Answer {
+                status,
+                headers,
+                body,
+            })
         };
         match tokio::time::timeout(TIMEOUT, whole).await {
             Ok(answer) => answer,
-            Err(_) => Err(ClientError::Timeout { address: self.address.clone() }),
+            Err(_) => Err(ClientError::Timeout {
+                address: self.address.clone(),
+            }),
         }
     }
 
@@ -181,17 +237,36 @@ impl Client {
     ///
     /// # Errors
     /// [`ClientError`].
-    pub async fn events(&self, path: &str, after: Option<&str>) -> Result<EventStream, ClientError> {
+    pub async fn events(
+        &self,
+        path: &str,
+        after: Option<&str>,
+    ) -> Result<EventStream, ClientError> {
         let mut headers = vec![("accept", "text/event-stream")];
         headers.extend(after.map(|after| ("last-event-id", after)));
         let (response, connection) = self.send(Method::GET, path, Bytes::new(), &headers).await?;
         if response.status() != StatusCode::OK {
             let status = response.status().as_u16();
-            let body = response.into_body().collect().await.map_err(|source| self.broken(source))?.to_bytes();
+            let body = response
+                .into_body()
+                .collect()
+                .await
+                .map_err(|source| self.broken(source))?
+                .to_bytes();
             let problem = serde_json::from_slice(&body).unwrap_or(Value::Null);
-            return Err(ClientError::Refused { method: Method::GET, path: path.to_owned(), status, problem });
+            return Err(ClientError::Refused {
+                method: Method::GET,
+                path: path.to_owned(),
+                status,
+                problem,
+            });
         }
-        Ok(EventStream { address: self.address.clone(), body: response.into_body(), connection, buffer: Vec::new() })
+        Ok(EventStream {
+            address: self.address.clone(),
+            body: response.into_body(),
+            connection,
+            buffer: Vec::new(),
+        })
     }
 
     async fn send(
@@ -201,27 +276,41 @@ impl Client {
         body: Bytes,
         headers: &[(&str, &str)],
     ) -> Result<(hyper::Response<Incoming>, JoinHandle<()>), ClientError> {
-        let stream = TcpStream::connect(&self.address).await.map_err(|source| self.broken(source))?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|source| self.broken(source))?;
+        let stream = TcpStream::connect(&self.address)
+            .await
+            .map_err(|source| self.broken(source))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|source| self.broken(source))?;
         let connection = tokio::spawn(async move {
             // A connection that breaks shows in the answer's body.
             drop(connection.await);
         });
-        let mut request = Request::builder().method(method).uri(path).header(header::HOST, &self.address);
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, &self.address);
         if !self.token.is_empty() {
             request = request.header(header::AUTHORIZATION, format!("Bearer {}", self.token));
         }
         for (name, value) in headers {
             request = request.header(*name, *value);
         }
-        let request = request.body(Full::new(body)).map_err(|source| self.broken(source))?;
-        let response = sender.send_request(request).await.map_err(|source| self.broken(source))?;
+        let request = request
+            .body(Full::new(body))
+            .map_err(|source| self.broken(source))?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|source| self.broken(source))?;
         Ok((response, connection))
     }
 
     fn broken(&self, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ClientError {
-        ClientError::Connection { address: self.address.clone(), source: source.into() }
+        ClientError::Connection {
+            address: self.address.clone(),
+            source: source.into(),
+        }
     }
 }
 
@@ -266,7 +355,10 @@ impl EventStream {
                     }
                 }
                 Some(Err(source)) => {
-                    return Err(ClientError::Connection { address: self.address.clone(), source: source.into() });
+                    return Err(ClientError::Connection {
+                        address: self.address.clone(),
+                        source: source.into(),
+                    });
                 }
             }
         }
@@ -281,7 +373,11 @@ impl Drop for EventStream {
 
 /// A block of lines as an event; `None` for comments.
 fn parse(block: &str) -> Option<ServerSent> {
-    let mut event = ServerSent { id: String::new(), event: String::new(), data: String::new() };
+    let mut event = ServerSent {
+        id: String::new(),
+        event: String::new(),
+        data: String::new(),
+    };
     let mut any = false;
     for line in block.lines() {
         let (field, value) = line.split_once(':').unwrap_or((line, ""));
@@ -309,7 +405,10 @@ mod tests {
     #[test]
     fn events_are_read_and_comments_passed_over() {
         let event = parse("id: 7\nevent: node\ndata: {\"a\":\ndata: 1}\n\n").unwrap();
-        assert_eq!((event.id.as_str(), event.event.as_str(), event.data.as_str()), ("7", "node", "{\"a\":\n1}"));
+        assert_eq!(
+            (event.id.as_str(), event.event.as_str(), event.data.as_str()),
+            ("7", "node", "{\"a\":\n1}")
+        );
         assert_eq!(parse(": keep-alive\n\n"), None);
     }
 }

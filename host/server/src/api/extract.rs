@@ -28,7 +28,11 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Problem> {
         // The gate lets no request to `/v1` pass without; this is for a route that would stand elsewhere.
         parts.extensions.get::<Self>().cloned().ok_or_else(|| {
-            Problem::new(StatusCode::UNAUTHORIZED, "token_missing", "the request has no token")
+            Problem::new(
+                StatusCode::UNAUTHORIZED,
+                "token_missing",
+                "the request has no token",
+            )
         })
     }
 }
@@ -63,12 +67,20 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
             .map(|axum::extract::Query(value)| Self(value))
             .map_err(|rejection| {
                 let text = rejection.body_text();
-                let text = text.rsplit_once("query string: ").map_or(&*text, |(_, rest)| rest);
+                let text = text
+                    .rsplit_once("query string: ")
+                    .map_or(&*text, |(_, rest)| rest);
                 let problem = match unknown_field(text) {
-                    Some(field) => Problem::bad_request("unknown_parameter", cut(text)).field(field),
+                    Some(field) => {
+                        Problem::bad_request("unknown_parameter", cut(text)).field(field)
+                    }
                     None => {
-                        let field = text.split_once(':').map(|(field, _)| field).filter(|field| is_name(field));
-                        Problem::bad_request("parameter_invalid", cut(text)).field(field.unwrap_or("query"))
+                        let field = text
+                            .split_once(':')
+                            .map(|(field, _)| field)
+                            .filter(|field| is_name(field));
+                        Problem::bad_request("parameter_invalid", cut(text))
+                            .field(field.unwrap_or("query"))
                     }
                 };
                 problem.mend("look the parameters up in /openapi.json")
@@ -101,7 +113,10 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     Err(Problem::new(
         StatusCode::UNSUPPORTED_MEDIA_TYPE,
         "content_type_unsupported",
-        format!("the body's content type is `{}`, expected `application/json`", cut(found)),
+        format!(
+            "the body's content type is `{}`, expected `application/json`",
+            cut(found)
+        ),
     )
     .field("Content-Type")
     .mend("send JSON, with `Content-Type: application/json`"))
@@ -114,7 +129,10 @@ pub(crate) async fn read_body(body: Body) -> Result<Bytes, Problem> {
         Ok(Ok(body)) => Ok(body),
         Ok(Err(error)) => {
             use std::error::Error as _;
-            if error.source().is_some_and(|source| source.is::<http_body_util::LengthLimitError>()) {
+            if error
+                .source()
+                .is_some_and(|source| source.is::<http_body_util::LengthLimitError>())
+            {
                 Err(Problem::new(
                     StatusCode::PAYLOAD_TOO_LARGE,
                     "body_too_large",
@@ -124,9 +142,11 @@ pub(crate) async fn read_body(body: Body) -> Result<Bytes, Problem> {
                 .limit(BODY_MAX_BYTES as u64, BODY_MAX_BYTES as u64 + 1)
                 .mend("send a smaller body; files belong into a package"))
             } else {
-                Err(Problem::bad_request("body_truncated", "the body ended before it was complete")
-                    .field("body")
-                    .mend("send it again"))
+                Err(
+                    Problem::bad_request("body_truncated", "the body ended before it was complete")
+                        .field("body")
+                        .mend("send it again"),
+                )
             }
         }
         Err(_) => Err(Problem::new(
@@ -146,46 +166,77 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
         let error = error.into_inner();
         let text = error.to_string();
         if !error.is_data() {
-            return Problem::bad_request("body_malformed", format!("the body is not JSON: {}", cut(&text)))
-                .field("body")
-                .mend("send well-formed JSON");
+            return Problem::bad_request(
+                "body_malformed",
+                format!("the body is not JSON: {}", cut(&text)),
+            )
+            .field("body")
+            .mend("send well-formed JSON");
         }
         let problem = |code| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, code, cut(&text));
         let field = if path == "." { String::new() } else { path };
         match (unknown_field(&text), missing_field(&text)) {
             // The path of an unknown field ends with it already, or says nothing where fields were flattened.
             (Some(unknown), _) => {
-                let field = if field.is_empty() { unknown.to_owned() } else { field };
-                problem("unknown_field").field(field).mend("leave it out, or correct its name")
+                let field = if field.is_empty() {
+                    unknown.to_owned()
+                } else {
+                    field
+                };
+                problem("unknown_field")
+                    .field(field)
+                    .mend("leave it out, or correct its name")
             }
             (None, Some(missing)) => {
-                let field = if field.is_empty() { missing.to_owned() } else { format!("{field}.{missing}") };
+                let field = if field.is_empty() {
+                    missing.to_owned()
+                } else {
+                    format!("{field}.{missing}")
+                };
                 problem("missing_field").field(field).mend("give it")
             }
             (None, None) => {
-                let field = if field.is_empty() { "body".to_owned() } else { field };
-                problem("invalid_value").field(field).mend("look the field up in /openapi.json")
+                let field = if field.is_empty() {
+                    "body".to_owned()
+                } else {
+                    field
+                };
+                problem("invalid_value")
+                    .field(field)
+                    .mend("look the field up in /openapi.json")
             }
         }
     })?;
     reader.end().map_err(|_| {
-        Problem::bad_request("body_malformed", "there is something behind the JSON value of the body")
-            .field("body")
-            .mend("send one JSON value")
+        Problem::bad_request(
+            "body_malformed",
+            "there is something behind the JSON value of the body",
+        )
+        .field("body")
+        .mend("send one JSON value")
     })?;
     Ok(value)
 }
 
 fn unknown_field(text: &str) -> Option<&str> {
-    text.split_once("unknown field `")?.1.split_once('`').map(|(name, _)| name)
+    text.split_once("unknown field `")?
+        .1
+        .split_once('`')
+        .map(|(name, _)| name)
 }
 
 fn missing_field(text: &str) -> Option<&str> {
-    text.split_once("missing field `")?.1.split_once('`').map(|(name, _)| name)
+    text.split_once("missing field `")?
+        .1
+        .split_once('`')
+        .map(|(name, _)| name)
 }
 
 fn is_name(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
 fn cut(text: &str) -> String {
@@ -241,7 +292,10 @@ pub(crate) fn page_of(
     if size == 0 || size > limits.max {
         return Err(Problem::bad_request(
             "out_of_limit",
-            format!("a page of this list has 1 to {} entries, {size} were asked for", limits.max),
+            format!(
+                "a page of this list has 1 to {} entries, {size} were asked for",
+                limits.max
+            ),
         )
         .field("page_size")
         .limit(limits.max as u64, size as u64)
@@ -252,5 +306,8 @@ pub(crate) fn page_of(
 
 /// Whether requests of this method change something.
 pub(crate) fn is_write(method: &Method) -> bool {
-    method == Method::POST || method == Method::PUT || method == Method::PATCH || method == Method::DELETE
+    method == Method::POST
+        || method == Method::PUT
+        || method == Method::PATCH
+        || method == Method::DELETE
 }

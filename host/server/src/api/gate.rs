@@ -23,8 +23,7 @@ use windlass_domain::{Digest, id::TokenId};
 use windlass_store::Txn;
 
 use super::{
-    Api,
-    extract,
+    Api, extract,
     listener::Peer,
     problem::{Problem, Replayed},
     reply::ShownOnce,
@@ -42,7 +41,15 @@ const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 /// Ends of the paths at which a POST makes a resource.
 const MAKING: [&str; 9] = [
-    "/workspaces", "/cells", "/apps", "/packages", "/service-instances", "/activation-codes", "/pools", "/orders", "/tokens",
+    "/workspaces",
+    "/cells",
+    "/apps",
+    "/packages",
+    "/service-instances",
+    "/activation-codes",
+    "/pools",
+    "/orders",
+    "/tokens",
 ];
 /// Longest request id that is taken over from the caller.
 const REQUEST_ID_MAX_CHARS: usize = 100;
@@ -51,7 +58,9 @@ pub(crate) async fn gate(State(api): State<Api>, request: Request, next: Next) -
     let id = request_id(request.headers());
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().cloned();
-    let answered = AssertUnwindSafe(admit(&api, request, next)).catch_unwind().await;
+    let answered = AssertUnwindSafe(admit(&api, request, next))
+        .catch_unwind()
+        .await;
     let mut response = match answered {
         Ok(Ok(response)) => response,
         Ok(Err(problem)) => problem.into_response(),
@@ -66,12 +75,15 @@ pub(crate) async fn gate(State(api): State<Api>, request: Request, next: Next) -
     };
     if let Some(mut problem) = response.extensions_mut().remove::<Problem>() {
         problem.request_id = id.to_str().unwrap_or_default().to_owned();
-        if response.status().is_server_error() {
+        if response.status().is_server_error() && problem.code != "not_ready" {
             tracing::warn!(request.id = %problem.request_id, code = %problem.code, "answered with a problem");
         }
         let body = serde_json::to_vec(&problem).unwrap_or_default();
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
         headers.insert(header::CONTENT_LENGTH, body.len().into());
         *response.body_mut() = Body::from(body);
     }
@@ -121,7 +133,10 @@ async fn admit(api: &Api, mut request: Request, next: Next) -> Result<Response, 
         .mend("ask an administrator for a new token"));
     };
     let token = known.token.id;
-    let caller = Caller { name: known.token.name.to_string(), with: Txn::new() };
+    let caller = Caller {
+        name: known.token.name.to_string(),
+        with: Txn::new(),
+    };
     // For streams, which outlive this check.
     request.extensions_mut().insert(known);
     let key = request.headers().get(IDEMPOTENCY_KEY).cloned();
@@ -129,9 +144,12 @@ async fn admit(api: &Api, mut request: Request, next: Next) -> Result<Response, 
         // Setting a secret twice is setting it once; a digest of its value is never kept.
         Some(key) if extract::is_write(request.method()) && !is_secret(request.uri()) => {
             let key = key.to_str().map_err(|_| {
-                Problem::bad_request("idempotency_key_invalid", "the idempotency key is not plain text")
-                    .field("Idempotency-Key")
-                    .mend("send for example a UUID")
+                Problem::bad_request(
+                    "idempotency_key_invalid",
+                    "the idempotency key is not plain text",
+                )
+                .field("Idempotency-Key")
+                .mend("send for example a UUID")
             })?;
             once(api, token, key, caller, request, next).await
         }
@@ -153,7 +171,9 @@ fn bearer(headers: &HeaderMap) -> Result<&str, Problem> {
         .ok_or_else(|| missing("the request has no token"))?;
     let text = value.to_str().unwrap_or_default();
     match text.split_once(' ') {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") && !token.trim().is_empty() => {
+        Some((scheme, token))
+            if scheme.eq_ignore_ascii_case("bearer") && !token.trim().is_empty() =>
+        {
             Ok(token.trim())
         }
         Some(_) | None => Err(missing("the header `Authorization` holds no bearer token")),
@@ -184,11 +204,21 @@ async fn once(
     let mut hash = Sha256::new();
     hash.update(request.method().as_str());
     hash.update([0]);
-    hash.update(request.uri().path_and_query().map_or("", |path| path.as_str()));
+    hash.update(
+        request
+            .uri()
+            .path_and_query()
+            .map_or("", |path| path.as_str()),
+    );
     hash.update([0]);
     let mut request = if is_upload(&request) {
         for name in ["x-content-sha256", "content-length"] {
-            hash.update(request.headers().get(name).map_or(&b""[..], HeaderValue::as_bytes));
+            hash.update(
+                request
+                    .headers()
+                    .get(name)
+                    .map_or(&b""[..], HeaderValue::as_bytes),
+            );
             hash.update([0]);
         }
         request
@@ -219,14 +249,21 @@ async fn once(
 }
 
 /// Keeps an answer with its key. Where that fails the answer is given all the same: the resource is kept already.
-async fn keep(api: &Api, token: TokenId, key: &str, response: Response) -> Result<Response, Problem> {
+async fn keep(
+    api: &Api,
+    token: TokenId,
+    key: &str,
+    response: Response,
+) -> Result<Response, Problem> {
     let (parts, body) = response.into_parts();
     let body = axum::body::to_bytes(body, usize::MAX)
         .await
         .map_err(|error| Problem::from(ServiceError::internal("write an answer", error)))?;
     let text = |name| {
         let value: Option<&HeaderValue> = parts.headers.get(name);
-        value.and_then(|value| value.to_str().ok()).map(str::to_owned)
+        value
+            .and_then(|value| value.to_str().ok())
+            .map(str::to_owned)
     };
     let answer = Answer {
         status: parts.status.as_u16(),
@@ -235,7 +272,10 @@ async fn keep(api: &Api, token: TokenId, key: &str, response: Response) -> Resul
         location: text(header::LOCATION),
     };
     if let Err(error) = api.idempotency.complete(token, key, answer).await {
-        tracing::warn!(error = &error as &dyn std::error::Error, "an answer was not kept with its idempotency key");
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "an answer was not kept with its idempotency key"
+        );
     }
     Ok(Response::from_parts(parts, Body::from(body)))
 }
@@ -247,7 +287,9 @@ fn again(method: &Method, path: &str, stored: Stored) -> Response {
         let body = stored.resource.unwrap_or(serde_json::Value::Null);
         let etag = Some(format!("\"{}\"", stored.revision.0));
         let makes = method == Method::POST && MAKING.iter().any(|last| path.ends_with(last));
-        let id = ["id", "name"].iter().find_map(|field| body.get(field)?.as_str());
+        let id = ["id", "name"]
+            .iter()
+            .find_map(|field| body.get(field)?.as_str());
         Answer {
             status: match () {
                 () if makes => StatusCode::CREATED.as_u16(),
@@ -266,7 +308,10 @@ fn again(method: &Method, path: &str, stored: Stored) -> Response {
         super::reply::json(status, &answer.body)
     };
     let headers = response.headers_mut();
-    for (name, value) in [(header::ETAG, answer.etag), (header::LOCATION, answer.location)] {
+    for (name, value) in [
+        (header::ETAG, answer.etag),
+        (header::LOCATION, answer.location),
+    ] {
         if let Some(value) = value.and_then(|value| HeaderValue::try_from(value).ok()) {
             headers.insert(name, value);
         }

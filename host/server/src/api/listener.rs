@@ -85,7 +85,10 @@ pub(crate) async fn serve(
     drop(listener);
     connections.close();
     if timeout(DRAIN, connections.wait()).await.is_err() {
-        tracing::warn!(open = connections.len(), "connections were cut: their requests did not end in time");
+        tracing::warn!(
+            open = connections.len(),
+            "connections were cut: their requests did not end in time"
+        );
         cut.cancel();
         connections.wait().await;
     }

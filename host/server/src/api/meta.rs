@@ -8,7 +8,11 @@ use axum::{
 use serde::Serialize;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Api, problem::Problem, reply::{self, Reply}};
+use super::{
+    Api,
+    problem::Problem,
+    reply::{self, Reply},
+};
 
 const DOCS: &str = include_str!("docs.html");
 
@@ -30,7 +34,10 @@ struct Health {
     version: &'static str,
 }
 
-const OK: Health = Health { status: "ok", version: env!("CARGO_PKG_VERSION") };
+const OK: Health = Health {
+    status: "ok",
+    version: env!("CARGO_PKG_VERSION"),
+};
 
 #[utoipa::path(get, path = "/healthz", operation_id = "get_health", tag = "server",
     responses((status = 200, description = "The process answers.", body = Health)))]
@@ -45,7 +52,10 @@ async fn get_readiness(State(api): State<Api>) -> Reply {
         Ok(reply::json(StatusCode::OK, &OK))
     } else {
         let detail = "the server is starting or stopping";
-        Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", detail).mend("ask again shortly"))
+        Err(
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", detail)
+                .mend("ask again shortly"),
+        )
     }
 }
 
@@ -68,10 +78,15 @@ async fn get_openapi(State(api): State<Api>) -> Response {
     responses((status = 200, description = "A page that shows this document.", content_type = "text/html", body = String)))]
 async fn get_docs() -> Response {
     let headers = [
-        (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),
+        (
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("text/html; charset=utf-8"),
+        ),
         (
             header::CONTENT_SECURITY_POLICY,
-            HeaderValue::from_static("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'"),
+            HeaderValue::from_static(
+                "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'",
+            ),
         ),
     ];
     (headers, DOCS).into_response()

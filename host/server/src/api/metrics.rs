@@ -48,7 +48,12 @@ impl Metrics {
     pub(crate) fn count_request(&self, method: &Method, route: &str, status: StatusCode) {
         let method = match *method {
             // Anybody can make methods up.
-            Method::GET | Method::HEAD | Method::POST | Method::PUT | Method::PATCH | Method::DELETE => method.clone(),
+            Method::GET
+            | Method::HEAD
+            | Method::POST
+            | Method::PUT
+            | Method::PATCH
+            | Method::DELETE => method.clone(),
             _ => Method::OPTIONS,
         };
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
@@ -62,16 +67,32 @@ impl Metrics {
     pub(crate) fn text(&self, gauges: &[Gauge]) -> String {
         let mut text = String::new();
         let head = |text: &mut String, name: &str, help: &str, kind: &str| {
-            let written = writeln!(text, "# HELP windlass_{name} {help}\n# TYPE windlass_{name} {kind}");
+            let written = writeln!(
+                text,
+                "# HELP windlass_{name} {help}\n# TYPE windlass_{name} {kind}"
+            );
             written.expect("writing to a string succeeds");
         };
-        head(&mut text, "process_start_time_ms", "When the process started, in milliseconds since 1970.", "gauge");
-        text.push_str(&format!("windlass_process_start_time_ms {}\n", self.started_at.unix_ms()));
+        head(
+            &mut text,
+            "process_start_time_ms",
+            "When the process started, in milliseconds since 1970.",
+            "gauge",
+        );
+        text.push_str(&format!(
+            "windlass_process_start_time_ms {}\n",
+            self.started_at.unix_ms()
+        ));
         for gauge in gauges {
             head(&mut text, gauge.name, gauge.help, "gauge");
             text.push_str(&format!("windlass_{} {}\n", gauge.name, gauge.value));
         }
-        head(&mut text, "http_requests_total", "Requests by method, route and status.", "counter");
+        head(
+            &mut text,
+            "http_requests_total",
+            "Requests by method, route and status.",
+            "counter",
+        );
         let mut lines: Vec<String> = self
             .requests
             .lock()

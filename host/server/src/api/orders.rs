@@ -40,7 +40,10 @@ use crate::{
     },
 };
 
-const PAGES: PageLimits = PageLimits { default: 20, max: 100 };
+const PAGES: PageLimits = PageLimits {
+    default: 20,
+    max: 100,
+};
 /// Events read at a time.
 const EVENTS_AT_ONCE: usize = 200;
 /// Pause after which a stream shows that it lives.
@@ -93,14 +96,26 @@ struct NodeDetails {
 #[utoipa::path(post, path = "/v1/workspaces/{ws}/orders/preview", operation_id = "preview_order", tag = "orders",
     params(("ws" = String, Path, description = "The workspace's identifier.")), request_body = ReleaseSpec,
     responses((status = 200, description = "The complete plan; nothing is done. It is kept for a day: make an order with its digest.", body = PlanView)))]
-async fn preview_order(State(api): State<Api>, Path(ws): Path<String>, Json(body): Json<ReleaseSpec>) -> Reply {
-    Ok(reply::json(StatusCode::OK, &api.orders.preview(&ws, &body).await?))
+async fn preview_order(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    Json(body): Json<ReleaseSpec>,
+) -> Reply {
+    Ok(reply::json(
+        StatusCode::OK,
+        &api.orders.preview(&ws, &body).await?,
+    ))
 }
 
 #[utoipa::path(post, path = "/v1/workspaces/{ws}/orders", operation_id = "create_order", tag = "orders",
     params(("ws" = String, Path, description = "The workspace's identifier.")), request_body = CreateOrder,
     responses((status = 201, description = "Made; it runs once somebody runs it, or at once with `run`.", body = Order)))]
-async fn create_order(State(api): State<Api>, caller: Caller, Path(ws): Path<String>, Json(body): Json<CreateOrder>) -> Reply {
+async fn create_order(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(ws): Path<String>,
+    Json(body): Json<CreateOrder>,
+) -> Reply {
     let order = api.orders.create(caller, &ws, body).await?;
     let location = format!("/v1/workspaces/{ws}/orders/{}", order.id);
     let mut response = reply::json(StatusCode::CREATED, &order);
@@ -113,35 +128,73 @@ async fn create_order(State(api): State<Api>, caller: Caller, Path(ws): Path<Str
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/orders", operation_id = "list_orders", tag = "orders",
     params(("ws" = String, Path, description = "The workspace's identifier."), ListOrders),
     responses((status = 200, description = "Newest first.", body = Page<Order>)))]
-async fn list_orders(State(api): State<Api>, Path(ws): Path<String>, Query(query): Query<ListOrders>) -> Reply {
+async fn list_orders(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    Query(query): Query<ListOrders>,
+) -> Reply {
     api.workspaces.get(&ws).await?;
     let page = page_of(query.page_size, query.cursor, PAGES)?;
-    let before = page.cursor.map(|cursor| cursor.parse::<OrderId>()).transpose().map_err(|_| {
-        Problem::bad_request("cursor_invalid", "the cursor is not one of this list").field("cursor").mend("start again without a cursor")
-    })?;
-    let (items, next) = api.orders.list(&ws, &OrderFilter { state: query.state }, page.size, before).await?;
-    Ok(reply::json(StatusCode::OK, &Page { items, next_cursor: next.map(|id| id.to_string()) }))
+    let before = page
+        .cursor
+        .map(|cursor| cursor.parse::<OrderId>())
+        .transpose()
+        .map_err(|_| {
+            Problem::bad_request("cursor_invalid", "the cursor is not one of this list")
+                .field("cursor")
+                .mend("start again without a cursor")
+        })?;
+    let (items, next) = api
+        .orders
+        .list(&ws, &OrderFilter { state: query.state }, page.size, before)
+        .await?;
+    Ok(reply::json(
+        StatusCode::OK,
+        &Page {
+            items,
+            next_cursor: next.map(|id| id.to_string()),
+        },
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}", operation_id = "get_order", tag = "orders",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id.")),
     responses((status = 200, description = "Its header.", body = Order)))]
-async fn get_order(State(api): State<Api>, Path((ws, id)): Path<(String, OrderId)>, headers: HeaderMap) -> Reply {
-    Ok(reply::found_unless(&headers, api.orders.get(&ws, id).await?))
+async fn get_order(
+    State(api): State<Api>,
+    Path((ws, id)): Path<(String, OrderId)>,
+    headers: HeaderMap,
+) -> Reply {
+    Ok(reply::found_unless(
+        &headers,
+        api.orders.get(&ws, id).await?,
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}/nodes", operation_id = "list_order_nodes", tag = "orders",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id.")),
     responses((status = 200, description = "Every node with its state, on one page, parents before children.", body = Page<NodeView>)))]
-async fn list_order_nodes(State(api): State<Api>, Path((ws, id)): Path<(String, OrderId)>) -> Reply {
+async fn list_order_nodes(
+    State(api): State<Api>,
+    Path((ws, id)): Path<(String, OrderId)>,
+) -> Reply {
     let items = api.orders.nodes(&ws, id).await?;
-    Ok(reply::json(StatusCode::OK, &Page { items, next_cursor: None }))
+    Ok(reply::json(
+        StatusCode::OK,
+        &Page {
+            items,
+            next_cursor: None,
+        },
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}/nodes/{node}", operation_id = "get_order_node", tag = "orders",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id."), ("node" = u32, Path, description = "The node's index.")),
     responses((status = 200, description = "The node, a step's output included.", body = NodeDetails)))]
-async fn get_order_node(State(api): State<Api>, Path((ws, id, node)): Path<(String, OrderId, u32)>) -> Reply {
+async fn get_order_node(
+    State(api): State<Api>,
+    Path((ws, id, node)): Path<(String, OrderId, u32)>,
+) -> Reply {
     let (view, progress) = api.orders.node(&ws, id, node).await?;
     Ok(reply::json(StatusCode::OK, &NodeDetails { view, progress }))
 }
@@ -150,14 +203,25 @@ async fn get_order_node(State(api): State<Api>, Path((ws, id, node)): Path<(Stri
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id.")),
     responses((status = 200, description = "The plan that it runs.", body = PlanView)))]
 async fn get_order_plan(State(api): State<Api>, Path((ws, id)): Path<(String, OrderId)>) -> Reply {
-    Ok(reply::json(StatusCode::OK, &api.orders.plan(&ws, id).await?))
+    Ok(reply::json(
+        StatusCode::OK,
+        &api.orders.plan(&ws, id).await?,
+    ))
 }
 
 #[utoipa::path(post, path = "/v1/workspaces/{ws}/orders/{id}/actions", operation_id = "act_on_order", tag = "orders",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = OrderId, Path, description = "The order's id.")),
     request_body = Action, responses((status = 200, description = "Done, durably: the header after it. A rollback of an ended order answers the new order.", body = Order)))]
-async fn act_on_order(State(api): State<Api>, caller: Caller, Path((ws, id)): Path<(String, OrderId)>, Json(body): Json<Action>) -> Reply {
-    Ok(reply::json(StatusCode::OK, &api.orders.act(caller, &ws, id, body).await?))
+async fn act_on_order(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((ws, id)): Path<(String, OrderId)>,
+    Json(body): Json<Action>,
+) -> Reply {
+    Ok(reply::json(
+        StatusCode::OK,
+        &api.orders.act(caller, &ws, id, body).await?,
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}/events", operation_id = "watch_order_events", tag = "orders",
@@ -172,9 +236,15 @@ async fn watch_order_events(
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
     let last = headers.get("last-event-id").map(|value| {
-        value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok()).ok_or_else(|| {
-            Problem::bad_request("last_event_id_invalid", "the last event id is not a number").field("Last-Event-ID").mend("send the id of an event of this order")
-        })
+        value
+            .to_str()
+            .ok()
+            .and_then(|text| text.trim().parse::<u64>().ok())
+            .ok_or_else(|| {
+                Problem::bad_request("last_event_id_invalid", "the last event id is not a number")
+                    .field("Last-Event-ID")
+                    .mend("send the id of an event of this order")
+            })
     });
     let after = last.transpose()?.or(query.after).unwrap_or(0);
     api.orders.get(&ws, id).await?;
@@ -201,10 +271,16 @@ async fn watch_order_events(
         }
     });
     let stream = futures_util::stream::unfold(receiver, |mut receiver| async {
-        receiver.recv().await.map(|bytes| (Ok::<_, Infallible>(bytes), receiver))
+        receiver
+            .recv()
+            .await
+            .map(|bytes| (Ok::<_, Infallible>(bytes), receiver))
     });
     let headers = [
-        (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
+        (
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("text/event-stream"),
+        ),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
     ];
     Ok((headers, Body::from_stream(stream)).into_response())
@@ -215,7 +291,13 @@ async fn sleep_until(at: Timestamp) {
 }
 
 /// Sends events until the order has ended and everything was sent. Returns early when nobody listens.
-async fn follow(api: &Api, ws: &str, id: OrderId, mut after: u64, sender: &mpsc::Sender<Bytes>) -> Result<(), ServiceError> {
+async fn follow(
+    api: &Api,
+    ws: &str,
+    id: OrderId,
+    mut after: u64,
+    sender: &mpsc::Sender<Bytes>,
+) -> Result<(), ServiceError> {
     loop {
         // Taken before reading, so that no event falls between the two.
         let mut watch = api.orders.watch(id).await?;
@@ -224,13 +306,21 @@ async fn follow(api: &Api, ws: &str, id: OrderId, mut after: u64, sender: &mpsc:
             let events = api.orders.events(ws, id, after, EVENTS_AT_ONCE).await?;
             if !events.is_empty() {
                 after = events.last().map_or(after, |event| event.seq);
-                if sender.send(events.iter().map(frame).collect::<String>().into()).await.is_err() {
+                if sender
+                    .send(events.iter().map(frame).collect::<String>().into())
+                    .await
+                    .is_err()
+                {
                     return Ok(());
                 }
                 continue;
             }
             if order.state.is_terminal() && after >= order.last_event {
-                drop(sender.send(format!("id: {after}\nevent: end\ndata: {{}}\n\n").into()).await);
+                drop(
+                    sender
+                        .send(format!("id: {after}\nevent: end\ndata: {{}}\n\n").into())
+                        .await,
+                );
                 return Ok(());
             }
             match tokio::time::timeout(KEEP_ALIVE, watch.next()).await {
@@ -238,7 +328,11 @@ async fn follow(api: &Api, ws: &str, id: OrderId, mut after: u64, sender: &mpsc:
                 // Too far behind, or the store closes: a new watch, or the error of it, tells.
                 Ok(Err(_)) => break,
                 Err(_) => {
-                    if sender.send(Bytes::from_static(b": keep-alive\n\n")).await.is_err() {
+                    if sender
+                        .send(Bytes::from_static(b": keep-alive\n\n"))
+                        .await
+                        .is_err()
+                    {
                         return Ok(());
                     }
                 }

@@ -32,7 +32,10 @@ use crate::service::{
     packages::{BeginUpload, PackageFilter, Upload},
 };
 
-const PAGES: PageLimits = PageLimits { default: 10, max: 50 };
+const PAGES: PageLimits = PageLimits {
+    default: 10,
+    max: 50,
+};
 /// How long a client may send nothing.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(60);
 /// The header that promises the file's digest.
@@ -81,13 +84,28 @@ struct ListPackages {
         ("X-Content-Sha256" = Option<Digest>, Header, description = "The file's SHA-256: an upload that differs is refused.")),
     request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The file."),
     responses((status = 201, description = "Uploaded and checked. With an idempotency key, the query, the promised digest and the length stand for the file.", body = Package)))]
-async fn upload_package(State(api): State<Api>, caller: Caller, Path(ws): Path<String>, Query(query): Query<UploadPackage>, request: Request) -> Reply {
+async fn upload_package(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(ws): Path<String>,
+    Query(query): Query<UploadPackage>,
+    request: Request,
+) -> Reply {
     let headers = request.headers();
-    let text = |name: &str| headers.get(name).map(|value| value.to_str().unwrap_or_default());
+    let text = |name: &str| {
+        headers
+            .get(name)
+            .map(|value| value.to_str().unwrap_or_default())
+    };
     let expected_digest = text(SHA256).map(|value| {
-        value.to_ascii_lowercase().parse::<Digest>().map_err(|error| {
-            Problem::bad_request("digest_invalid", error.to_string()).field("X-Content-Sha256").mend("send the file's SHA-256 as 64 hexadecimal digits")
-        })
+        value
+            .to_ascii_lowercase()
+            .parse::<Digest>()
+            .map_err(|error| {
+                Problem::bad_request("digest_invalid", error.to_string())
+                    .field("X-Content-Sha256")
+                    .mend("send the file's SHA-256 as 64 hexadecimal digits")
+            })
     });
     let content_length = text(header::CONTENT_LENGTH.as_str()).and_then(|value| value.parse().ok());
     let (app, _) = api.apps.get(&query.app).await?;
@@ -100,10 +118,16 @@ async fn upload_package(State(api): State<Api>, caller: Caller, Path(ws): Path<S
     };
     let upload = api.packages.begin(caller, &ws, app.id, begin).await?;
     let made = receive(upload, request.into_body()).await?;
-    Ok(reply::created(&format!("/v1/workspaces/{ws}/packages/{}", made.0.id), made))
+    Ok(reply::created(
+        &format!("/v1/workspaces/{ws}/packages/{}", made.0.id),
+        made,
+    ))
 }
 
-async fn receive(mut upload: Upload, mut body: Body) -> Result<(Package, windlass_store::Revision), Problem> {
+async fn receive(
+    mut upload: Upload,
+    mut body: Body,
+) -> Result<(Package, windlass_store::Revision), Problem> {
     loop {
         match tokio::time::timeout(CHUNK_TIMEOUT, body.frame()).await {
             Ok(None) => return Ok(upload.finish().await?),
@@ -113,13 +137,23 @@ async fn receive(mut upload: Upload, mut body: Body) -> Result<(Package, windlas
                 }
             }
             Ok(Some(Err(error))) => {
-                upload.abort(&format!("the connection broke: {error}")).await;
-                return Err(Problem::bad_request("package_truncated", "the upload broke off").field("body").mend("upload the file again"));
+                upload
+                    .abort(&format!("the connection broke: {error}"))
+                    .await;
+                return Err(
+                    Problem::bad_request("package_truncated", "the upload broke off")
+                        .field("body")
+                        .mend("upload the file again"),
+                );
             }
             Err(_) => {
                 let reason = format!("nothing came for {} s", CHUNK_TIMEOUT.as_secs());
                 upload.abort(&reason).await;
-                return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", reason).field("body").mend("upload the file again"));
+                return Err(
+                    Problem::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", reason)
+                        .field("body")
+                        .mend("upload the file again"),
+                );
             }
         }
     }
@@ -130,13 +164,20 @@ async fn filter(api: &Api, query: &ListPackages) -> Result<PackageFilter, Proble
         Some(app) => Some(api.apps.get(app).await?.0.id),
         None => None,
     };
-    Ok(PackageFilter { app, version: query.version.clone() })
+    Ok(PackageFilter {
+        app,
+        version: query.version.clone(),
+    })
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/packages", operation_id = "list_packages", tag = "packages",
     params(("ws" = String, Path, description = "The workspace's identifier."), ListPackages),
     responses((status = 200, description = "Newest first.", body = Page<Package>)))]
-async fn list_packages(State(api): State<Api>, Path(ws): Path<String>, Query(query): Query<ListPackages>) -> Reply {
+async fn list_packages(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    Query(query): Query<ListPackages>,
+) -> Reply {
     let filter = filter(&api, &query).await?;
     let page = page_of(query.page_size, query.cursor, PAGES)?;
     Ok(reply::page(api.packages.list(&ws, &filter, page).await?))
@@ -145,14 +186,26 @@ async fn list_packages(State(api): State<Api>, Path(ws): Path<String>, Query(que
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/packages/{id}", operation_id = "get_package", tag = "packages",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PackageId, Path, description = "The package's id.")),
     responses((status = 200, description = "The package.", body = Package)))]
-async fn get_package(State(api): State<Api>, Path((ws, id)): Path<(String, PackageId)>, headers: HeaderMap) -> Reply {
-    Ok(reply::found_unless(&headers, api.packages.get(&ws, id).await?))
+async fn get_package(
+    State(api): State<Api>,
+    Path((ws, id)): Path<(String, PackageId)>,
+    headers: HeaderMap,
+) -> Reply {
+    Ok(reply::found_unless(
+        &headers,
+        api.packages.get(&ws, id).await?,
+    ))
 }
 
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}/packages/{id}", operation_id = "delete_package", tag = "packages",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PackageId, Path, description = "The package's id."), Confirm),
     responses((status = 204, description = "Deleted; `confirm` is its version.")))]
-async fn delete_package(State(api): State<Api>, caller: Caller, Path((ws, id)): Path<(String, PackageId)>, Query(query): Query<Confirm>) -> Reply {
+async fn delete_package(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((ws, id)): Path<(String, PackageId)>,
+    Query(query): Query<Confirm>,
+) -> Reply {
     api.packages.delete(caller, &ws, id, &query.confirm).await?;
     Ok(reply::nothing())
 }
@@ -160,9 +213,19 @@ async fn delete_package(State(api): State<Api>, caller: Caller, Path((ws, id)): 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/packages/uploads", operation_id = "list_uploads", tag = "packages",
     params(("ws" = String, Path, description = "The workspace's identifier."), ListPackages),
     responses((status = 200, description = "Uploads with their outcome, newest first.", body = Page<UploadRecord>)))]
-async fn list_uploads(State(api): State<Api>, Path(ws): Path<String>, Query(query): Query<ListPackages>) -> Reply {
+async fn list_uploads(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    Query(query): Query<ListPackages>,
+) -> Reply {
     let filter = filter(&api, &query).await?;
     let page = page_of(query.page_size, query.cursor, PAGES)?;
     let found = api.packages.list_uploads(&ws, &filter, page).await?;
-    Ok(reply::json(StatusCode::OK, &Page { items: found.items, next_cursor: found.next }))
+    Ok(reply::json(
+        StatusCode::OK,
+        &Page {
+            items: found.items,
+            next_cursor: found.next,
+        },
+    ))
 }

@@ -48,9 +48,16 @@ struct PluginAction {
 async fn list_plugins(State(api): State<Api>, Query(query): Query<ListPlugins>) -> Reply {
     let mut items = api.plugins.list();
     items.retain(|plugin| {
-        query.kind.is_none_or(|kind| plugin.kind == Some(kind)) && query.state.is_none_or(|state| plugin.state == state)
+        query.kind.is_none_or(|kind| plugin.kind == Some(kind))
+            && query.state.is_none_or(|state| plugin.state == state)
     });
-    Ok(reply::json(StatusCode::OK, &Page { items, next_cursor: None }))
+    Ok(reply::json(
+        StatusCode::OK,
+        &Page {
+            items,
+            next_cursor: None,
+        },
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/plugins/{name}", operation_id = "get_plugin", tag = "plugins",
@@ -63,15 +70,29 @@ async fn get_plugin(State(api): State<Api>, Path(name): Path<String>) -> Reply {
 #[utoipa::path(get, path = "/v1/plugins/{name}/{version}", operation_id = "get_plugin_version", tag = "plugins",
     params(("name" = String, Path, description = "The plugin's name."), ("version" = String, Path, description = "Its version.")),
     responses((status = 200, description = "The plugin.", body = PluginStatus)))]
-async fn get_plugin_version(State(api): State<Api>, Path((name, version)): Path<(String, String)>) -> Reply {
-    Ok(reply::json(StatusCode::OK, &api.plugins.get(&format!("{name}@{version}"))?))
+async fn get_plugin_version(
+    State(api): State<Api>,
+    Path((name, version)): Path<(String, String)>,
+) -> Reply {
+    Ok(reply::json(
+        StatusCode::OK,
+        &api.plugins.get(&format!("{name}@{version}"))?,
+    ))
 }
 
 #[utoipa::path(post, path = "/v1/plugins/{name}/{version}/actions", operation_id = "act_on_plugin", tag = "plugins",
     params(("name" = String, Path, description = "The plugin's name."), ("version" = String, Path, description = "Its version.")),
     request_body = PluginAction, responses((status = 200, description = "Decided, durably: the plugin as it is now.", body = PluginStatus)))]
-async fn act_on_plugin(State(api): State<Api>, caller: Caller, Path((name, version)): Path<(String, String)>, Json(body): Json<PluginAction>) -> Reply {
-    let status = api.plugins.decide(caller, &format!("{name}@{version}"), body.action).await?;
+async fn act_on_plugin(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((name, version)): Path<(String, String)>,
+    Json(body): Json<PluginAction>,
+) -> Reply {
+    let status = api
+        .plugins
+        .decide(caller, &format!("{name}@{version}"), body.action)
+        .await?;
     Ok(reply::json(StatusCode::OK, &status))
 }
 
@@ -79,21 +100,38 @@ async fn act_on_plugin(State(api): State<Api>, caller: Caller, Path((name, versi
     params(("digest" = Digest, Path, description = "SHA-256 of the plugin's bytes.")),
     responses((status = 200, description = "The plugin.", body = PluginStatus)))]
 async fn get_plugin_digest(State(api): State<Api>, Path(digest): Path<Digest>) -> Reply {
-    Ok(reply::json(StatusCode::OK, &api.plugins.get(&digest.to_string())?))
+    Ok(reply::json(
+        StatusCode::OK,
+        &api.plugins.get(&digest.to_string())?,
+    ))
 }
 
 #[utoipa::path(post, path = "/v1/plugins/digests/{digest}/revoke", operation_id = "revoke_plugin", tag = "plugins",
     params(("digest" = Digest, Path, description = "SHA-256 of the plugin's bytes.")),
     responses((status = 200, description = "Never called again; running orders that need it block.", body = PluginStatus)))]
-async fn revoke_plugin(State(api): State<Api>, caller: Caller, Path(digest): Path<Digest>) -> Reply {
-    let status = api.plugins.decide(caller, &digest.to_string(), Decision::Revoke).await?;
+async fn revoke_plugin(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(digest): Path<Digest>,
+) -> Reply {
+    let status = api
+        .plugins
+        .decide(caller, &digest.to_string(), Decision::Revoke)
+        .await?;
     Ok(reply::json(StatusCode::OK, &status))
 }
 
 #[utoipa::path(post, path = "/v1/plugins/digests/{digest}/reinstate", operation_id = "reinstate_plugin", tag = "plugins",
     params(("digest" = Digest, Path, description = "SHA-256 of the plugin's bytes.")),
     responses((status = 200, description = "It can be called again.", body = PluginStatus)))]
-async fn reinstate_plugin(State(api): State<Api>, caller: Caller, Path(digest): Path<Digest>) -> Reply {
-    let status = api.plugins.decide(caller, &digest.to_string(), Decision::Reinstate).await?;
+async fn reinstate_plugin(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(digest): Path<Digest>,
+) -> Reply {
+    let status = api
+        .plugins
+        .decide(caller, &digest.to_string(), Decision::Reinstate)
+        .await?;
     Ok(reply::json(StatusCode::OK, &status))
 }

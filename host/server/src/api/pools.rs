@@ -23,7 +23,10 @@ use crate::{
     service::{Caller, pools::CreatePool},
 };
 
-const PAGES: PageLimits = PageLimits { default: 10, max: 100 };
+const PAGES: PageLimits = PageLimits {
+    default: 10,
+    max: 100,
+};
 
 pub(super) fn router() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
@@ -45,15 +48,27 @@ struct MemberWeight {
 #[utoipa::path(post, path = "/v1/workspaces/{ws}/pools", operation_id = "create_pool", tag = "pools",
     params(("ws" = String, Path, description = "The workspace's identifier.")),
     request_body = CreatePool, responses((status = 201, description = "Made.", body = Pool)))]
-async fn create_pool(State(api): State<Api>, caller: Caller, Path(ws): Path<String>, Json(body): Json<CreatePool>) -> Reply {
+async fn create_pool(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(ws): Path<String>,
+    Json(body): Json<CreatePool>,
+) -> Reply {
     let made = api.pools.create(caller, &ws, body).await?;
-    Ok(reply::created(&format!("/v1/workspaces/{ws}/pools/{}", made.0.id), made))
+    Ok(reply::created(
+        &format!("/v1/workspaces/{ws}/pools/{}", made.0.id),
+        made,
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/pools", operation_id = "list_pools", tag = "pools",
     params(("ws" = String, Path, description = "The workspace's identifier."), ListQuery),
     responses((status = 200, description = "Oldest first.", body = Page<Pool>)))]
-async fn list_pools(State(api): State<Api>, Path(ws): Path<String>, Query(query): Query<ListQuery>) -> Reply {
+async fn list_pools(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    Query(query): Query<ListQuery>,
+) -> Reply {
     let page = page_of(query.page_size, query.cursor, PAGES)?;
     Ok(reply::page(api.pools.list(&ws, page).await?))
 }
@@ -61,14 +76,23 @@ async fn list_pools(State(api): State<Api>, Path(ws): Path<String>, Query(query)
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/pools/{id}", operation_id = "get_pool", tag = "pools",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PoolId, Path, description = "The pool's id.")),
     responses((status = 200, description = "The pool.", body = Pool)))]
-async fn get_pool(State(api): State<Api>, Path((ws, id)): Path<(String, PoolId)>, headers: HeaderMap) -> Reply {
+async fn get_pool(
+    State(api): State<Api>,
+    Path((ws, id)): Path<(String, PoolId)>,
+    headers: HeaderMap,
+) -> Reply {
     Ok(reply::found_unless(&headers, api.pools.get(&ws, id).await?))
 }
 
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}/pools/{id}", operation_id = "delete_pool", tag = "pools",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PoolId, Path, description = "The pool's id."), Confirm),
     responses((status = 204, description = "Deleted.")))]
-async fn delete_pool(State(api): State<Api>, caller: Caller, Path((ws, id)): Path<(String, PoolId)>, Query(query): Query<Confirm>) -> Reply {
+async fn delete_pool(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((ws, id)): Path<(String, PoolId)>,
+    Query(query): Query<Confirm>,
+) -> Reply {
     api.pools.delete(caller, &ws, id, &query.confirm).await?;
     Ok(reply::nothing())
 }
@@ -79,8 +103,17 @@ async fn delete_pool(State(api): State<Api>, caller: Caller, Path((ws, id)): Pat
 async fn get_pool_weights(State(api): State<Api>, Path((ws, id)): Path<(String, PoolId)>) -> Reply {
     api.pools.get(&ws, id).await?;
     let weights = api.traffic.weights(id).await?;
-    let items = weights.into_iter().map(|(server, weight)| MemberWeight { server, weight }).collect();
-    Ok(reply::json(StatusCode::OK, &Page { items, next_cursor: None }))
+    let items = weights
+        .into_iter()
+        .map(|(server, weight)| MemberWeight { server, weight })
+        .collect();
+    Ok(reply::json(
+        StatusCode::OK,
+        &Page {
+            items,
+            next_cursor: None,
+        },
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/pools/{id}/fault", operation_id = "get_pool_fault", tag = "pools",
@@ -94,7 +127,11 @@ async fn get_pool_fault(State(api): State<Api>, Path((ws, id)): Path<(String, Po
 #[utoipa::path(put, path = "/v1/workspaces/{ws}/pools/{id}/fault", operation_id = "set_pool_fault", tag = "pools",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PoolId, Path, description = "The pool's id.")),
     request_body = PoolFault, responses((status = 200, description = "Set. Setting it again changes nothing.", body = PoolFault)))]
-async fn set_pool_fault(State(api): State<Api>, Path((ws, id)): Path<(String, PoolId)>, Json(body): Json<PoolFault>) -> Reply {
+async fn set_pool_fault(
+    State(api): State<Api>,
+    Path((ws, id)): Path<(String, PoolId)>,
+    Json(body): Json<PoolFault>,
+) -> Reply {
     api.pools.get(&ws, id).await?;
     api.traffic.set_fault(id, body).await?;
     Ok(reply::json(StatusCode::OK, &body))

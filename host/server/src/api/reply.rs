@@ -30,10 +30,11 @@ pub(crate) fn json<T: Serialize>(status: StatusCode, value: &T) -> Response {
             let json = HeaderValue::from_static("application/json");
             (status, [(header::CONTENT_TYPE, json)], body).into_response()
         }
-        Err(error) => {
-            Problem::from(crate::service::ServiceError::internal("write an answer", error))
-                .into_response()
-        }
+        Err(error) => Problem::from(crate::service::ServiceError::internal(
+            "write an answer",
+            error,
+        ))
+        .into_response(),
     }
 }
 
@@ -50,13 +51,18 @@ pub(crate) fn found<T: Serialize>((value, revision): (T, Revision)) -> Response 
 }
 
 /// 200 with a resource and its ETag, or 304 when `If-None-Match` names it.
-pub(crate) fn found_unless<T: Serialize>(headers: &HeaderMap, (value, revision): (T, Revision)) -> Response {
+pub(crate) fn found_unless<T: Serialize>(
+    headers: &HeaderMap,
+    (value, revision): (T, Revision),
+) -> Response {
     let known = headers
         .get(header::IF_NONE_MATCH)
         .and_then(|value| value.to_str().ok())
         .is_some_and(|known| {
             let etag = format!("\"{}\"", revision.0);
-            known.split(',').any(|one| one.trim().trim_start_matches("W/") == etag)
+            known
+                .split(',')
+                .any(|one| one.trim().trim_start_matches("W/") == etag)
         });
     if known {
         return tagged(StatusCode::NOT_MODIFIED.into_response(), revision);

@@ -34,15 +34,27 @@ struct SetSecret {
 async fn list_secrets(State(api): State<Api>, Path(ws): Path<String>) -> Reply {
     api.workspaces.get(&ws).await?;
     let items = api.secrets.list(&ws).await?;
-    Ok(reply::json(StatusCode::OK, &Page { items, next_cursor: None }))
+    Ok(reply::json(
+        StatusCode::OK,
+        &Page {
+            items,
+            next_cursor: None,
+        },
+    ))
 }
 
 #[utoipa::path(put, path = "/v1/workspaces/{ws}/secrets/{name}", operation_id = "set_secret", tag = "secrets",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("name" = String, Path, description = "The secret's name.")),
     request_body = SetSecret, responses((status = 204, description = "Set; idempotency keys are not needed and not looked at.")))]
-async fn set_secret(State(api): State<Api>, Path((ws, name)): Path<(String, String)>, Json(body): Json<SetSecret>) -> Reply {
+async fn set_secret(
+    State(api): State<Api>,
+    Path((ws, name)): Path<(String, String)>,
+    Json(body): Json<SetSecret>,
+) -> Reply {
     api.workspaces.get(&ws).await?;
-    api.secrets.put(&ws, &name, &SecretText::new(body.value), Txn::new()).await?;
+    api.secrets
+        .put(&ws, &name, &SecretText::new(body.value), Txn::new())
+        .await?;
     Ok(reply::nothing())
 }
 

@@ -21,7 +21,10 @@ use crate::service::{
     servers::{ServerFilter, UpdateServer},
 };
 
-const PAGES: PageLimits = PageLimits { default: 10, max: 50 };
+const PAGES: PageLimits = PageLimits {
+    default: 10,
+    max: 50,
+};
 
 pub(super) fn router() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
@@ -53,16 +56,24 @@ struct ListServers {
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/servers", operation_id = "list_servers", tag = "servers",
     params(("ws" = String, Path, description = "The workspace's identifier."), ListServers),
     responses((status = 200, description = "Oldest first.", body = Page<Server>)))]
-async fn list_servers(State(api): State<Api>, Path(ws): Path<String>, Query(query): Query<ListServers>) -> Reply {
+async fn list_servers(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    Query(query): Query<ListServers>,
+) -> Reply {
     let page = page_of(query.page_size, query.cursor, PAGES)?;
     let tag = query.tag.map(|tag| {
         let (key, value) = match tag.split_once(':') {
             Some((key, value)) => (key, Some(value.to_owned())),
             None => (&*tag, None),
         };
-        let key: TagKey = key.parse().map_err(|error: windlass_domain::name::InvalidValue| {
-            Problem::bad_request("parameter_invalid", error.message).field("tag").mend("give `key` or `key:value`")
-        })?;
+        let key: TagKey = key
+            .parse()
+            .map_err(|error: windlass_domain::name::InvalidValue| {
+                Problem::bad_request("parameter_invalid", error.message)
+                    .field("tag")
+                    .mend("give `key` or `key:value`")
+            })?;
         Ok::<_, Problem>((key, value))
     });
     let filter = ServerFilter {
@@ -85,21 +96,41 @@ async fn list_servers(State(api): State<Api>, Path(ws): Path<String>, Query(quer
 async fn get_server(State(api): State<Api>, Path((ws, id)): Path<(String, ServerId)>) -> Reply {
     // What is seen beside the record has no revision: the answer is never `304 Not Modified`.
     let (server, revision) = api.servers.get(&ws, id).await?;
-    Ok(reply::found((api.orders.server_now(server).await?, revision)))
+    Ok(reply::found((
+        api.orders.server_now(server).await?,
+        revision,
+    )))
 }
 
 #[utoipa::path(put, path = "/v1/workspaces/{ws}/servers/{id}", operation_id = "update_server", tag = "servers",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = ServerId, Path, description = "The server's id.")),
     request_body = UpdateServer, responses((status = 200, description = "Changed; what is not given stays.", body = Server)))]
-async fn update_server(State(api): State<Api>, caller: Caller, Path((ws, id)): Path<(String, ServerId)>, if_match: IfMatch, Json(body): Json<UpdateServer>) -> Reply {
-    Ok(reply::found(api.servers.update(caller, &ws, id, if_match.0, body).await?))
+async fn update_server(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((ws, id)): Path<(String, ServerId)>,
+    if_match: IfMatch,
+    Json(body): Json<UpdateServer>,
+) -> Reply {
+    Ok(reply::found(
+        api.servers
+            .update(caller, &ws, id, if_match.0, body)
+            .await?,
+    ))
 }
 
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}/servers/{id}", operation_id = "deregister_server", tag = "servers",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = ServerId, Path, description = "The server's id."), Confirm),
     responses((status = 204, description = "Gone: its session ends and its key is not accepted any more.")))]
-async fn deregister_server(State(api): State<Api>, caller: Caller, Path((ws, id)): Path<(String, ServerId)>, Query(query): Query<Confirm>) -> Reply {
-    api.servers.deregister(caller, &ws, id, &query.confirm).await?;
+async fn deregister_server(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((ws, id)): Path<(String, ServerId)>,
+    Query(query): Query<Confirm>,
+) -> Reply {
+    api.servers
+        .deregister(caller, &ws, id, &query.confirm)
+        .await?;
     api.gateway.deregister(id);
     Ok(reply::nothing())
 }

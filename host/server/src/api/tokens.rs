@@ -15,7 +15,10 @@ use crate::service::{
     tokens::{CreateToken, TokenView},
 };
 
-const PAGES: PageLimits = PageLimits { default: 10, max: 100 };
+const PAGES: PageLimits = PageLimits {
+    default: 10,
+    max: 100,
+};
 
 pub(super) fn router() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
@@ -45,19 +48,39 @@ struct MadeToken {
 
 #[utoipa::path(post, path = "/v1/tokens", operation_id = "create_token", tag = "tokens", request_body = CreateToken,
     responses((status = 201, description = "Made. A repetition with the same idempotency key does not show the token again.", body = MadeToken)))]
-async fn create_token(State(api): State<Api>, caller: Caller, Json(body): Json<CreateToken>) -> Reply {
+async fn create_token(
+    State(api): State<Api>,
+    caller: Caller,
+    Json(body): Json<CreateToken>,
+) -> Reply {
     let (new, revision) = api.tokens.create(caller, body).await?;
-    let made = MadeToken { view: TokenView::from(&new.record), token: new.token };
+    let made = MadeToken {
+        view: TokenView::from(&new.record),
+        token: new.token,
+    };
     let location = format!("/v1/tokens/{}", made.view.id);
-    Ok(reply::shown_once(reply::created(&location, (made, revision))))
+    Ok(reply::shown_once(reply::created(
+        &location,
+        (made, revision),
+    )))
 }
 
 #[utoipa::path(get, path = "/v1/tokens", operation_id = "list_tokens", tag = "tokens",
     params(ListQuery), responses((status = 200, description = "Oldest first.", body = Page<TokenView>)))]
 async fn list_tokens(State(api): State<Api>, Query(query): Query<ListQuery>) -> Reply {
-    let found = api.tokens.list(page_of(query.page_size, query.cursor, PAGES)?).await?;
-    let items = found.items.iter().map(|(token, revision)| (TokenView::from(token), *revision)).collect();
-    Ok(reply::page(PageOf { items, next: found.next }))
+    let found = api
+        .tokens
+        .list(page_of(query.page_size, query.cursor, PAGES)?)
+        .await?;
+    let items = found
+        .items
+        .iter()
+        .map(|(token, revision)| (TokenView::from(token), *revision))
+        .collect();
+    Ok(reply::page(PageOf {
+        items,
+        next: found.next,
+    }))
 }
 
 #[utoipa::path(get, path = "/v1/tokens/{id}", operation_id = "get_token", tag = "tokens",
@@ -65,7 +88,10 @@ async fn list_tokens(State(api): State<Api>, Query(query): Query<ListQuery>) -> 
     responses((status = 200, description = "What may be seen of it.", body = TokenView)))]
 async fn get_token(State(api): State<Api>, Path(id): Path<TokenId>, headers: HeaderMap) -> Reply {
     let (token, revision) = api.tokens.get(id).await?;
-    Ok(reply::found_unless(&headers, (TokenView::from(&token), revision)))
+    Ok(reply::found_unless(
+        &headers,
+        (TokenView::from(&token), revision),
+    ))
 }
 
 #[utoipa::path(delete, path = "/v1/tokens/{id}", operation_id = "revoke_token", tag = "tokens",

@@ -3,7 +3,10 @@
 use axum::{extract::State, http::HeaderMap};
 use serde::Deserialize;
 use utoipa_axum::{router::OpenApiRouter, routes};
-use windlass_domain::{name::CellName, workspace::{Cell, Workspace}};
+use windlass_domain::{
+    name::CellName,
+    workspace::{Cell, Workspace},
+};
 
 use super::{
     Api,
@@ -15,7 +18,10 @@ use crate::service::{
     workspaces::{AddCell, CreateWorkspace, UpdateCell, UpdateWorkspace, WorkspaceFilter},
 };
 
-const PAGES: PageLimits = PageLimits { default: 10, max: 50 };
+const PAGES: PageLimits = PageLimits {
+    default: 10,
+    max: 50,
+};
 
 pub(super) fn router() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
@@ -50,37 +56,66 @@ pub(super) struct Confirm {
 
 #[utoipa::path(post, path = "/v1/workspaces", operation_id = "create_workspace", tag = "workspaces",
     request_body = CreateWorkspace, responses((status = 201, description = "Made.", body = Workspace)))]
-async fn create_workspace(State(api): State<Api>, caller: Caller, Json(body): Json<CreateWorkspace>) -> Reply {
+async fn create_workspace(
+    State(api): State<Api>,
+    caller: Caller,
+    Json(body): Json<CreateWorkspace>,
+) -> Reply {
     let made = api.workspaces.create(caller, body).await?;
-    Ok(reply::created(&format!("/v1/workspaces/{}", made.0.name), made))
+    Ok(reply::created(
+        &format!("/v1/workspaces/{}", made.0.name),
+        made,
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces", operation_id = "list_workspaces", tag = "workspaces",
     params(ListWorkspaces), responses((status = 200, description = "By identifier.", body = Page<Workspace>)))]
 async fn list_workspaces(State(api): State<Api>, Query(query): Query<ListWorkspaces>) -> Reply {
     let page = page_of(query.page_size, query.cursor, PAGES)?;
-    let filter = WorkspaceFilter { search: query.search };
+    let filter = WorkspaceFilter {
+        search: query.search,
+    };
     Ok(reply::page(api.workspaces.list(&filter, page).await?))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}", operation_id = "get_workspace", tag = "workspaces",
     params(("ws" = String, Path, description = "The workspace's identifier.")),
     responses((status = 200, description = "The workspace.", body = Workspace)))]
-async fn get_workspace(State(api): State<Api>, Path(ws): Path<String>, headers: HeaderMap) -> Reply {
-    Ok(reply::found_unless(&headers, api.workspaces.get(&ws).await?))
+async fn get_workspace(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    headers: HeaderMap,
+) -> Reply {
+    Ok(reply::found_unless(
+        &headers,
+        api.workspaces.get(&ws).await?,
+    ))
 }
 
 #[utoipa::path(put, path = "/v1/workspaces/{ws}", operation_id = "update_workspace", tag = "workspaces",
     params(("ws" = String, Path, description = "The workspace's identifier.")),
     request_body = UpdateWorkspace, responses((status = 200, description = "Changed; what is not given stays.", body = Workspace)))]
-async fn update_workspace(State(api): State<Api>, caller: Caller, Path(ws): Path<String>, if_match: IfMatch, Json(body): Json<UpdateWorkspace>) -> Reply {
-    Ok(reply::found(api.workspaces.update(caller, &ws, if_match.0, body).await?))
+async fn update_workspace(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(ws): Path<String>,
+    if_match: IfMatch,
+    Json(body): Json<UpdateWorkspace>,
+) -> Reply {
+    Ok(reply::found(
+        api.workspaces.update(caller, &ws, if_match.0, body).await?,
+    ))
 }
 
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}", operation_id = "delete_workspace", tag = "workspaces",
     params(("ws" = String, Path, description = "The workspace's identifier."), Confirm),
     responses((status = 204, description = "Deleted.")))]
-async fn delete_workspace(State(api): State<Api>, caller: Caller, Path(ws): Path<String>, Query(query): Query<Confirm>) -> Reply {
+async fn delete_workspace(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(ws): Path<String>,
+    Query(query): Query<Confirm>,
+) -> Reply {
     api.workspaces.delete(caller, &ws, &query.confirm).await?;
     Ok(reply::nothing())
 }
@@ -88,9 +123,20 @@ async fn delete_workspace(State(api): State<Api>, caller: Caller, Path(ws): Path
 #[utoipa::path(post, path = "/v1/workspaces/{ws}/cells", operation_id = "add_cell", tag = "workspaces",
     params(("ws" = String, Path, description = "The workspace's identifier.")),
     request_body = AddCell, responses((status = 201, description = "Added: the workspace as it is now, with its ETag.", body = Workspace)))]
-async fn add_cell(State(api): State<Api>, caller: Caller, Path(ws): Path<String>, if_match: IfMatch, Json(body): Json<AddCell>) -> Reply {
+async fn add_cell(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(ws): Path<String>,
+    if_match: IfMatch,
+    Json(body): Json<AddCell>,
+) -> Reply {
     let location = format!("/v1/workspaces/{ws}/cells/{}", body.name);
-    Ok(reply::created(&location, api.workspaces.add_cell(caller, &ws, if_match.0, body).await?))
+    Ok(reply::created(
+        &location,
+        api.workspaces
+            .add_cell(caller, &ws, if_match.0, body)
+            .await?,
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/cells", operation_id = "list_cells", tag = "workspaces",
@@ -98,7 +144,13 @@ async fn add_cell(State(api): State<Api>, caller: Caller, Path(ws): Path<String>
     responses((status = 200, description = "All cells, on one page; the ETag is the workspace's.", body = Page<Cell>)))]
 async fn list_cells(State(api): State<Api>, Path(ws): Path<String>) -> Reply {
     let (workspace, revision) = api.workspaces.get(&ws).await?;
-    Ok(reply::found((Page { items: workspace.cells, next_cursor: None }, revision)))
+    Ok(reply::found((
+        Page {
+            items: workspace.cells,
+            next_cursor: None,
+        },
+        revision,
+    )))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/cells/{cell}", operation_id = "get_cell", tag = "workspaces",
@@ -114,6 +166,16 @@ async fn get_cell(State(api): State<Api>, Path((ws, cell)): Path<(String, CellNa
 #[utoipa::path(put, path = "/v1/workspaces/{ws}/cells/{cell}", operation_id = "update_cell", tag = "workspaces",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("cell" = String, Path, description = "The cell's identifier.")),
     request_body = UpdateCell, responses((status = 200, description = "Changed: the workspace as it is now.", body = Workspace)))]
-async fn update_cell(State(api): State<Api>, caller: Caller, Path((ws, cell)): Path<(String, CellName)>, if_match: IfMatch, Json(body): Json<UpdateCell>) -> Reply {
-    Ok(reply::found(api.workspaces.update_cell(caller, &ws, &cell, if_match.0, body).await?))
+async fn update_cell(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((ws, cell)): Path<(String, CellName)>,
+    if_match: IfMatch,
+    Json(body): Json<UpdateCell>,
+) -> Reply {
+    Ok(reply::found(
+        api.workspaces
+            .update_cell(caller, &ws, &cell, if_match.0, body)
+            .await?,
+    ))
 }

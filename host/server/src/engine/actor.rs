@@ -253,7 +253,10 @@ impl Actor {
         let mut next = Some(first);
         let mut more = false;
         loop {
-            let mut batch = Batch { more, ..Batch::default() };
+            let mut batch = Batch {
+                more,
+                ..Batch::default()
+            };
             while let Some(command) = next.take() {
                 crash_point("engine.before_apply");
                 next = self.take(&mut batch, command);
@@ -608,7 +611,10 @@ impl Actor {
             if let Some((current, _)) = current
                 && current.release != manifest.release
             {
-                txn = txn.put(rows::installed_before(*instance, *server), rows::encode(&current));
+                txn = txn.put(
+                    rows::installed_before(*instance, *server),
+                    rows::encode(&current),
+                );
             }
             txn = txn.put(key, rows::encode(manifest));
         }

@@ -323,7 +323,10 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
                 let mut weights = weights_of_parent(job, unit).await?;
                 for pool in mine {
                     if !weights.iter().any(|known| known.pool == *pool) {
-                        weights.push(PoolWeight { pool: *pool, weight: pools.weight(*pool, unit.server).await? });
+                        weights.push(PoolWeight {
+                            pool: *pool,
+                            weight: pools.weight(*pool, unit.server).await?,
+                        });
                     }
                 }
                 // Durable before the first weight changes: after a crash the old weights are known.
@@ -430,10 +433,16 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
 
 /// Of a rollback: the weights that the order which is rolled back remembered; what the pool shows now is its 0.
 async fn weights_of_parent(job: &Job, unit: &Unit) -> Result<Vec<PoolWeight>, Steering> {
-    let (Purpose::Rollback { of, .. }, Some(drain)) = (&job.order.purpose, unit.drained_by) else { return Ok(Vec::new()) };
+    let (Purpose::Rollback { of, .. }, Some(drain)) = (&job.order.purpose, unit.drained_by) else {
+        return Ok(Vec::new());
+    };
     let key = rows::node(*of, drain);
-    let row = rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress").await;
-    let row = row.map_err(|error| Steering { message: error.to_string(), repeat: true })?;
+    let row =
+        rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress").await;
+    let row = row.map_err(|error| Steering {
+        message: error.to_string(),
+        repeat: true,
+    })?;
     Ok(row.and_then(|(row, _)| row.remembered).unwrap_or_default())
 }
 
@@ -444,12 +453,8 @@ async fn pause(job: &Job, node: NodeIndex, attempt: u32) {
         return;
     };
     let key = rows::node(job.order.id, node);
-    let row = rows::read::<NodeProgress>(
-        &*job.engine.shared.store,
-        &key,
-        "a node's progress",
-    )
-    .await;
+    let row =
+        rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress").await;
     let started = match row {
         Ok(row) => row.and_then(|(row, _)| row.started_at),
         Err(error) => {
@@ -503,14 +508,7 @@ async fn start_rollback(job: &Job) {
         Ok(planned) => planned,
         Err(reason) => return job.answer(Event::RollbackImpossible(reason)).await,
     };
-    let (id, with) = match new_order_running(planned.order, &planned.plan) {
-        Ok(created) => created,
-        Err(refused) => {
-            return job
-                .answer(Event::RollbackImpossible(refused.to_string()))
-                .await;
-        }
-    };
+    let (id, with) = new_order_running(planned.order, &planned.plan);
     // The rollback order comes into being in the commit that tells its parent.
     let started = job
         .engine
@@ -533,10 +531,11 @@ async fn start_rollback(job: &Job) {
 pub(crate) fn new_order_running(
     mut order: Order,
     plan: &Plan,
-) -> Result<(windlass_domain::id::OrderId, Txn), reducer::Refused> {
+) -> (windlass_domain::id::OrderId, Txn) {
     let mut progress = Progress::load(plan, Control::NotStarted, false, []);
     let at = clock::now();
-    let delta = reducer::apply(plan, &mut progress, Event::Act(Action::Run), at)?;
+    let delta = reducer::apply(plan, &mut progress, Event::Act(Action::Run), at)
+        .expect("an order that nobody has run can be run");
     order.control = progress.control;
     order.state = progress.order_state();
     order.counts = progress.counts(plan);
@@ -548,7 +547,7 @@ pub(crate) fn new_order_running(
             rows::encode_node(progress.node(node)),
         );
     }
-    Ok((order.id, txn))
+    (order.id, txn)
 }
 
 /// The rows of a new order.

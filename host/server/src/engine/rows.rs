@@ -129,7 +129,11 @@ pub(crate) fn installed(instance: InstanceId, server: ServerId) -> Key {
 }
 
 pub(crate) fn installed_before(instance: InstanceId, server: ServerId) -> Key {
-    key(["installed-before", &instance.to_string(), &server.to_string()])
+    key([
+        "installed-before",
+        &instance.to_string(),
+        &server.to_string(),
+    ])
 }
 
 pub(crate) fn unavailable(instance: InstanceId, cell: &str, server: ServerId) -> Key {

@@ -77,10 +77,15 @@ pub async fn back_up(data: &Path, archive: &Path) -> Result<Manifest, BackupFail
         Err(BackupError::Store(StoreError::Locked { .. })) => {}
         done => return Ok(done?),
     }
-    let failed = |source| BackupFailure::NoAnswer { data: data.to_owned(), source };
+    let failed = |source| BackupFailure::NoAnswer {
+        data: data.to_owned(),
+        source,
+    };
     // The server has another working directory.
     let archive = std::path::absolute(archive).map_err(failed)?;
-    let answer = ask(data, &Question::Backup { archive }).await.map_err(failed)?;
+    let answer = ask(data, &Question::Backup { archive })
+        .await
+        .map_err(failed)?;
     match answer {
         Answer::Done(manifest) => Ok(manifest),
         Answer::Failed(reason) => Err(BackupFailure::Refused { reason }),
@@ -94,7 +99,10 @@ async fn ask(data: &Path, question: &Question) -> io::Result<Answer> {
     line.push(b'\n');
     stream.write_all(&line).await?;
     let mut answer = String::new();
-    BufReader::new(stream).take(LINE_MAX_BYTES).read_line(&mut answer).await?;
+    BufReader::new(stream)
+        .take(LINE_MAX_BYTES)
+        .read_line(&mut answer)
+        .await?;
     Ok(serde_json::from_str(&answer)?)
 }
 
@@ -154,7 +162,9 @@ impl Control {
         timeout(LINE_TIMEOUT, reader.read_line(&mut line)).await??;
         let answer = match serde_json::from_str(&line) {
             Ok(Question::Backup { archive }) => self.back_up(&archive).await,
-            Err(error) => Answer::Failed(format!("the question cannot be read: {error}; use the same version of `windlass`")),
+            Err(error) => Answer::Failed(format!(
+                "the question cannot be read: {error}; use the same version of `windlass`"
+            )),
         };
         let mut line = serde_json::to_vec(&answer)?;
         line.push(b'\n');
@@ -164,7 +174,10 @@ impl Control {
     async fn back_up(&self, archive: &Path) -> Answer {
         let files: Vec<SmallFile> = KEY_FILES
             .iter()
-            .map(|name| SmallFile { name: (*name).to_owned(), path: self.data.join(name) })
+            .map(|name| SmallFile {
+                name: (*name).to_owned(),
+                path: self.data.join(name),
+            })
             .filter(|file| file.path.exists())
             .collect();
         match backup::backup(&*self.store, &self.blobs, &files, archive).await {

@@ -1,6 +1,10 @@
 //! TLS of the API's listener.
 
-use std::{net::SocketAddr, path::{Path, PathBuf}, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use rustls::{
     ServerConfig,
@@ -44,7 +48,9 @@ pub(super) fn of(
         Tls::ByAddress if address.ip().is_loopback() => Ok(None),
         Tls::Off => Ok(None),
         Tls::ByAddress | Tls::Own => Ok(Some(identity.tls())),
-        Tls::Files { certificate, key } => files(certificate, key).map(|config| Some(Arc::new(config))),
+        Tls::Files { certificate, key } => {
+            files(certificate, key).map(|config| Some(Arc::new(config)))
+        }
     }
 }
 
@@ -58,7 +64,10 @@ fn files(certificate: &Path, key: &Path) -> Result<ServerConfig, TlsError> {
         .map_err(failed("certificate", certificate))?;
     let private = PrivateKeyDer::from_pem_file(key).map_err(failed("key", key))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let unusable = |source| TlsError::Unusable { path: certificate.to_owned(), source };
+    let unusable = |source| TlsError::Unusable {
+        path: certificate.to_owned(),
+        source,
+    };
     let mut config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .map_err(unusable)?

@@ -8,8 +8,7 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 use windlass_domain::{
-    Digest, Timestamp,
-    dispatch,
+    Digest, Timestamp, dispatch,
     id::{OrderId, ServerId},
     order::{Action, Control, Order, OrderEvent, OrderState, PlanRevision, Purpose, ReleaseSpec},
     plan::{Level, NodeIndex, NodeKind, Plan},
@@ -50,11 +49,25 @@ impl<'de> Deserialize<'de> for CreateOrder {
         use serde::de::Error;
         // Flattening and refusing unknown fields do not go together: take our own fields out first.
         let mut fields = serde_json::Map::deserialize(deserializer)?;
-        let plan_digest = fields.remove("plan_digest").filter(|value| !value.is_null());
-        let plan_digest = plan_digest.map(serde_json::from_value).transpose().map_err(D::Error::custom)?;
-        let run = fields.remove("run").map(serde_json::from_value).transpose().map_err(D::Error::custom)?;
-        let release = ReleaseSpec::deserialize(serde_json::Value::Object(fields)).map_err(D::Error::custom)?;
-        Ok(Self { release, plan_digest, run: run.unwrap_or(false) })
+        let plan_digest = fields
+            .remove("plan_digest")
+            .filter(|value| !value.is_null());
+        let plan_digest = plan_digest
+            .map(serde_json::from_value)
+            .transpose()
+            .map_err(D::Error::custom)?;
+        let run = fields
+            .remove("run")
+            .map(serde_json::from_value)
+            .transpose()
+            .map_err(D::Error::custom)?;
+        let release = ReleaseSpec::deserialize(serde_json::Value::Object(fields))
+            .map_err(D::Error::custom)?;
+        Ok(Self {
+            release,
+            plan_digest,
+            run: run.unwrap_or(false),
+        })
     }
 }
 
@@ -132,27 +145,50 @@ impl Orders {
     ///
     /// # Errors
     /// [`ServiceError`].
-    pub async fn preview(&self, workspace: &str, spec: &ReleaseSpec) -> Result<PlanView, ServiceError> {
+    pub async fn preview(
+        &self,
+        workspace: &str,
+        spec: &ReleaseSpec,
+    ) -> Result<PlanView, ServiceError> {
         check_title(&spec.title)?;
         let plan = self.planner.plan_release(workspace, spec).await?;
         let plan_digest = self.keep(&plan).await?;
-        Ok(PlanView { plan_digest, server_count: plan.units.len(), plan })
+        Ok(PlanView {
+            plan_digest,
+            server_count: plan.units.len(),
+            plan,
+        })
     }
 
     /// Makes an order.
     ///
     /// # Errors
     /// [`ServiceError`]; `plan_drifted` when `plan_digest` names a plan that would be another one today.
-    pub async fn create(&self, caller: Caller, workspace: &str, create: CreateOrder) -> Result<Order, ServiceError> {
-        let CreateOrder { release, plan_digest, run } = create;
+    pub async fn create(
+        &self,
+        caller: Caller,
+        workspace: &str,
+        create: CreateOrder,
+    ) -> Result<Order, ServiceError> {
+        let CreateOrder {
+            release,
+            plan_digest,
+            run,
+        } = create;
         check_title(&release.title)?;
-        let create_refers: BTreeSet<String> = release.targets.iter().map(|target| target.package.to_string()).collect();
+        let create_refers: BTreeSet<String> = release
+            .targets
+            .iter()
+            .map(|target| target.package.to_string())
+            .collect();
         let plan = self.planner.plan_release(workspace, &release).await?;
         let digest = self.keep(&plan).await?;
         if let Some(previewed) = plan_digest.filter(|previewed| *previewed != digest) {
             return Err(self.changed_since(previewed, &plan).await);
         }
-        let spec = engine::store_json(&self.engine.shared.blobs, &release).await.map_err(|error| failed("keep the order's specification", error))?;
+        let spec = engine::store_json(&self.engine.shared.blobs, &release)
+            .await
+            .map_err(|error| failed("keep the order's specification", error))?;
         let at = clock::now();
         let id = OrderId::from_uuid(ids::new_uuid());
         let order = Order {
@@ -163,11 +199,22 @@ impl Orders {
             purpose: Purpose::Release,
             state: OrderState::NotStarted,
             state_reason: String::new(),
-            strategy: plan.strategy.as_ref().map_or_else(String::new, |plugin| format!("{}@{}", plugin.name, plugin.version)),
+            strategy: plan.strategy.as_ref().map_or_else(String::new, |plugin| {
+                format!("{}@{}", plugin.name, plugin.version)
+            }),
             plan: digest,
-            revisions: vec![PlanRevision { revision: 1, digest, author: caller.name.clone(), at, difference: String::new() }],
+            revisions: vec![PlanRevision {
+                revision: 1,
+                digest,
+                author: caller.name.clone(),
+                at,
+                difference: String::new(),
+            }],
             spec,
-            counts: Counts { waiting: u32::try_from(plan.units.len()).unwrap_or(u32::MAX), ..Counts::default() },
+            counts: Counts {
+                waiting: u32::try_from(plan.units.len()).unwrap_or(u32::MAX),
+                ..Counts::default()
+            },
             control: Control::NotStarted,
             stalled: false,
             lock_owner: id,
@@ -181,10 +228,22 @@ impl Orders {
             last_progress_at: None,
         };
         // Who begins to use a package says so in the same commit: a deletion at this moment finds out.
-        let with = create_refers.into_iter().fold(caller.with, |with, package| with.and(records::refer(Kind::Package, &package)));
-        self.engine.create(&order, with).await.map_err(not_committed)?;
+        let with = create_refers
+            .into_iter()
+            .fold(caller.answered(shown(&order)), |with, package| {
+                with.and(records::refer(Kind::Package, &package))
+            });
         if run {
-            self.engine.act(id, Action::Run, &caller.name, windlass_store::Txn::new()).await.map_err(refused)?;
+            // Made and run with one commit: an answer that was lost means both or neither.
+            self.engine
+                .create_running(order, &plan, with)
+                .await
+                .map_err(not_committed)?;
+        } else {
+            self.engine
+                .create(&order, with)
+                .await
+                .map_err(not_committed)?;
         }
         Ok(self.get(workspace, id).await?.0)
     }
@@ -193,9 +252,17 @@ impl Orders {
     ///
     /// # Errors
     /// [`ServiceError::NotFound`].
-    pub async fn get(&self, workspace: &str, id: OrderId) -> Result<(Order, Revision), ServiceError> {
-        let found = rows::read_order(&*self.engine.shared.store, id).await.map_err(|error| failed("read an order", error))?;
-        found.filter(|(order, _)| order.workspace == workspace).ok_or_else(|| no_such_order(id))
+    pub async fn get(
+        &self,
+        workspace: &str,
+        id: OrderId,
+    ) -> Result<(Order, Revision), ServiceError> {
+        let found = rows::read_order(&*self.engine.shared.store, id)
+            .await
+            .map_err(|error| failed("read an order", error))?;
+        found
+            .filter(|(order, _)| order.workspace == workspace)
+            .ok_or_else(|| no_such_order(id))
     }
 
     /// Orders of a workspace, newest first. The cursor is the last order's id.
@@ -219,8 +286,17 @@ impl Orders {
                 .await
                 .map_err(|error| failed("list orders", error))?;
             for entry in &page.entries {
-                let Some(id) = entry.key.segments().next_back().and_then(|id| id.parse().ok()) else { continue };
-                let order = rows::read_order(store, id).await.map_err(|error| failed("read an order", error))?;
+                let Some(id) = entry
+                    .key
+                    .segments()
+                    .next_back()
+                    .and_then(|id| id.parse().ok())
+                else {
+                    continue;
+                };
+                let order = rows::read_order(store, id)
+                    .await
+                    .map_err(|error| failed("read an order", error))?;
                 let Some((order, _)) = order else { continue };
                 if filter.state.is_none_or(|state| state == order.state) {
                     if found.len() == size {
@@ -243,17 +319,28 @@ impl Orders {
     /// [`ServiceError`].
     pub async fn nodes(&self, workspace: &str, id: OrderId) -> Result<Vec<NodeView>, ServiceError> {
         let (_, plan, progress) = self.progress(workspace, id).await?;
-        Ok((0u32..).zip(&plan.nodes).map(|(node, _)| view(&plan, &progress, node)).collect())
+        Ok((0u32..)
+            .zip(&plan.nodes)
+            .map(|(node, _)| view(&plan, &progress, node))
+            .collect())
     }
 
     /// One node with everything that is kept of it: a step's output among it.
     ///
     /// # Errors
     /// [`ServiceError`].
-    pub async fn node(&self, workspace: &str, id: OrderId, node: NodeIndex) -> Result<(NodeView, NodeProgress), ServiceError> {
+    pub async fn node(
+        &self,
+        workspace: &str,
+        id: OrderId,
+        node: NodeIndex,
+    ) -> Result<(NodeView, NodeProgress), ServiceError> {
         let (_, plan, progress) = self.progress(workspace, id).await?;
         if node as usize >= plan.nodes.len() {
-            return Err(ServiceError::NotFound { what: "node of this order", id: node.to_string() });
+            return Err(ServiceError::NotFound {
+                what: "node of this order",
+                id: node.to_string(),
+            });
         }
         Ok((view(&plan, &progress, node), progress.node(node).clone()))
     }
@@ -265,21 +352,39 @@ impl Orders {
     pub async fn plan(&self, workspace: &str, id: OrderId) -> Result<PlanView, ServiceError> {
         let (order, plan, _) = self.progress(workspace, id).await?;
         let plan = std::sync::Arc::unwrap_or_clone(plan);
-        Ok(PlanView { plan_digest: order.plan, server_count: plan.units.len(), plan })
+        Ok(PlanView {
+            plan_digest: order.plan,
+            server_count: plan.units.len(),
+            plan,
+        })
     }
 
     /// Acts on an order; answers its header after it.
     ///
     /// # Errors
     /// [`ServiceError`]; `plan_drifted` when a `run` finds that what was planned from has changed.
-    pub async fn act(&self, caller: Caller, workspace: &str, id: OrderId, action: Action) -> Result<Order, ServiceError> {
+    pub async fn act(
+        &self,
+        caller: Caller,
+        workspace: &str,
+        id: OrderId,
+        action: Action,
+    ) -> Result<Order, ServiceError> {
         let (order, _) = self.get(workspace, id).await?;
         match &action {
             Action::Run | Action::RunNode { .. } if order.control == Control::NotStarted => {
-                let plan = engine::load_plan(&self.engine.shared.blobs, order.plan).await.map_err(|error| failed("read the plan", error))?;
+                let plan = engine::load_plan(&self.engine.shared.blobs, order.plan)
+                    .await
+                    .map_err(|error| failed("read the plan", error))?;
                 // Orders are pinned to the plugins that they were planned with: a newer version is no drift.
                 let drift = self.planner.drift(&plan).await?;
-                let drift: Vec<Drift> = drift.into_iter().filter(|drift| !drift.subject.starts_with("strategy ") && !drift.subject.starts_with("tech stack ")).collect();
+                let drift: Vec<Drift> = drift
+                    .into_iter()
+                    .filter(|drift| {
+                        !drift.subject.starts_with("strategy ")
+                            && !drift.subject.starts_with("tech stack ")
+                    })
+                    .collect();
                 if !drift.is_empty() {
                     return Err(drifted(&drift));
                 }
@@ -297,24 +402,58 @@ impl Orders {
             | Action::Unlock { .. }
             | Action::RollBack { .. } => {}
         }
-        self.engine.act(id, action, &caller.name, caller.with).await.map_err(refused)?;
+        let with = caller.answered(shown(&order));
+        self.engine
+            .act(id, action, &caller.name, with)
+            .await
+            .map_err(refused)?;
         Ok(self.get(workspace, id).await?.0)
     }
 
     /// Makes and runs a rollback of an order that has ended; answers the new order.
-    async fn roll_back_ended(&self, caller: Caller, order: Order, reason: &str) -> Result<Order, ServiceError> {
-        let conflict = |code, message: String, mend: &str| ServiceError::Conflict { code, message, mend: mend.to_owned() };
+    async fn roll_back_ended(
+        &self,
+        caller: Caller,
+        order: Order,
+        reason: &str,
+    ) -> Result<Order, ServiceError> {
+        let conflict = |code, message: String, mend: &str| ServiceError::Conflict {
+            code,
+            message,
+            mend: mend.to_owned(),
+        };
         if let Purpose::Rollback { .. } = order.purpose {
-            return Err(conflict("rollback_of_rollback", "a rollback order cannot be rolled back".to_owned(), "release the wanted version instead"));
+            return Err(conflict(
+                "rollback_of_rollback",
+                "a rollback order cannot be rolled back".to_owned(),
+                "release the wanted version instead",
+            ));
         }
         if let Some(by) = order.rolled_back_by {
-            return Err(conflict("already_rolled_back", format!("the order was rolled back by {by}"), "look at that order"));
+            return Err(conflict(
+                "already_rolled_back",
+                format!("the order was rolled back by {by}"),
+                "look at that order",
+            ));
         }
         let (_, plan, progress) = self.progress(&order.workspace, order.id).await?;
-        let planned = self.planner.rollback(&order, &plan, &progress, reason, &caller.name).await.map_err(|reason| {
-            conflict("nothing_to_roll_back_to", reason, "release the wanted version instead")
-        })?;
-        let id = self.engine.roll_back_ended(order.id, planned, caller.with).await.map_err(refused)?;
+        let planned = self
+            .planner
+            .rollback(&order, &plan, &progress, reason, &caller.name)
+            .await
+            .map_err(|reason| {
+                conflict(
+                    "nothing_to_roll_back_to",
+                    reason,
+                    "release the wanted version instead",
+                )
+            })?;
+        let with = caller.answered(shown(&planned.order));
+        let id = self
+            .engine
+            .roll_back_ended(order.id, planned, with)
+            .await
+            .map_err(refused)?;
         Ok(self.get(&order.workspace, id).await?.0)
     }
 
@@ -322,28 +461,42 @@ impl Orders {
     ///
     /// # Errors
     /// [`ServiceError`].
-    pub async fn events(&self, workspace: &str, id: OrderId, after: u64, limit: usize) -> Result<Vec<OrderEvent>, ServiceError> {
+    pub async fn events(
+        &self,
+        workspace: &str,
+        id: OrderId,
+        after: u64,
+        limit: usize,
+    ) -> Result<Vec<OrderEvent>, ServiceError> {
         self.get(workspace, id).await?;
         let store = &*self.engine.shared.store;
         let prefix = rows::events(id);
         // A row holds the events of one commit under the first of them: the row at or before the wanted one comes first.
         let start = rows::event(id, after.saturating_add(1));
-        let at = store.scan_reverse(&prefix, Some(&rows::event(id, after.saturating_add(2))), 1).await;
+        let at = store
+            .scan_reverse(&prefix, Some(&rows::event(id, after.saturating_add(2))), 1)
+            .await;
         let at = at.map_err(|error| failed("read an order's events", error))?;
         let mut entries = at.entries;
         let from = entries.first().map_or(start, |entry| entry.key.clone());
         let mut events = Vec::new();
         loop {
             for entry in &entries {
-                let decoded = rows::decode_events(entry).map_err(|error| failed("read an order's events", error))?;
+                let decoded = rows::decode_events(entry)
+                    .map_err(|error| failed("read an order's events", error))?;
                 events.extend(decoded.into_iter().filter(|event| event.seq > after));
             }
             if events.len() >= limit {
                 events.truncate(limit);
                 return Ok(events);
             }
-            let last = entries.last().map_or_else(|| from.clone(), |entry| entry.key.clone());
-            let page = store.scan(&prefix, Some(&last), 100).await.map_err(|error| failed("read an order's events", error))?;
+            let last = entries
+                .last()
+                .map_or_else(|| from.clone(), |entry| entry.key.clone());
+            let page = store
+                .scan(&prefix, Some(&last), 100)
+                .await
+                .map_err(|error| failed("read an order's events", error))?;
             if page.entries.is_empty() {
                 return Ok(events);
             }
@@ -357,11 +510,16 @@ impl Orders {
     /// [`ServiceError::Unavailable`].
     pub async fn watch(&self, id: OrderId) -> Result<Watch, ServiceError> {
         let store = &*self.engine.shared.store;
-        let revision = store.revision().await.map_err(|error| failed("watch an order", error))?;
+        let revision = store
+            .revision()
+            .await
+            .map_err(|error| failed("watch an order", error))?;
         store
             .watch(&rows::events(id), revision)
             .await
-            .map_err(|error| ServiceError::Unavailable { message: error.to_string() })
+            .map_err(|error| ServiceError::Unavailable {
+                message: error.to_string(),
+            })
     }
 
     /// A server as it is now: its session, and where it is in the life of a release. The record knows neither for sure.
@@ -370,21 +528,34 @@ impl Orders {
     /// [`ServiceError`].
     pub async fn server_now(&self, mut server: Server) -> Result<Server, ServiceError> {
         let online = self.engine.shared.agents.is_online(server.id);
-        server.connection = if online { ConnectionState::Online } else { ConnectionState::Offline };
+        server.connection = if online {
+            ConnectionState::Online
+        } else {
+            ConnectionState::Offline
+        };
         if let Some(instance) = server.instance {
             let state = self.engine.release_state(instance, server.id).await;
-            server.release_state = state.map_err(|error| failed("read a server's release state", error))?;
+            server.release_state =
+                state.map_err(|error| failed("read a server's release state", error))?;
         }
         Ok(server)
     }
 
-    async fn progress(&self, workspace: &str, id: OrderId) -> Result<(Order, std::sync::Arc<Plan>, Progress), ServiceError> {
+    async fn progress(
+        &self,
+        workspace: &str,
+        id: OrderId,
+    ) -> Result<(Order, std::sync::Arc<Plan>, Progress), ServiceError> {
         let found = self.engine.progress(id).await.map_err(refused)?;
-        found.filter(|(order, ..)| order.workspace == workspace).ok_or_else(|| no_such_order(id))
+        found
+            .filter(|(order, ..)| order.workspace == workspace)
+            .ok_or_else(|| no_such_order(id))
     }
 
     async fn keep(&self, plan: &Plan) -> Result<Digest, ServiceError> {
-        engine::store_json(&self.engine.shared.blobs, plan).await.map_err(|error| failed("keep the plan", error))
+        engine::store_json(&self.engine.shared.blobs, plan)
+            .await
+            .map_err(|error| failed("keep the plan", error))
     }
 
     /// Why a previewed plan is not the one that would be made now.
@@ -395,12 +566,21 @@ impl Orders {
                 return ServiceError::Invalid {
                     code: "no_such_preview",
                     field: "/plan_digest".to_owned(),
-                    message: format!("there is no previewed plan with the digest {previewed}: previews are kept for a day"),
+                    message: format!(
+                        "there is no previewed plan with the digest {previewed}: previews are kept for a day"
+                    ),
                     mend: "preview the order again and use the digest that it gives".to_owned(),
                 };
             }
         };
-        let subjects: Vec<String> = before.reads.keys().chain(now.reads.keys()).cloned().collect::<BTreeSet<_>>().into_iter().collect();
+        let subjects: Vec<String> = before
+            .reads
+            .keys()
+            .chain(now.reads.keys())
+            .cloned()
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .collect();
         let changed = engine::differences(&before, &subjects, &now.reads);
         if changed.is_empty() {
             return ServiceError::Conflict {
@@ -411,6 +591,11 @@ impl Orders {
         }
         drifted(&changed)
     }
+}
+
+/// An order as its idempotency record keeps it.
+fn shown(order: &Order) -> serde_json::Value {
+    serde_json::to_value(order).unwrap_or_default()
 }
 
 fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
@@ -424,7 +609,9 @@ fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
         | windlass_domain::progress::Admission::Admitted => None,
     };
     let gate = match &planned.kind {
-        NodeKind::Gate { message } if progress.state(node) == NodeState::AwaitingConfirmation => Some(message.clone()),
+        NodeKind::Gate { message } if progress.state(node) == NodeState::AwaitingConfirmation => {
+            Some(message.clone())
+        }
         NodeKind::Gate { .. }
         | NodeKind::Sequence
         | NodeKind::Parallel { .. }
@@ -456,7 +643,12 @@ fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
         attempt: row.attempt,
         started_at: row.started_at,
         finished_at: row.finished_at,
-        message: row.locked.clone().or(held).or(gate).unwrap_or_else(|| row.message.clone()),
+        message: row
+            .locked
+            .clone()
+            .or(held)
+            .or(gate)
+            .unwrap_or_else(|| row.message.clone()),
         drift: row.drift.clone(),
         remembered: row.remembered.clone().unwrap_or_default(),
         exit_code: row.result.as_ref().and_then(|result| result.exit_code),
@@ -464,52 +656,90 @@ fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
 }
 
 fn check_title(title: &str) -> Result<(), ServiceError> {
-    windlass_domain::name::check_length("the title", title, 1, 50).map_err(|error| ServiceError::of_value(("title", error)))
+    windlass_domain::name::check_length("the title", title, 1, 50)
+        .map_err(|error| ServiceError::of_value(("title", error)))
 }
 
 fn drifted(drift: &[Drift]) -> ServiceError {
-    let texts: Vec<String> =
-        drift.iter().map(|drift| format!("{}: was {}, is {}", drift.subject, drift.before, drift.after)).collect();
+    let texts: Vec<String> = drift
+        .iter()
+        .map(|drift| {
+            format!(
+                "{}: was {}, is {}",
+                drift.subject, drift.before, drift.after
+            )
+        })
+        .collect();
     ServiceError::Conflict {
         code: "plan_drifted",
-        message: format!("what the plan was made from has changed since: {}", texts.join("; ")),
+        message: format!(
+            "what the plan was made from has changed since: {}",
+            texts.join("; ")
+        ),
         mend: "preview again and make a new order from it".to_owned(),
     }
 }
 
 fn no_such_order(id: OrderId) -> ServiceError {
-    ServiceError::NotFound { what: "order", id: id.to_string() }
+    ServiceError::NotFound {
+        what: "order",
+        id: id.to_string(),
+    }
 }
 
-fn failed(doing: &'static str, source: impl std::error::Error + Send + Sync + 'static) -> ServiceError {
-    ServiceError::Internal { doing, source: Box::new(source) }
+fn failed(
+    doing: &'static str,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> ServiceError {
+    ServiceError::Internal {
+        doing,
+        source: Box::new(source),
+    }
 }
 
 /// A conflict can only be one on the idempotency record: the order's id is new.
 fn not_committed(error: CommitError) -> ServiceError {
     match error {
         CommitError::Conflict { .. } => ServiceError::Replay,
-        error @ (CommitError::Limit(_) | CommitError::LeaseOver { .. } | CommitError::Store(_)) => error.into(),
+        error @ (CommitError::Limit(_) | CommitError::LeaseOver { .. } | CommitError::Store(_)) => {
+            error.into()
+        }
     }
 }
 
 /// The engine's refusals in the words of services.
 fn refused(error: ActError) -> ServiceError {
     let message = error.to_string();
-    let conflict = |code, mend: &str| ServiceError::Conflict { code, message: message.clone(), mend: mend.to_owned() };
+    let conflict = |code, mend: &str| ServiceError::Conflict {
+        code,
+        message: message.clone(),
+        mend: mend.to_owned(),
+    };
     match error {
         ActError::NoSuchOrder(id) => no_such_order(id),
         ActError::Refused(refused) => match refused {
             Refused::Terminal => conflict("order_ended", "make a new order"),
-            Refused::NotCurrent { .. } | Refused::WrongState { .. } => {
-                conflict("wrong_state", "look at the order's state and choose an action that fits it")
+            Refused::NotCurrent { .. } | Refused::WrongState { .. } => conflict(
+                "wrong_state",
+                "look at the order's state and choose an action that fits it",
+            ),
+            Refused::NoSuchNode { node, .. } => ServiceError::NotFound {
+                what: "node of this order",
+                id: node.to_string(),
+            },
+            Refused::WrongLevel { .. } => {
+                conflict("wrong_level", "choose a node of the level named")
             }
-            Refused::NoSuchNode { node, .. } => ServiceError::NotFound { what: "node of this order", id: node.to_string() },
-            Refused::WrongLevel { .. } => conflict("wrong_level", "choose a node of the level named"),
-            Refused::Nothing { .. } => conflict("nothing_to_do", "look at the order's nodes for their states"),
+            Refused::Nothing { .. } => conflict(
+                "nothing_to_do",
+                "look at the order's nodes for their states",
+            ),
             Refused::NotReady { .. } => conflict("not_ready", "run what comes before it first"),
         },
-        ActError::Held { .. } => conflict("server_held", "wait until the other order has ended, or end it"),
+        ActError::Held { .. } => conflict(
+            "server_held",
+            "wait until the other order has ended, or end it",
+        ),
         ActError::Busy(_) => ServiceError::Unavailable { message },
         ActError::Row { source, .. } => failed("read the order", source),
         ActError::Plan { source, .. } => failed("read the order's plan", source),

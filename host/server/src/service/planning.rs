@@ -21,8 +21,7 @@ use std::{
 use async_trait::async_trait;
 use semver::VersionReq;
 use windlass_domain::{
-    Digest,
-    dispatch,
+    Digest, dispatch,
     expand::{self, PartInput, PlanInput, ServerInput},
     id::{InstanceId, OrderId, ServerId},
     instance::{Binding, ServiceInstance},
@@ -31,9 +30,9 @@ use windlass_domain::{
     package::Package,
     plan::{NodeIndex, NodeKind, Part, Plan, Read, StepTemplate, TrafficAction},
     plugin::{
-        Judgement, JudgeRequest, LifecyclePlan, LifecycleRequest, Observation, OnFailure, Phase, PluginKind,
-        RollbackRequest, ServerFacts, StackStep, StrategyApp, StrategyPlan, StrategyRequest, StrategyServer, UnitProgress,
-        UnitState, Wishes,
+        JudgeRequest, Judgement, LifecyclePlan, LifecycleRequest, Observation, OnFailure, Phase,
+        PluginKind, RollbackRequest, ServerFacts, StackStep, StrategyApp, StrategyPlan,
+        StrategyRequest, StrategyServer, UnitProgress, UnitState, Wishes,
     },
     progress::{NodeState, Progress},
     reducer,
@@ -45,7 +44,10 @@ use windlass_domain::{
 use windlass_runtime::{Plugin, Plugins};
 use windlass_store::{Blobs, Store};
 
-use super::{ServiceError, apps::Apps, instances::Instances, packages::Packages, servers::Servers, workspaces::Workspaces};
+use super::{
+    ServiceError, apps::Apps, instances::Instances, packages::Packages, servers::Servers,
+    workspaces::Workspaces,
+};
 use crate::{
     clock,
     engine::{self, Agents, PlannedRollback, Planning, rows},
@@ -53,8 +55,15 @@ use crate::{
 };
 
 /// Phases of a release, in order.
-const RELEASE_PHASES: [Phase; 7] =
-    [Phase::Prepare, Phase::Install, Phase::Configure, Phase::Stop, Phase::Deploy, Phase::Start, Phase::Check];
+const RELEASE_PHASES: [Phase; 7] = [
+    Phase::Prepare,
+    Phase::Install,
+    Phase::Configure,
+    Phase::Stop,
+    Phase::Deploy,
+    Phase::Start,
+    Phase::Check,
+];
 
 /// Applications of one order.
 const MAX_TARGETS: usize = 100;
@@ -101,20 +110,29 @@ impl Planner {
     /// A planner over these parts.
     #[must_use]
     pub fn new(parts: PlannerParts) -> Self {
-        Self { parts: Arc::new(parts) }
+        Self {
+            parts: Arc::new(parts),
+        }
     }
 
     /// Plans a release. Nothing is written.
     ///
     /// # Errors
     /// [`ServiceError`] names the field, the plugin, or the rule that a plugin's answer broke.
-    pub async fn plan_release(&self, workspace: &str, spec: &ReleaseSpec) -> Result<Plan, ServiceError> {
+    pub async fn plan_release(
+        &self,
+        workspace: &str,
+        spec: &ReleaseSpec,
+    ) -> Result<Plan, ServiceError> {
         let (workspace, _) = self.parts.workspaces.get(workspace).await?;
         if spec.targets.is_empty() || spec.targets.len() > MAX_TARGETS {
             return Err(ServiceError::Limit {
                 code: "targets_out_of_range",
                 field: "/targets".to_owned(),
-                message: format!("an order releases 1 to {MAX_TARGETS} service instances, and this one names {}", spec.targets.len()),
+                message: format!(
+                    "an order releases 1 to {MAX_TARGETS} service instances, and this one names {}",
+                    spec.targets.len()
+                ),
                 limit: MAX_TARGETS as u64,
                 current: spec.targets.len() as u64,
                 mend: "name the service instances to release, and split larger releases".to_owned(),
@@ -129,7 +147,10 @@ impl Planner {
                 return Err(invalid(
                     "target_twice",
                     format!("/targets/{index}/instance"),
-                    format!("the application `{}` stands in this order twice", part.app_name),
+                    format!(
+                        "the application `{}` stands in this order twice",
+                        part.app_name
+                    ),
                     "name each application once",
                 ));
             }
@@ -137,16 +158,26 @@ impl Planner {
         }
         let names: Vec<&str> = chosen.iter().map(|part| part.app_name.as_str()).collect();
         let stage_of = stages(&names, &spec.dependencies).map_err(|error| {
-            invalid("dependencies_invalid", "/dependencies".to_owned(), error.to_string(), "mend the dependencies")
+            invalid(
+                "dependencies_invalid",
+                "/dependencies".to_owned(),
+                error.to_string(),
+                "mend the dependencies",
+            )
         })?;
         chosen.sort_by_key(|part| stage_of.get(&part.app_name).copied().unwrap_or(1));
 
         let strategy = self.strategy(&spec.strategy)?;
-        strategy.validate_parameters(&spec.parameters).map_err(|faults| parameters_invalid("/parameters", &strategy, &faults))?;
+        strategy
+            .validate_parameters(&spec.parameters)
+            .map_err(|faults| parameters_invalid("/parameters", &strategy, &faults))?;
 
         let mut reads = BTreeMap::new();
         reads.insert("cells".to_owned(), read_cells(&workspace));
-        reads.insert(plugin_subject(PluginKind::DeploymentStrategy, &strategy.reference().name), read_plugin(strategy.reference()));
+        reads.insert(
+            plugin_subject(PluginKind::DeploymentStrategy, &strategy.reference().name),
+            read_plugin(strategy.reference()),
+        );
         let mut parts = Vec::with_capacity(chosen.len());
         for part in &chosen {
             parts.push(self.part(&workspace, spec, part, &mut reads).await?);
@@ -162,11 +193,19 @@ impl Planner {
                     stage: stage_of.get(&part.app_name).copied().unwrap_or(1),
                     has_pools: !part.instance.pools.is_empty(),
                     target_version: part.package.version.to_string(),
-                    servers: part.servers.iter().zip(&input.servers).map(|((server, _), input)| self.strategy_server(&workspace, server, input)).collect(),
+                    servers: part
+                        .servers
+                        .iter()
+                        .zip(&input.servers)
+                        .map(|((server, _), input)| self.strategy_server(&workspace, server, input))
+                        .collect(),
                 })
                 .collect(),
         };
-        let answer = strategy.plan(&request).await.map_err(|error| plugin_failed(&error))?;
+        let answer = strategy
+            .plan(&request)
+            .await
+            .map_err(|error| plugin_failed(&error))?;
         let input = PlanInput {
             strategy: Some(strategy.reference().clone()),
             limits: spec.limits.clone(),
@@ -177,8 +216,13 @@ impl Planner {
         };
         expand::expand(input, &answer).map_err(|bad| ServiceError::Plugin {
             code: "plan_refused",
-            message: format!("the plan that `{}` made is refused: {bad}", strategy.reference().name),
-            mend: "change the order's parameters or limits, or mend the plugin; no server was touched".to_owned(),
+            message: format!(
+                "the plan that `{}` made is refused: {bad}",
+                strategy.reference().name
+            ),
+            mend:
+                "change the order's parameters or limits, or mend the plugin; no server was touched"
+                    .to_owned(),
         })
     }
 
@@ -186,27 +230,50 @@ impl Planner {
     ///
     /// # Errors
     /// [`ServiceError`] when something cannot be read.
-    pub async fn drift(&self, plan: &Plan) -> Result<Vec<windlass_domain::progress::Drift>, ServiceError> {
+    pub async fn drift(
+        &self,
+        plan: &Plan,
+    ) -> Result<Vec<windlass_domain::progress::Drift>, ServiceError> {
         let subjects: Vec<String> = plan.reads.keys().cloned().collect();
         let now = self.current(plan, &subjects).await?;
         Ok(engine::differences(plan, &subjects, &now))
     }
 
-    async fn choose(&self, workspace: &Workspace, index: usize, target: &Target) -> Result<Chosen, ServiceError> {
+    async fn choose(
+        &self,
+        workspace: &Workspace,
+        index: usize,
+        target: &Target,
+    ) -> Result<Chosen, ServiceError> {
         let field = |name: &str| format!("/targets/{index}/{name}");
-        let (instance, _) = self.parts.instances.get(workspace.name.as_str(), target.instance).await?;
-        let (package, _) = self.parts.packages.get(workspace.name.as_str(), target.package).await?;
+        let (instance, _) = self
+            .parts
+            .instances
+            .get(workspace.name.as_str(), target.instance)
+            .await?;
+        let (package, _) = self
+            .parts
+            .packages
+            .get(workspace.name.as_str(), target.package)
+            .await?;
         let (app, _) = self.parts.apps.get(&instance.app.to_string()).await?;
         if package.app != instance.app {
             return Err(invalid(
                 "package_of_other_application",
                 field("package"),
-                format!("the package {} is not one of the application `{}`", target.package, app.name),
+                format!(
+                    "the package {} is not one of the application `{}`",
+                    target.package, app.name
+                ),
                 "choose a package of the instance's application",
             ));
         }
         for cell in &target.cells {
-            if !workspace.cells.iter().any(|known| known.name.as_str() == cell) {
+            if !workspace
+                .cells
+                .iter()
+                .any(|known| known.name.as_str() == cell)
+            {
                 return Err(invalid(
                     "no_such_cell",
                     field("cells"),
@@ -216,11 +283,18 @@ impl Planner {
             }
         }
         check_environment(&field("parameters"), &target.parameters)?;
-        let wanted = instance.tech_stack_version.as_ref().unwrap_or(&app.tech_stack.version);
+        let wanted = instance
+            .tech_stack_version
+            .as_ref()
+            .unwrap_or(&app.tech_stack.version);
         let stack = self
             .parts
             .plugins
-            .get_of_kind(PluginKind::TechStack, app.tech_stack.name.as_str(), specific(wanted))
+            .get_of_kind(
+                PluginKind::TechStack,
+                app.tech_stack.name.as_str(),
+                specific(wanted),
+            )
             .map_err(|error| lookup_failed(&error))?;
         stack
             .validate_parameters(&instance.parameters)
@@ -230,19 +304,37 @@ impl Planner {
             return Err(invalid(
                 "no_servers",
                 field("instance"),
-                format!("the service instance `{}` has no servers in the cells to be released", instance.name),
+                format!(
+                    "the service instance `{}` has no servers in the cells to be released",
+                    instance.name
+                ),
                 "bind servers to it first, or choose other cells",
             ));
         }
         let parameters = target.parameters.clone();
-        Ok(Chosen { instance, app_name: app.name.to_string(), package, stack, servers, parameters })
+        Ok(Chosen {
+            instance,
+            app_name: app.name.to_string(),
+            package,
+            stack,
+            servers,
+            parameters,
+        })
     }
 
     /// The servers bound to an instance, in some cells, by name.
-    async fn bound(&self, instance: &ServiceInstance, cells: &[String]) -> Result<Vec<(Server, Binding)>, ServiceError> {
+    async fn bound(
+        &self,
+        instance: &ServiceInstance,
+        cells: &[String],
+    ) -> Result<Vec<(Server, Binding)>, ServiceError> {
         let mut servers = Vec::new();
         for binding in self.parts.instances.bindings(instance.id).await? {
-            let (server, _) = self.parts.servers.get(instance.workspace.as_str(), binding.server).await?;
+            let (server, _) = self
+                .parts
+                .servers
+                .get(instance.workspace.as_str(), binding.server)
+                .await?;
             if cells.is_empty() || cells.iter().any(|cell| *cell == cell_of(&server)) {
                 servers.push((server, binding));
             }
@@ -258,7 +350,14 @@ impl Planner {
         chosen: &Chosen,
         reads: &mut BTreeMap<String, Read>,
     ) -> Result<PartInput, ServiceError> {
-        let Chosen { instance, app_name, package, stack, servers, parameters } = chosen;
+        let Chosen {
+            instance,
+            app_name,
+            package,
+            stack,
+            servers,
+            parameters,
+        } = chosen;
         let mut env: Environment = [
             ("WINDLASS_WORKSPACE", workspace.name.as_str()),
             ("WINDLASS_APPLICATION", app_name.as_str()),
@@ -277,24 +376,42 @@ impl Planner {
             parameters: instance.parameters.clone(),
             env: env.clone(),
             phases: RELEASE_PHASES.to_vec(),
-            servers: servers.iter().map(|(server, binding)| facts(server, binding)).collect(),
+            servers: servers
+                .iter()
+                .map(|(server, binding)| facts(server, binding))
+                .collect(),
         };
-        let steps = stack.lifecycle(&request).await.map_err(|error| plugin_failed(&error))?;
+        let steps = stack
+            .lifecycle(&request)
+            .await
+            .map_err(|error| plugin_failed(&error))?;
         let mine = [
             (instance_subject(app_name), read_instance(instance)),
             (package_subject(app_name), read_package(package)),
-            (plugin_subject(PluginKind::TechStack, &stack.reference().name), read_plugin(stack.reference())),
+            (
+                plugin_subject(PluginKind::TechStack, &stack.reference().name),
+                read_plugin(stack.reference()),
+            ),
             (members_subject(app_name), read_members(servers)),
         ];
-        let mut common: Vec<String> = mine[..2].iter().map(|(subject, _)| subject.clone()).collect();
+        let mut common: Vec<String> = mine[..2]
+            .iter()
+            .map(|(subject, _)| subject.clone())
+            .collect();
         common.sort();
         reads.extend(mine);
         let mut inputs = Vec::with_capacity(servers.len());
         for (server, binding) in servers {
             let installed = self.installed(instance.id, server.id).await?;
             let own = [
-                (server_subject(server.name.as_str()), read_server(server, binding)),
-                (installed_subject(app_name, server.name.as_str()), read_installed(installed.as_ref())),
+                (
+                    server_subject(server.name.as_str()),
+                    read_server(server, binding),
+                ),
+                (
+                    installed_subject(app_name, server.name.as_str()),
+                    read_installed(installed.as_ref()),
+                ),
             ];
             let mut subjects = common.clone();
             subjects.extend(own.iter().map(|(subject, _)| subject.clone()));
@@ -322,7 +439,12 @@ impl Planner {
             start: Vec::new(),
             check: Vec::new(),
         };
-        Ok(PartInput { part, steps, approved, servers: inputs })
+        Ok(PartInput {
+            part,
+            steps,
+            approved,
+            servers: inputs,
+        })
     }
 
     /// A strategy by `name` or `name@version`.
@@ -355,29 +477,47 @@ impl Planner {
         }
     }
 
-    fn strategy_server(&self, workspace: &Workspace, server: &Server, input: &ServerInput) -> StrategyServer {
+    fn strategy_server(
+        &self,
+        workspace: &Workspace,
+        server: &Server,
+        input: &ServerInput,
+    ) -> StrategyServer {
         StrategyServer {
             id: server.id.to_string(),
             name: server.name.to_string(),
             cell: cell_of(server),
             zone: zone_of(workspace, &cell_of(server)),
             healthy: self.parts.agents.is_online(server.id),
-            installed_version: input.installed.as_ref().map(|installed| installed.package.version.clone()),
+            installed_version: input
+                .installed
+                .as_ref()
+                .map(|installed| installed.package.version.clone()),
         }
     }
 
-    async fn installed(&self, instance: InstanceId, server: ServerId) -> Result<Option<Manifest>, ServiceError> {
+    async fn installed(
+        &self,
+        instance: InstanceId,
+        server: ServerId,
+    ) -> Result<Option<Manifest>, ServiceError> {
         let key = rows::installed(instance, server);
         self.manifest(&key).await
     }
 
     async fn manifest(&self, key: &windlass_store::Key) -> Result<Option<Manifest>, ServiceError> {
         let row = rows::read(&*self.parts.store, key, "what is installed").await;
-        Ok(row.map_err(|error| internal("read what is installed", error))?.map(|(manifest, _)| manifest))
+        Ok(row
+            .map_err(|error| internal("read what is installed", error))?
+            .map(|(manifest, _)| manifest))
     }
 
     /// What the subjects are now.
-    async fn current(&self, plan: &Plan, subjects: &[String]) -> Result<BTreeMap<String, Read>, ServiceError> {
+    async fn current(
+        &self,
+        plan: &Plan,
+        subjects: &[String],
+    ) -> Result<BTreeMap<String, Read>, ServiceError> {
         let wanted: HashSet<&str> = subjects.iter().map(String::as_str).collect();
         let mut now = BTreeMap::new();
         for (index, part) in (0u32..).zip(&plan.parts) {
@@ -389,24 +529,36 @@ impl Planner {
             let Some(instance) = instance else { continue };
             let subject = package_subject(&part.key);
             if wanted.contains(subject.as_str())
-                && let Some(package) = self.parts.packages.find_version(instance.workspace.as_str(), part.app, &part.package.version).await?
+                && let Some(package) = self
+                    .parts
+                    .packages
+                    .find_version(instance.workspace.as_str(), part.app, &part.package.version)
+                    .await?
             {
                 now.insert(subject, read_package(&package));
             }
             let subject = plugin_subject(PluginKind::TechStack, &part.stack.name);
             if wanted.contains(subject.as_str()) {
                 let (app, _) = self.parts.apps.get(&part.app.to_string()).await?;
-                let wanted = instance.tech_stack_version.as_ref().unwrap_or(&app.tech_stack.version);
+                let wanted = instance
+                    .tech_stack_version
+                    .as_ref()
+                    .unwrap_or(&app.tech_stack.version);
                 if let Ok(plugin) = self.parts.plugins.get(&part.stack.name, specific(wanted)) {
                     now.insert(subject, read_plugin(plugin.reference()));
                 }
             }
             if wanted.contains("cells")
-                && let Ok((workspace, _)) = self.parts.workspaces.get(instance.workspace.as_str()).await
+                && let Ok((workspace, _)) =
+                    self.parts.workspaces.get(instance.workspace.as_str()).await
             {
                 now.insert("cells".to_owned(), read_cells(&workspace));
             }
-            let units: Vec<_> = plan.units.iter().filter(|unit| unit.part == index).collect();
+            let units: Vec<_> = plan
+                .units
+                .iter()
+                .filter(|unit| unit.part == index)
+                .collect();
             let subject = members_subject(&part.key);
             if wanted.contains(subject.as_str()) {
                 let cells: BTreeSet<String> = units.iter().map(|unit| unit.cell.clone()).collect();
@@ -414,15 +566,29 @@ impl Planner {
                 now.insert(subject, read_members(&self.bound(&instance, &cells).await?));
             }
             for unit in units {
-                let (server, installed) = (server_subject(&unit.server_name), installed_subject(&part.key, &unit.server_name));
+                let (server, installed) = (
+                    server_subject(&unit.server_name),
+                    installed_subject(&part.key, &unit.server_name),
+                );
                 if wanted.contains(server.as_str())
-                    && let Some(binding) = self.parts.instances.binding(instance.id, unit.server).await?
-                    && let Ok((record, _)) = self.parts.servers.get(instance.workspace.as_str(), unit.server).await
+                    && let Some(binding) = self
+                        .parts
+                        .instances
+                        .binding(instance.id, unit.server)
+                        .await?
+                    && let Ok((record, _)) = self
+                        .parts
+                        .servers
+                        .get(instance.workspace.as_str(), unit.server)
+                        .await
                 {
                     now.insert(server, read_server(&record, &binding));
                 }
                 if wanted.contains(installed.as_str()) {
-                    now.insert(installed, read_installed(self.installed(part.instance, unit.server).await?.as_ref()));
+                    now.insert(
+                        installed,
+                        read_installed(self.installed(part.instance, unit.server).await?.as_ref()),
+                    );
                 }
             }
         }
@@ -439,7 +605,12 @@ impl Planner {
 
     async fn spec(&self, order: &Order) -> Result<ReleaseSpec, String> {
         let digest = windlass_store::BlobDigest::from_bytes(*order.spec.as_bytes());
-        let bytes = self.parts.blobs.get_bytes(digest, MAX_SPEC_BYTES).await.map_err(|error| error.to_string())?;
+        let bytes = self
+            .parts
+            .blobs
+            .get_bytes(digest, MAX_SPEC_BYTES)
+            .await
+            .map_err(|error| error.to_string())?;
         serde_json::from_slice(&bytes).map_err(|error| error.to_string())
     }
 
@@ -453,42 +624,80 @@ impl Planner {
         let mut states = Vec::new();
         let mut plans: BTreeMap<Digest, Arc<Plan>> = BTreeMap::new();
         for (node, planned) in (0u32..).zip(&plan.nodes) {
-            let NodeKind::Unit { unit } = planned.kind else { continue };
+            let NodeKind::Unit { unit } = planned.kind else {
+                continue;
+            };
             let unit = &plan.units[unit as usize];
             let state = reducer::unit_state(plan, progress, node);
-            let Some(before) = unit.before.as_ref().filter(|_| state != UnitState::Untouched) else { continue };
+            let Some(before) = unit
+                .before
+                .as_ref()
+                .filter(|_| state != UnitState::Untouched)
+            else {
+                continue;
+            };
             let part = &plan.parts[unit.part as usize];
-            let current = self.installed(part.instance, unit.server).await.map_err(|error| error.to_string())?;
+            let current = self
+                .installed(part.instance, unit.server)
+                .await
+                .map_err(|error| error.to_string())?;
             let earlier = self
                 .manifest(&rows::installed_before(part.instance, unit.server))
                 .await
                 .map_err(|error| error.to_string())?;
-            let known = [&current, &earlier].into_iter().flatten().find(|manifest| manifest.release == *before);
-            let Some((manifest, digest)) = known.and_then(|manifest| Some((manifest, manifest.plan?))) else {
-                return Err(format!("the release `{before}` that {} had before is no longer known", unit.server_name));
+            let known = [&current, &earlier]
+                .into_iter()
+                .flatten()
+                .find(|manifest| manifest.release == *before);
+            let Some((manifest, digest)) =
+                known.and_then(|manifest| Some((manifest, manifest.plan?)))
+            else {
+                return Err(format!(
+                    "the release `{before}` that {} had before is no longer known",
+                    unit.server_name
+                ));
             };
             let old = match plans.get(&digest) {
                 Some(old) => old.clone(),
                 None => {
-                    let old = engine::load_plan(&self.parts.blobs, digest).await.map_err(|error| error.to_string())?;
+                    let old = engine::load_plan(&self.parts.blobs, digest)
+                        .await
+                        .map_err(|error| error.to_string())?;
                     plans.entry(digest).or_insert(Arc::new(old)).clone()
                 }
             };
             let found = unit_of_server(&old, manifest, unit.server);
             let Some((old_node, old_unit)) = found else {
-                return Err(format!("the plan that installed `{before}` on {} does not hold it", unit.server_name));
+                return Err(format!(
+                    "the plan that installed `{before}` on {} does not hold it",
+                    unit.server_name
+                ));
             };
-            let group = groups.entry((unit.part, digest, old_unit.part)).or_insert_with(|| {
-                let old_part = &old.parts[old_unit.part as usize];
-                PartInput {
-                    part: Part { key: part.key.clone(), pools: part.pools.clone(), ..old_part.clone() },
-                    steps: LifecyclePlan { steps: steps_of(&old, old_node, old_part), server_env: BTreeMap::new() },
-                    // They were checked against what was approved when they were planned.
-                    approved: all_wishes(&old),
-                    servers: Vec::new(),
-                }
-            });
-            states.push((group.part.key.clone(), unit.server, state, (unit.part, digest, old_unit.part)));
+            let group = groups
+                .entry((unit.part, digest, old_unit.part))
+                .or_insert_with(|| {
+                    let old_part = &old.parts[old_unit.part as usize];
+                    PartInput {
+                        part: Part {
+                            key: part.key.clone(),
+                            pools: part.pools.clone(),
+                            ..old_part.clone()
+                        },
+                        steps: LifecyclePlan {
+                            steps: steps_of(&old, old_node, old_part),
+                            server_env: BTreeMap::new(),
+                        },
+                        // They were checked against what was approved when they were planned.
+                        approved: all_wishes(&old),
+                        servers: Vec::new(),
+                    }
+                });
+            states.push((
+                group.part.key.clone(),
+                unit.server,
+                state,
+                (unit.part, digest, old_unit.part),
+            ));
             group.servers.push(ServerInput {
                 id: unit.server,
                 name: unit.server_name.clone(),
@@ -534,8 +743,15 @@ impl Planner {
         parts: &[PartInput],
         units: &[UnitProgress],
     ) -> Result<StrategyPlan, String> {
-        let Some(strategy) = &plan.strategy else { return Err("the order has no strategy".to_owned()) };
-        let plugin = self.parts.plugins.pinned(strategy.digest).await.map_err(|error| error.to_string())?;
+        let Some(strategy) = &plan.strategy else {
+            return Err("the order has no strategy".to_owned());
+        };
+        let plugin = self
+            .parts
+            .plugins
+            .pinned(strategy.digest)
+            .await
+            .map_err(|error| error.to_string())?;
         let spec = self.spec(order).await?;
         let request = StrategyRequest {
             parameters: spec.parameters,
@@ -556,14 +772,23 @@ impl Planner {
                             cell: server.cell.clone(),
                             zone: server.cell.clone(),
                             healthy: self.parts.agents.is_online(server.id),
-                            installed_version: server.installed.as_ref().map(|manifest| manifest.package.version.clone()),
+                            installed_version: server
+                                .installed
+                                .as_ref()
+                                .map(|manifest| manifest.package.version.clone()),
                         })
                         .collect(),
                 })
                 .collect(),
         };
-        let request = RollbackRequest { request, progress: units.to_vec() };
-        plugin.rollback(&request).await.map_err(|error| error.to_string())
+        let request = RollbackRequest {
+            request,
+            progress: units.to_vec(),
+        };
+        plugin
+            .rollback(&request)
+            .await
+            .map_err(|error| error.to_string())
     }
 
     /// Plans the rollback of an order: by its strategy, or by the core where the strategy's plan fails or breaks a rule.
@@ -580,7 +805,9 @@ impl Planner {
     ) -> Result<PlannedRollback, String> {
         let (parts, units) = self.rollback_parts(plan, progress).await?;
         if parts.is_empty() {
-            return Err("nothing that this order changed had an earlier release to go back to".to_owned());
+            return Err(
+                "nothing that this order changed had an earlier release to go back to".to_owned(),
+            );
         }
         let input = |strategy: Option<PluginRef>| PlanInput {
             strategy,
@@ -591,7 +818,9 @@ impl Planner {
             reads: BTreeMap::new(),
         };
         let planned = match self.strategy_rollback(order, plan, &parts, &units).await {
-            Ok(answer) => expand::expand(input(plan.strategy.clone()), &answer).map_err(|bad| bad.to_string()),
+            Ok(answer) => {
+                expand::expand(input(plan.strategy.clone()), &answer).map_err(|bad| bad.to_string())
+            }
             Err(cause) => Err(cause),
         };
         let (mut rollback, core_plan_because) = match planned {
@@ -601,14 +830,17 @@ impl Planner {
                     .iter()
                     .filter_map(|unit| Some((unit.application.clone(), unit.server.parse().ok()?)))
                     .collect();
-                let own = expand::expand(input(None), &expand::one_by_one(&servers)).map_err(|bad| bad.to_string())?;
+                let own = expand::expand(input(None), &expand::one_by_one(&servers))
+                    .map_err(|bad| bad.to_string())?;
                 tracing::warn!(order.id = %order.id, cause, "the strategy gave no rollback that can be used; the core's own plan runs");
                 (own, Some(cause))
             }
         };
         // A rollback never rolls itself back.
         rollback.on_failure = OnFailure::Block;
-        let digest = engine::store_json(&self.parts.blobs, &rollback).await.map_err(|error| error.to_string())?;
+        let digest = engine::store_json(&self.parts.blobs, &rollback)
+            .await
+            .map_err(|error| error.to_string())?;
         let at = clock::now();
         let id = OrderId::from_uuid(ids::new_uuid());
         let active = !order.state.is_terminal();
@@ -616,13 +848,31 @@ impl Planner {
             schema: Order::SCHEMA,
             id,
             workspace: order.workspace.clone(),
-            title: format!("roll back {}", order.title).chars().take(50).collect(),
-            purpose: Purpose::Rollback { of: order.id, reason: reason.to_owned(), core_plan_because },
+            title: format!("roll back {}", order.title)
+                .chars()
+                .take(50)
+                .collect(),
+            purpose: Purpose::Rollback {
+                of: order.id,
+                reason: reason.to_owned(),
+                core_plan_because,
+            },
             state: OrderState::NotStarted,
             state_reason: String::new(),
-            strategy: rollback.strategy.as_ref().map_or_else(String::new, |plugin| format!("{}@{}", plugin.name, plugin.version)),
+            strategy: rollback
+                .strategy
+                .as_ref()
+                .map_or_else(String::new, |plugin| {
+                    format!("{}@{}", plugin.name, plugin.version)
+                }),
             plan: digest,
-            revisions: vec![PlanRevision { revision: 1, digest, author: by.to_owned(), at, difference: String::new() }],
+            revisions: vec![PlanRevision {
+                revision: 1,
+                digest,
+                author: by.to_owned(),
+                at,
+                difference: String::new(),
+            }],
             spec: order.spec,
             counts: windlass_domain::progress::Counts::default(),
             control: Control::NotStarted,
@@ -637,7 +887,10 @@ impl Planner {
             finished_at: None,
             last_progress_at: None,
         };
-        Ok(PlannedRollback { order: header, plan: Arc::new(rollback) })
+        Ok(PlannedRollback {
+            order: header,
+            plan: Arc::new(rollback),
+        })
     }
 }
 
@@ -646,8 +899,14 @@ pub(crate) const MAX_SPEC_BYTES: u64 = 1024 * 1024;
 
 #[async_trait]
 impl Planning for Planner {
-    async fn reread(&self, plan: &Plan, subjects: &[String]) -> Result<BTreeMap<String, Read>, String> {
-        self.current(plan, subjects).await.map_err(|error| error.to_string())
+    async fn reread(
+        &self,
+        plan: &Plan,
+        subjects: &[String],
+    ) -> Result<BTreeMap<String, Read>, String> {
+        self.current(plan, subjects)
+            .await
+            .map_err(|error| error.to_string())
     }
 
     async fn check_servers(&self, plan: &Plan) -> Result<Vec<String>, String> {
@@ -666,19 +925,47 @@ impl Planning for Planner {
     }
 
     async fn members(&self, instance: InstanceId) -> Result<Vec<(ServerId, String)>, String> {
-        let instance = self.parts.instances.find(instance).await.map_err(|error| error.to_string())?;
-        let Some(instance) = instance else { return Ok(Vec::new()) };
-        let servers = self.bound(&instance, &[]).await.map_err(|error| error.to_string())?;
-        Ok(servers.into_iter().map(|(server, _)| (server.id, cell_of(&server))).collect())
+        let instance = self
+            .parts
+            .instances
+            .find(instance)
+            .await
+            .map_err(|error| error.to_string())?;
+        let Some(instance) = instance else {
+            return Ok(Vec::new());
+        };
+        let servers = self
+            .bound(&instance, &[])
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(servers
+            .into_iter()
+            .map(|(server, _)| (server.id, cell_of(&server)))
+            .collect())
     }
 
-    async fn judge(&self, order: &Order, plan: &Plan, progress: &Progress, stage: &str) -> Result<Judgement, String> {
-        let Some(strategy) = &plan.strategy else { return Err("the order has no strategy to judge".to_owned()) };
-        let plugin = self.parts.plugins.pinned(strategy.digest).await.map_err(|error| error.to_string())?;
+    async fn judge(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        stage: &str,
+    ) -> Result<Judgement, String> {
+        let Some(strategy) = &plan.strategy else {
+            return Err("the order has no strategy to judge".to_owned());
+        };
+        let plugin = self
+            .parts
+            .plugins
+            .pinned(strategy.digest)
+            .await
+            .map_err(|error| error.to_string())?;
         let spec = self.spec(order).await?;
         let mut observations = Vec::new();
         for (node, planned) in (0u32..).zip(&plan.nodes) {
-            let NodeKind::Unit { unit } = planned.kind else { continue };
+            let NodeKind::Unit { unit } = planned.kind else {
+                continue;
+            };
             let unit = &plan.units[unit as usize];
             let state = progress.state(node);
             for (metric, holds) in [
@@ -694,8 +981,15 @@ impl Planning for Planner {
                 });
             }
         }
-        let request = JudgeRequest { stage: stage.to_owned(), parameters: spec.parameters, observations };
-        plugin.judge(&request).await.map_err(|error| error.to_string())
+        let request = JudgeRequest {
+            stage: stage.to_owned(),
+            parameters: spec.parameters,
+            observations,
+        };
+        plugin
+            .judge(&request)
+            .await
+            .map_err(|error| error.to_string())
     }
 
     async fn plan_rollback(
@@ -705,7 +999,8 @@ impl Planning for Planner {
         progress: &Progress,
         reason: &str,
     ) -> Result<PlannedRollback, String> {
-        self.rollback(order, plan, progress, reason, "windlass").await
+        self.rollback(order, plan, progress, reason, "windlass")
+            .await
     }
 }
 
@@ -749,36 +1044,77 @@ fn read_instance(instance: &ServiceInstance) -> Read {
         &instance.cells,
         &instance.pools,
     ));
-    Read { digest, shown: format!("parameters, environment, cells and pools {}", digest.short()) }
+    Read {
+        digest,
+        shown: format!(
+            "parameters, environment, cells and pools {}",
+            digest.short()
+        ),
+    }
 }
 
 fn read_package(package: &Package) -> Read {
-    Read { digest: package.digest, shown: format!("{} with digest {}", package.version, package.digest.short()) }
+    Read {
+        digest: package.digest,
+        shown: format!("{} with digest {}", package.version, package.digest.short()),
+    }
 }
 
 fn read_plugin(plugin: &PluginRef) -> Read {
-    Read { digest: plugin.digest, shown: format!("{}@{} with digest {}", plugin.name, plugin.version, plugin.digest.short()) }
+    Read {
+        digest: plugin.digest,
+        shown: format!(
+            "{}@{} with digest {}",
+            plugin.name,
+            plugin.version,
+            plugin.digest.short()
+        ),
+    }
 }
 
 fn read_cells(workspace: &Workspace) -> Read {
-    let names: Vec<&str> = workspace.cells.iter().map(|cell| cell.name.as_str()).collect();
-    Read { digest: Digest::of_json(&workspace.cells), shown: names.join(", ") }
+    let names: Vec<&str> = workspace
+        .cells
+        .iter()
+        .map(|cell| cell.name.as_str())
+        .collect();
+    Read {
+        digest: Digest::of_json(&workspace.cells),
+        shown: names.join(", "),
+    }
 }
 
 fn read_members(servers: &[(Server, Binding)]) -> Read {
     let ids: BTreeSet<ServerId> = servers.iter().map(|(server, _)| server.id).collect();
-    let names: Vec<&str> = servers.iter().take(20).map(|(server, _)| server.name.as_str()).collect();
-    Read { digest: Digest::of_json(&ids), shown: format!("{} servers: {}", ids.len(), names.join(", ")) }
+    let names: Vec<&str> = servers
+        .iter()
+        .take(20)
+        .map(|(server, _)| server.name.as_str())
+        .collect();
+    Read {
+        digest: Digest::of_json(&ids),
+        shown: format!("{} servers: {}", ids.len(), names.join(", ")),
+    }
 }
 
 fn read_server(server: &Server, binding: &Binding) -> Read {
     let digest = Digest::of_json(&(facts(server, binding), &server.name));
-    Read { digest, shown: format!("cell {}, variables and system {}", cell_of(server), digest.short()) }
+    Read {
+        digest,
+        shown: format!(
+            "cell {}, variables and system {}",
+            cell_of(server),
+            digest.short()
+        ),
+    }
 }
 
 fn read_installed(installed: Option<&Manifest>) -> Read {
     let shown = installed.map_or_else(|| "nothing".to_owned(), |manifest| manifest.release.clone());
-    Read { digest: Digest::of_json(&installed.map(|manifest| (&manifest.release, &manifest.plan))), shown }
+    Read {
+        digest: Digest::of_json(&installed.map(|manifest| (&manifest.release, &manifest.plan))),
+        shown,
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- small pieces
@@ -788,12 +1124,18 @@ const NO_CELL: &str = "none";
 
 /// Its cell's identifier; servers in no cell are treated as those of one cell.
 fn cell_of(server: &Server) -> String {
-    server.cell.as_ref().map_or_else(|| NO_CELL.to_owned(), ToString::to_string)
+    server
+        .cell
+        .as_ref()
+        .map_or_else(|| NO_CELL.to_owned(), ToString::to_string)
 }
 
 /// The deployment zone of a cell.
 fn zone_of(workspace: &Workspace, cell: &str) -> String {
-    let known = workspace.cells.iter().find(|known| known.name.as_str() == cell);
+    let known = workspace
+        .cells
+        .iter()
+        .find(|known| known.name.as_str() == cell);
     known.map_or_else(
         || cell.to_owned(),
         |known| match known.deployment_zone {
@@ -809,7 +1151,11 @@ fn specific(wanted: &VersionReq) -> Option<&VersionReq> {
 }
 
 fn facts(server: &Server, binding: &Binding) -> ServerFacts {
-    let (os, os_version) = server.facts.os.split_once(' ').unwrap_or((&server.facts.os, ""));
+    let (os, os_version) = server
+        .facts
+        .os
+        .split_once(' ')
+        .unwrap_or((&server.facts.os, ""));
     ServerFacts {
         id: server.id.to_string(),
         name: server.name.to_string(),
@@ -818,14 +1164,26 @@ fn facts(server: &Server, binding: &Binding) -> ServerFacts {
         arch: server.facts.arch.clone(),
         address: server.facts.addresses.first().cloned().unwrap_or_default(),
         cell: cell_of(server),
-        variables: binding.variables.iter().map(|(key, value)| (key.to_string(), value.clone())).collect(),
+        variables: binding
+            .variables
+            .iter()
+            .map(|(key, value)| (key.to_string(), value.clone()))
+            .collect(),
     }
 }
 
 fn server_environment(server: &Server, binding: &Binding) -> Environment {
-    let own = [("WINDLASS_SERVER", server.name.to_string()), ("WINDLASS_CELL", cell_of(server))];
-    let own = own.into_iter().map(|(name, value)| (name.to_owned(), Value::Plain(value)));
-    let variables = binding.variables.iter().map(|(key, value)| (key.to_string(), Value::Plain(value.clone())));
+    let own = [
+        ("WINDLASS_SERVER", server.name.to_string()),
+        ("WINDLASS_CELL", cell_of(server)),
+    ];
+    let own = own
+        .into_iter()
+        .map(|(name, value)| (name.to_owned(), Value::Plain(value)));
+    let variables = binding
+        .variables
+        .iter()
+        .map(|(key, value)| (key.to_string(), Value::Plain(value.clone())));
     own.chain(variables).collect()
 }
 
@@ -835,21 +1193,32 @@ fn unit_of_server<'a>(
     server: ServerId,
 ) -> Option<(NodeIndex, &'a windlass_domain::plan::Unit)> {
     (0u32..).zip(&plan.nodes).find_map(|(node, planned)| {
-        let NodeKind::Unit { unit } = planned.kind else { return None };
+        let NodeKind::Unit { unit } = planned.kind else {
+            return None;
+        };
         let unit = plan.units.get(unit as usize)?;
         let part = plan.parts.get(unit.part as usize)?;
-        (unit.server == server && part.instance == manifest.instance && dispatch::release_name(plan, unit) == manifest.release)
+        (unit.server == server
+            && part.instance == manifest.instance
+            && dispatch::release_name(plan, unit) == manifest.release)
             .then_some((node, unit))
     })
 }
 
 /// The stack's steps as they were rendered for a unit: those of its leaves, and how to stop what it installed.
 fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
-    let leaves = plan.nodes.iter().skip(unit as usize + 1).take_while(|node| node.parent == Some(unit));
+    let leaves = plan
+        .nodes
+        .iter()
+        .skip(unit as usize + 1)
+        .take_while(|node| node.parent == Some(unit));
     let rendered = leaves.filter_map(|node| match node.kind {
         NodeKind::Step { step } => match plan.steps.get(step as usize)? {
             StepTemplate::Stack(step) if step.phase != Phase::Stop => Some(step.clone()),
-            StepTemplate::Stack(_) | StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => None,
+            StepTemplate::Stack(_)
+            | StepTemplate::Fetch
+            | StepTemplate::Unpack
+            | StepTemplate::Activate => None,
         },
         NodeKind::Sequence
         | NodeKind::Parallel { .. }
@@ -869,15 +1238,23 @@ fn all_wishes(plan: &Plan) -> Wishes {
         StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => None,
     });
     let kept = plan.parts.iter().flat_map(|part| &part.stop);
-    let users = steps.chain(kept).filter_map(|step| step.run_as.clone()).collect::<BTreeSet<_>>();
-    Wishes { users: users.into_iter().collect(), path_roots: vec!["/".to_owned()] }
+    let users = steps
+        .chain(kept)
+        .filter_map(|step| step.run_as.clone())
+        .collect::<BTreeSet<_>>();
+    Wishes {
+        users: users.into_iter().collect(),
+        path_roots: vec!["/".to_owned()],
+    }
 }
 
 /// The drain leaf of a unit, where it remembered weights.
 fn drain_of(plan: &Plan, progress: &Progress, unit: NodeIndex) -> Option<NodeIndex> {
     progress.children(unit).iter().copied().find(|leaf| {
-        matches!(plan.nodes[*leaf as usize].kind, NodeKind::Traffic(TrafficAction::Drain { .. }))
-            && progress.node(*leaf).remembered.is_some()
+        matches!(
+            plan.nodes[*leaf as usize].kind,
+            NodeKind::Traffic(TrafficAction::Drain { .. })
+        ) && progress.node(*leaf).remembered.is_some()
     })
 }
 
@@ -901,7 +1278,12 @@ fn drain_deadline(plan: &Plan) -> u64 {
 fn check_environment(field: &str, env: &Environment) -> Result<(), ServiceError> {
     for key in env.keys() {
         windlass_domain::name::check_env_key(key).map_err(|error| {
-            invalid("parameter_key_invalid", format!("{field}/{key}"), error.message, "rename the parameter")
+            invalid(
+                "parameter_key_invalid",
+                format!("{field}/{key}"),
+                error.message,
+                "rename the parameter",
+            )
         })?;
         if key.starts_with("WINDLASS_") {
             return Err(invalid(
@@ -916,24 +1298,40 @@ fn check_environment(field: &str, env: &Environment) -> Result<(), ServiceError>
 }
 
 fn invalid(code: &'static str, field: String, message: String, mend: &str) -> ServiceError {
-    ServiceError::Invalid { code, field, message, mend: mend.to_owned() }
+    ServiceError::Invalid {
+        code,
+        field,
+        message,
+        mend: mend.to_owned(),
+    }
 }
 
-fn parameters_invalid(root: &str, plugin: &Plugin, faults: &[windlass_runtime::FieldError]) -> ServiceError {
+fn parameters_invalid(
+    root: &str,
+    plugin: &Plugin,
+    faults: &[windlass_runtime::FieldError],
+) -> ServiceError {
     let first = faults.first();
     let field = first.map_or_else(String::new, |fault| fault.field.clone());
-    let texts: Vec<String> = faults.iter().map(|fault| format!("{}: {}", fault.field, fault.message)).collect();
+    let texts: Vec<String> = faults
+        .iter()
+        .map(|fault| format!("{}: {}", fault.field, fault.message))
+        .collect();
     let name = &plugin.reference().name;
     invalid(
         "parameters_invalid",
         format!("{root}{field}"),
-        format!("the parameters do not fit the schema of `{name}`: {}", texts.join("; ")),
+        format!(
+            "the parameters do not fit the schema of `{name}`: {}",
+            texts.join("; ")
+        ),
         "see the plugin's schema at /v1/plugins",
     )
 }
 
 fn plugin_failed(error: &windlass_runtime::CallError) -> ServiceError {
-    let cause = std::error::Error::source(error).map_or_else(String::new, |source| format!(": {source}"));
+    let cause =
+        std::error::Error::source(error).map_or_else(String::new, |source| format!(": {source}"));
     ServiceError::Plugin {
         code: "plugin_call_failed",
         message: format!("{error}{cause}"),
@@ -949,6 +1347,12 @@ fn lookup_failed(error: &windlass_runtime::LookupError) -> ServiceError {
     }
 }
 
-fn internal(doing: &'static str, source: impl std::error::Error + Send + Sync + 'static) -> ServiceError {
-    ServiceError::Internal { doing, source: Box::new(source) }
+fn internal(
+    doing: &'static str,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> ServiceError {
+    ServiceError::Internal {
+        doing,
+        source: Box::new(source),
+    }
 }

@@ -187,7 +187,7 @@ fn cases() -> Vec<(&'static str, BadPlan)> {
             nodes(|nodes| nodes.push(shift("shop", &[(1, 0), (2, 0)]))),
         ),
         (
-            "a shift that hides that it cuts all traffic",
+            "a weight that hides another",
             nodes(|nodes| nodes.push(shift("shop", &[(1, 0), (1, 100), (2, 0)]))),
         ),
         (
@@ -343,6 +343,7 @@ fn number(bad: &BadPlan) -> usize {
         BadPlan::DuplicateStep { .. } => 20,
         BadPlan::EnvironmentTooLarge { .. } => 21,
         BadPlan::NoStart { .. } => 22,
+        BadPlan::WeightTwice { .. } => 23,
     }
 }
 
@@ -350,7 +351,7 @@ fn number(bad: &BadPlan) -> usize {
 fn every_bad_plan_is_refused_with_its_node_and_rule() {
     let cases = cases();
     let seen: BTreeSet<usize> = cases.iter().map(|(_, bad)| number(bad)).collect();
-    assert_eq!(seen, (0..=22).collect(), "each variant has a case");
+    assert_eq!(seen, (0..=23).collect(), "each variant has a case");
     let messages: Vec<String> = cases
         .iter()
         .map(|(case, bad)| format!("{case}:\n    {bad}"))
