@@ -2,6 +2,7 @@
 
 pub mod guests;
 pub mod host;
+pub mod problem;
 pub mod release;
 pub mod scene;
 pub mod simulated;

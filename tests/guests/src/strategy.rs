@@ -4,6 +4,8 @@
 //! `skip-servers` (leaves out every second server), `cut-traffic` (sets every weight to 0 first), `judge-all-good` (a judge
 //! after every server, answered with go on whatever was seen), `judge-roll-back`, `unknown-server`, `duplicate-server`,
 //! `unknown-application`, `bad-parent`, `bad-weight`, `unknown-node`, `endless-gates`, `rollback-trap`, `rollback-all-at-once`.
+//! Shifts that go wrong before the servers' turns: `cut-slowly` (a weight of 0, one server after the other), `cut-twice` (the
+//! same, each hidden behind a weight of 100), `shift-bad-weight`, `shift-unknown-server`.
 
 use windlass_sdk::{
     DeploymentStrategy, Descriptor, Extension, PluginError,
@@ -38,6 +40,9 @@ impl DeploymentStrategy for Strategy {
         let mut plan = match how.as_str() {
             "all-at-once" => all_at_once(&request),
             "cut-traffic" => cut_traffic(&request),
+            "cut-slowly" | "cut-twice" | "shift-bad-weight" | "shift-unknown-server" => {
+                shifts(&request, &how)
+            }
             other => one_by_one(&request, other),
         };
         match how.as_str() {
@@ -117,6 +122,36 @@ fn cut_traffic(request: &PlanRequest) -> ReleasePlan {
             },
         );
     }
+    then_one_by_one(plan, request)
+}
+
+/// One shift for every server.
+fn shifts(request: &PlanRequest, how: &str) -> ReleasePlan {
+    let mut plan = PlanBuilder::new();
+    for application in &request.applications {
+        for server in &application.servers {
+            let id = server.id.clone();
+            let weights = match how {
+                "cut-twice" => vec![(id.clone(), Weight::Exactly(100)), (id, Weight::Exactly(0))],
+                "shift-bad-weight" => vec![(id, Weight::Exactly(101))],
+                "shift-unknown-server" => vec![("srv_nobody".into(), Weight::Exactly(1))],
+                _ => vec![(id, Weight::Exactly(0))],
+            };
+            let application = application.key.clone();
+            plan.shift(
+                None,
+                &format!("shift {}", server.name),
+                TrafficShift {
+                    application,
+                    weights,
+                },
+            );
+        }
+    }
+    then_one_by_one(plan, request)
+}
+
+fn then_one_by_one(plan: PlanBuilder, request: &PlanRequest) -> ReleasePlan {
     let rest = one_by_one(request, "");
     let mut plan = plan.build();
     let offset = u32::try_from(plan.nodes.len()).unwrap_or(u32::MAX);
