@@ -13,7 +13,10 @@ use std::{
 use windlass_domain::{
     limits::{Amount, Limits},
     order::{Action, OrderState},
-    plugin::{NodeRole, OnFailure, RestoreWeight, StrategyNode, StrategyNodeKind, StrategyPlan, StrategyUnit},
+    plugin::{
+        NodeRole, OnFailure, RestoreWeight, StrategyNode, StrategyNodeKind, StrategyPlan,
+        StrategyUnit,
+    },
     task::Outcome,
 };
 use windlass_store::{Blobs, Txn, sled};
@@ -27,20 +30,37 @@ const ROUNDS: usize = 7;
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() {
     let directory = tempfile::tempdir().expect("a directory");
-    let store = sled::open(directory.path().join("store"), sled::SledOptions::default()).await.expect("a store");
-    let blobs = Blobs::open_directory(directory.path().join("blobs")).await.expect("blobs");
+    let store = sled::open(directory.path().join("store"), sled::SledOptions::default())
+        .await
+        .expect("a store");
+    let blobs = Blobs::open_directory(directory.path().join("blobs"))
+        .await
+        .expect("blobs");
     let planning = GivenPlans {
         reads: Mutex::new(BTreeMap::new()),
-        members: (1..=SERVERS).map(|number| (server(number), "cell-a".to_owned())).collect(),
+        members: (1..=SERVERS)
+            .map(|number| (server(number), "cell-a".to_owned()))
+            .collect(),
         rollback: None,
         blobs: blobs.clone(),
     };
-    let fleet = Fleet::start(store.clone(), blobs, planning, Arc::new(|_, _| Outcome::Succeeded)).await;
+    let fleet = Fleet::start(
+        store.clone(),
+        blobs,
+        planning,
+        Arc::new(|_, _| Outcome::Succeeded),
+    )
+    .await;
     let plan = plan(Release {
         servers: SERVERS,
         steps: STACK_STEPS,
         strategy: all_at_once(),
-        limits: Limits { max_unavailable: Amount::Percent(100), max_in_flight: SERVERS, min_healthy_members: 0, ..Limits::default() },
+        limits: Limits {
+            max_unavailable: Amount::Percent(100),
+            max_in_flight: SERVERS,
+            min_healthy_members: 0,
+            ..Limits::default()
+        },
         on_failure: OnFailure::Block,
         pools: Vec::new(),
     });
@@ -49,7 +69,11 @@ async fn main() {
     for _ in 0..ROUNDS {
         let id = fleet.create(&plan).await;
         let start = Instant::now();
-        fleet.engine.act(id, Action::Run, "bench", Txn::new()).await.expect("the order runs");
+        fleet
+            .engine
+            .act(id, Action::Run, "bench", Txn::new())
+            .await
+            .expect("the order runs");
         let order = fleet.wait_ended(id).await;
         let elapsed = start.elapsed();
         assert_eq!(order.state, OrderState::Succeeded, "{}", order.state_reason);
@@ -62,8 +86,16 @@ async fn main() {
 }
 
 fn all_at_once() -> StrategyPlan {
-    let group = StrategyNodeKind::Parallel { max_in_flight: 0, max_failures: 0 };
-    let mut nodes = vec![StrategyNode { parent: None, name: "all".to_owned(), role: NodeRole::Group, kind: group }];
+    let group = StrategyNodeKind::Parallel {
+        max_in_flight: 0,
+        max_failures: 0,
+    };
+    let mut nodes = vec![StrategyNode {
+        parent: None,
+        name: "all".to_owned(),
+        role: NodeRole::Group,
+        kind: group,
+    }];
     nodes.extend((1..=SERVERS).map(|number| StrategyNode {
         parent: Some(0),
         name: format!("server-{number}"),
@@ -76,5 +108,9 @@ fn all_at_once() -> StrategyPlan {
             health_deadline_ms: None,
         }),
     }));
-    StrategyPlan { nodes, on_failure: OnFailure::Block, progress_deadline_ms: None }
+    StrategyPlan {
+        nodes,
+        on_failure: OnFailure::Block,
+        progress_deadline_ms: None,
+    }
 }

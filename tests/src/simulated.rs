@@ -88,7 +88,7 @@ impl Agents for Sessions {
 
     fn nudge(&self, server: ServerId) {
         // The fleet looks into every inbox at intervals too, so that a full queue loses nothing.
-        drop(self.nudges.try_send(server));
+        let _full = self.nudges.try_send(server);
     }
 }
 
