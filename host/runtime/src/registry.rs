@@ -207,9 +207,11 @@ struct Reports {
 impl Reports {
     fn start(dir: &Path) -> Self {
         let (report, seen) = mpsc::channel::<()>(1);
-        let watcher = notify::recommended_watcher(move |_: notify::Result<notify::Event>| {
-            // Full: a look at the directory is due already.
-            if report.try_send(()).is_ok() {}
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // An error may stand for a change that was not seen.
+            if event.map_or(true, |event| is_change(event.kind)) {
+                let _full_when_a_look_is_due_already = report.try_send(());
+            }
         })
         .and_then(|mut watcher| {
             watcher.watch(dir, notify::RecursiveMode::NonRecursive)?;
@@ -224,6 +226,23 @@ impl Reports {
             seen,
             _watcher: watcher.ok(),
         }
+    }
+}
+
+/// Whether files may be others than before. Opening and reading are reported too: a look at the directory would cause the next.
+fn is_change(kind: notify::EventKind) -> bool {
+    use notify::{
+        EventKind,
+        event::{AccessKind, AccessMode},
+    };
+    match kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
+        EventKind::Access(_) => false,
+        EventKind::Any
+        | EventKind::Create(_)
+        | EventKind::Modify(_)
+        | EventKind::Remove(_)
+        | EventKind::Other => true,
     }
 }
 
@@ -1032,5 +1051,51 @@ impl Table {
         for digest in idle.into_iter().skip(MAX_IDLE_RETIRED) {
             self.loaded.remove(&digest);
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod tests {
+    use std::{fs, sync::mpsc, time::Duration};
+
+    use super::*;
+
+    /// Otherwise each look at the directory would cause the next, here and in every server that shares it.
+    #[test]
+    fn a_look_at_the_directory_is_no_change_of_it_and_a_written_file_is() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("one.wasm"), "one").unwrap();
+        let (report, reports) = mpsc::sync_channel(64);
+        let mut watcher =
+            notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+                report.send(event.unwrap().kind).unwrap();
+            })
+            .unwrap();
+        watcher
+            .watch(dir.path(), notify::RecursiveMode::NonRecursive)
+            .unwrap();
+        let next = || reports.recv_timeout(Duration::from_secs(10)).unwrap();
+
+        directory::scan(dir.path()).unwrap();
+        fs::read(dir.path().join("one.wasm")).unwrap();
+        fs::write(dir.path().join("two.wasm"), "two").unwrap();
+        let mut looks = 0;
+        let mut kind = next();
+        while !is_change(kind) {
+            looks += 1;
+            kind = next();
+        }
+        assert!(looks > 0, "a look is reported");
+        assert!(kind.is_create(), "{kind:?}");
+        // The file counts when it is closed, not only when it is made.
+        while kind
+            != notify::EventKind::Access(notify::event::AccessKind::Close(
+                notify::event::AccessMode::Write,
+            ))
+        {
+            kind = next();
+        }
+        assert!(is_change(kind));
     }
 }
