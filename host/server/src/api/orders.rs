@@ -83,6 +83,24 @@ struct WatchEvents {
     after: Option<u64>,
 }
 
+/// An action as a request names it. Where an action has no fields of its own, serde passes over what stands beside its name:
+/// here it is refused.
+struct AskedAction(Action);
+
+impl<'de> Deserialize<'de> for AskedAction {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error as _;
+        let fields = serde_json::Map::deserialize(deserializer)?;
+        let action = Action::deserialize(serde_json::Value::Object(fields.clone()))
+            .map_err(D::Error::custom)?;
+        let known = serde_json::to_value(&action).map_err(D::Error::custom)?;
+        match fields.keys().find(|name| known.get(name.as_str()).is_none()) {
+            None => Ok(Self(action)),
+            Some(name) => Err(D::Error::custom(format!("unknown field `{name}` of this action"))),
+        }
+    }
+}
+
 /// One node with everything that is kept of it.
 #[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
 struct NodeDetails {
@@ -216,7 +234,7 @@ async fn act_on_order(
     State(api): State<Api>,
     caller: Caller,
     Path((ws, id)): Path<(String, OrderId)>,
-    Json(body): Json<Action>,
+    Json(AskedAction(body)): Json<AskedAction>,
 ) -> Reply {
     Ok(reply::json(
         StatusCode::OK,
