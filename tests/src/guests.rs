@@ -20,6 +20,15 @@ const MARKER_BYTES: usize = 160;
 /// When the test guests are not built.
 #[must_use]
 pub fn guest(kind: &str, name: &str, version: &str) -> Vec<u8> {
+    guest_that(kind, name, version, "ok")
+}
+
+/// The same, of a guest whose `describe` does something else: `loop`, `allocate`, `trap`, `schema-broken`, …
+///
+/// # Panics
+/// When the test guests are not built.
+#[must_use]
+pub fn guest_that(kind: &str, name: &str, version: &str, mode: &str) -> Vec<u8> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("tests/ has a parent");
@@ -31,7 +40,7 @@ pub fn guest(kind: &str, name: &str, version: &str) -> Vec<u8> {
         .windows(MARKER.len())
         .position(|window| window == MARKER)
         .expect("the guest holds its marker");
-    let text = format!("windlass-test-marker:{name};{version};ok;");
+    let text = format!("windlass-test-marker:{name};{version};{mode};");
     assert!(text.len() <= MARKER_BYTES, "the marker is full");
     bytes[at..at + MARKER_BYTES].fill(b' ');
     bytes[at..at + text.len()].copy_from_slice(text.as_bytes());
@@ -84,4 +93,21 @@ impl PluginDirectory {
         fs::write(&hidden, bytes).expect("a plugin is written");
         fs::rename(&hidden, self.directory.path().join(file)).expect("a plugin is dropped");
     }
+}
+
+/// Waits until a plugin (`name@version`) can be planned with.
+pub async fn wait_active(host: &host::TestHost, plugin: &str) {
+    host::eventually(&format!("the plugin {plugin} is active"), || async {
+        let found = host
+            .api
+            .get(&format!("/v1/plugins/{plugin}"))
+            .await
+            .map_err(|error| error.to_string())?;
+        if found["state"] == "active" {
+            Ok(())
+        } else {
+            Err(found.to_string())
+        }
+    })
+    .await;
 }
