@@ -175,7 +175,7 @@ pub(crate) struct Shared {
     pub(crate) planning: Arc<dyn Planning>,
     pub(crate) pools: Arc<dyn TrafficPools>,
     keeper: OnceLock<Keeper>,
-    lease: OnceLock<Lease>,
+    lease: Mutex<Option<Lease>>,
     /// Names this engine in the rows of orders that it drives.
     pub(crate) name: String,
     actors: Mutex<HashMap<OrderId, mpsc::Sender<Command>>>,
@@ -221,7 +221,7 @@ impl Engine {
             planning,
             pools,
             keeper: OnceLock::new(),
-            lease: OnceLock::new(),
+            lease: Mutex::new(None),
             name: crate::ids::new_uuid().to_string(),
             actors: Mutex::default(),
             tasks: TaskTracker::new(),
@@ -246,7 +246,8 @@ impl Engine {
                 key: "lease".to_owned(),
                 source,
             })?;
-        let keep = lease.clone();
+        shared.hold(lease);
+        let keep = shared.clone();
         let stop = shared.stop.clone();
         shared.tasks.spawn(async move {
             let mut ticks = tokio::time::interval(Duration::from_millis(LEASE_TTL_MS / 3));
@@ -254,15 +255,11 @@ impl Engine {
                 tokio::select! {
                     () = stop.cancelled() => break,
                     _ = ticks.tick() => {
-                        if let Err(error) = keep.keep_alive().await {
-                            tracing::error!(error = &error as &dyn std::error::Error, "the engine's lease was lost");
-                            break;
-                        }
+                        keep.keep_lease().await;
                     }
                 }
             }
         });
-        shared.lease.get_or_init(|| lease);
         let (keeper, task) = KeeperTask::open(
             shared.store.clone(),
             shared.agents.clone(),
@@ -610,8 +607,34 @@ impl Shared {
         self.keeper.get()
     }
 
-    pub(crate) fn lease(&self) -> Option<&Lease> {
-        self.lease.get()
+    /// The lease under which this engine owns orders.
+    pub(crate) fn lease(&self) -> Option<Lease> {
+        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        lease.clone()
+    }
+
+    fn hold(&self, lease: Lease) {
+        let mut held = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        *held = Some(lease);
+    }
+
+    /// Keeps the lease, or takes a new one: a process that stood still for longer than the lease must not be one that
+    /// never drives an order again. Orders that another server took up meanwhile are its: their headers tell.
+    async fn keep_lease(&self) {
+        let Some(lease) = self.lease() else { return };
+        let Err(error) = lease.keep_alive().await else {
+            return;
+        };
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "the engine's lease was lost: it takes a new one"
+        );
+        match self.store.lease(LEASE_TTL_MS).await {
+            Ok(lease) => self.hold(lease),
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "the engine has no lease; it asks again");
+            }
+        }
     }
 
     /// A plan by its digest.

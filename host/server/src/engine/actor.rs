@@ -399,7 +399,8 @@ impl Actor {
     /// The parts of the header that an event sets besides the state.
     fn header_follows(&mut self, batch: &mut Batch, event: &Event, before: Control, at: Timestamp) {
         let control = self.progress.control;
-        if control != before {
+        // A deadline that passes while a step is under way changes no row.
+        if control != before || self.order.stalled != self.progress.stalled {
             batch.header = true;
         }
         self.order.control = control;
