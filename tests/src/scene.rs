@@ -17,9 +17,6 @@ use crate::{
     release::upload,
 };
 
-/// The states of servers that count as being worked on.
-const BUSY: [&str; 3] = ["running", "cancelling", "failed"];
-
 /// The application, its instance and packages.
 pub struct Scene {
     /// The application's id.
@@ -340,7 +337,7 @@ pub fn parameters() -> Value {
             "kind": "script",
             "script": "[ ! -e \"$SCENE/sick-$WINDLASS_SERVER\" ] && [ \"$WINDLASS_PACKAGE_VERSION\" != 3.0.0 ]",
             "interval_ms": 100,
-            "deadline_s": 1,
+            "deadline_s": 5,
         },
         "stop_grace_s": 1,
     })
@@ -459,24 +456,29 @@ pub async fn events(host: &TestHost, order: &str) -> Vec<Value> {
     panic!("the stream ended before its end: {events:?}");
 }
 
-/// The most servers that an order worked on at once, by its events. A failed server counts until it is mended.
+/// The most servers that an order worked on at once, by its events: each from its first leaf until its turn is over. A
+/// server that failed counts on; one that is held has not begun.
 #[must_use]
 pub fn most_busy(nodes: &[Value], events: &[Value]) -> usize {
-    let units: Vec<&Value> = nodes
-        .iter()
-        .filter(|node| node["level"] == "server")
-        .map(|node| &node["node"])
-        .collect();
+    let unit_of = |event: &Value| {
+        let node = nodes.iter().find(|node| node["node"] == event["node"])?;
+        if node["level"] == "server" {
+            return Some((node["node"].as_u64()?, true));
+        }
+        let parent = nodes.iter().find(|unit| unit["node"] == node["parent"])?;
+        (parent["level"] == "server").then_some((parent["node"].as_u64()?, false))
+    };
     let mut busy = std::collections::BTreeSet::new();
     let mut most = 0;
-    for event in events
-        .iter()
-        .filter(|event| event["type"] == "node" && units.contains(&&event["node"]))
-    {
-        if BUSY.iter().any(|state| event["state"] == *state) {
-            busy.insert(event["node"].as_u64());
-        } else {
-            busy.remove(&event["node"].as_u64());
+    for event in events.iter().filter(|event| event["type"] == "node") {
+        match (unit_of(event), event["state"].as_str()) {
+            (Some((unit, false)), Some("running")) => {
+                busy.insert(unit);
+            }
+            (Some((unit, true)), Some("succeeded" | "cancelled" | "ignored")) => {
+                busy.remove(&unit);
+            }
+            (Some(_) | None, _) => {}
         }
         most = most.max(busy.len());
     }
