@@ -9,7 +9,7 @@
 //! | `package {application}` | version and digest |
 //! | `plugin {kind} {name}` | version and digest that would be taken now |
 //! | `cells` | the workspace's cells |
-//! | `servers of {name}` | which servers are bound, in the cells released |
+//! | `servers of {name}`, `servers of {name} in {cells}` | which servers are bound: all of them, or in the cells chosen |
 //! | `server {name}` | cell, address, system, variables |
 //! | `installed {application} on {server}` | release and plan that are installed |
 
@@ -103,6 +103,8 @@ struct Chosen {
     package: Package,
     stack: Plugin,
     servers: Vec<(Server, Binding)>,
+    /// Only servers of these cells; empty: all.
+    cells: Vec<String>,
     parameters: Environment,
 }
 
@@ -318,6 +320,7 @@ impl Planner {
             package,
             stack,
             servers,
+            cells: target.cells.clone(),
             parameters,
         })
     }
@@ -356,6 +359,7 @@ impl Planner {
             package,
             stack,
             servers,
+            cells,
             parameters,
         } = chosen;
         let mut env: Environment = [
@@ -392,7 +396,7 @@ impl Planner {
                 plugin_subject(PluginKind::TechStack, &stack.reference().name),
                 read_plugin(stack.reference()),
             ),
-            (members_subject(app_name), read_members(servers)),
+            (members_subject(app_name, cells), read_members(servers)),
         ];
         let mut common: Vec<String> = mine[..2]
             .iter()
@@ -559,11 +563,12 @@ impl Planner {
                 .iter()
                 .filter(|unit| unit.part == index)
                 .collect();
-            let subject = members_subject(&part.key);
-            if wanted.contains(subject.as_str()) {
-                let cells: BTreeSet<String> = units.iter().map(|unit| unit.cell.clone()).collect();
-                let cells: Vec<String> = cells.into_iter().collect();
-                now.insert(subject, read_members(&self.bound(&instance, &cells).await?));
+            // The cells as they were chosen: a server in a cell that had none belongs to a release to all cells.
+            for subject in subjects {
+                if let Some(cells) = members_cells(&part.key, subject) {
+                    let members = self.bound(&instance, &cells).await?;
+                    now.insert(subject.clone(), read_members(&members));
+                }
             }
             for unit in units {
                 let (server, installed) = (
@@ -1014,8 +1019,23 @@ fn package_subject(app: &str) -> String {
     format!("package of {app}")
 }
 
-fn members_subject(app: &str) -> String {
-    format!("servers of {app}")
+fn members_subject(app: &str, cells: &[String]) -> String {
+    if cells.is_empty() {
+        return format!("servers of {app}");
+    }
+    let cells: BTreeSet<&str> = cells.iter().map(String::as_str).collect();
+    let cells: Vec<&str> = cells.into_iter().collect();
+    format!("servers of {app} in {}", cells.join(", "))
+}
+
+/// The cells of such a subject of this application. Names of applications and cells hold no blanks.
+fn members_cells(app: &str, subject: &str) -> Option<Vec<String>> {
+    let rest = subject.strip_prefix("servers of ")?.strip_prefix(app)?;
+    if rest.is_empty() {
+        return Some(Vec::new());
+    }
+    let cells = rest.strip_prefix(" in ")?.split(", ");
+    Some(cells.map(str::to_owned).collect())
 }
 
 fn server_subject(server: &str) -> String {
