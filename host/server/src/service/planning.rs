@@ -67,6 +67,12 @@ const RELEASE_PHASES: [Phase; 7] = [
 
 /// Applications of one order.
 const MAX_TARGETS: usize = 100;
+/// Longest wait for connections to end, in milliseconds: a day.
+const MAX_DRAIN_DEADLINE_MS: u64 = 24 * 3600 * 1000;
+/// Longest wait of a task for its server, in milliseconds: a week.
+const MAX_DELIVERY_DEADLINE_MS: u64 = 7 * 24 * 3600 * 1000;
+/// Most servers at once: as many as an order can have.
+const MAX_IN_FLIGHT: u64 = 10_000;
 
 /// Makes plans. Cheap to clone.
 #[derive(Clone)]
@@ -140,6 +146,7 @@ impl Planner {
                 mend: "name the service instances to release, and split larger releases".to_owned(),
             });
         }
+        check_limits(spec)?;
         check_environment("/environment", &spec.environment)?;
         let mut chosen = Vec::with_capacity(spec.targets.len());
         let mut seen = HashSet::new();
@@ -297,7 +304,7 @@ impl Planner {
                 app.tech_stack.name.as_str(),
                 specific(wanted),
             )
-            .map_err(|error| lookup_failed(&error))?;
+            .map_err(|error| lookup_failed(field("instance"), &error))?;
         stack
             .validate_parameters(&instance.parameters)
             .map_err(|faults| parameters_invalid("/parameters", &stack, &faults))?;
@@ -470,7 +477,7 @@ impl Planner {
         self.parts
             .plugins
             .get_of_kind(PluginKind::DeploymentStrategy, name, version.as_ref())
-            .map_err(|error| lookup_failed(&error))
+            .map_err(|error| lookup_failed("/strategy".to_owned(), &error))
     }
 
     fn approved(&self, plugin: &Plugin) -> Wishes {
@@ -1359,12 +1366,50 @@ fn plugin_failed(error: &windlass_runtime::CallError) -> ServiceError {
     }
 }
 
-fn lookup_failed(error: &windlass_runtime::LookupError) -> ServiceError {
-    ServiceError::Plugin {
-        code: "plugin_not_available",
-        message: error.to_string(),
-        mend: "see /v1/plugins for what is loaded and why something is not".to_owned(),
+/// The order named, or its application has, a plugin that cannot be used now.
+fn lookup_failed(field: String, error: &windlass_runtime::LookupError) -> ServiceError {
+    invalid(
+        "plugin_not_available",
+        field,
+        error.to_string(),
+        "see /v1/plugins for what is loaded and why something is not",
+    )
+}
+
+/// The figures of an order that have bounds.
+fn check_limits(spec: &ReleaseSpec) -> Result<(), ServiceError> {
+    for (field, found, min, max) in [
+        (
+            "/limits/max_in_flight",
+            u64::from(spec.limits.max_in_flight),
+            1,
+            MAX_IN_FLIGHT,
+        ),
+        (
+            "/drain_deadline_ms",
+            spec.drain_deadline_ms,
+            0,
+            MAX_DRAIN_DEADLINE_MS,
+        ),
+        (
+            "/delivery_deadline_ms",
+            spec.delivery_deadline_ms,
+            1,
+            MAX_DELIVERY_DEADLINE_MS,
+        ),
+    ] {
+        if !(min..=max).contains(&found) {
+            return Err(ServiceError::Limit {
+                code: "out_of_limit",
+                field: field.to_owned(),
+                message: format!("`{field}` is {found}: {min} to {max} are allowed"),
+                limit: if found < min { min } else { max },
+                current: found,
+                mend: format!("give a value of `{field}` within the limit"),
+            });
+        }
     }
+    Ok(())
 }
 
 fn internal(
