@@ -17,7 +17,10 @@ use windlass_domain::{
     progress::NodeState,
     task::Outcome,
 };
-use windlass_store::{Blobs, Txn, memory::{self, MemoryOptions}};
+use windlass_store::{
+    Blobs, Txn,
+    memory::{self, MemoryOptions},
+};
 use windlass_tests::simulated::{Answer, Fleet, GivenPlans, Release, plan, server, uuid};
 
 fn node(parent: Option<u32>, name: &str, role: NodeRole, kind: StrategyNodeKind) -> StrategyNode {
@@ -50,7 +53,7 @@ fn groups(sizes: &[u32], max_failures: u32) -> StrategyPlan {
     let mut nodes = Vec::new();
     let mut next = 1;
     for (index, size) in sizes.iter().enumerate() {
-        let group = u32::try_from(nodes.len()).unwrap();
+        let group = u32::try_from(nodes.len()).expect("few groups");
         let kind = StrategyNodeKind::Parallel {
             max_in_flight: 0,
             max_failures,
@@ -105,7 +108,13 @@ async fn fleet(directory: &tempfile::TempDir, servers: u32, answer: Arc<Answer>)
         rollback: Some(plan(release(&[1]))),
         blobs: blobs.clone(),
     };
-    Fleet::start(memory::open(MemoryOptions::default()).unwrap(), blobs, planning, answer).await
+    Fleet::start(
+        memory::open(MemoryOptions::default()).expect("a store in memory"),
+        blobs,
+        planning,
+        answer,
+    )
+    .await
 }
 
 fn all_good() -> Arc<Answer> {

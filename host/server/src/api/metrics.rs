@@ -30,10 +30,13 @@ pub struct Gauge {
     pub value: u64,
 }
 
+/// Requests so far: by route, then by method and status.
+type Requests = HashMap<String, HashMap<(Method, u16), u64>>;
+
 /// Counts requests, and writes everything down.
 pub(crate) struct Metrics {
     started_at: Timestamp,
-    requests: Mutex<HashMap<String, HashMap<(Method, u16), u64>>>,
+    requests: Mutex<Requests>,
 }
 
 impl Metrics {

@@ -4,7 +4,10 @@
 //! order it rolls back. A group of which a server is held by another order is locked in this one, with that order's title.
 //! Taking locks again does no harm: those that are ours already are kept.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use windlass_domain::{
     id::{OrderId, ServerId},
@@ -22,6 +25,11 @@ use super::{
 /// Locks taken or given back with one commit.
 const CHUNK: usize = 100;
 
+/// How long initialisation waits for servers that are not connected.
+const CONNECT_WITHIN: Duration = Duration::from_secs(10);
+/// How often it looks.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
 /// Why locks could not be taken or given back now.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LockError {
@@ -34,23 +42,18 @@ pub(crate) enum LockError {
 /// Checks the servers and takes their locks.
 pub(crate) async fn initialise(job: &Job) {
     let shared = &job.engine.shared;
-    match shared.planning.check_servers(&job.plan).await {
-        Ok(problems) if problems.is_empty() => {}
-        Ok(problems) => {
-            let shown: Vec<&str> = problems.iter().take(10).map(String::as_str).collect();
-            let rest = problems.len().saturating_sub(shown.len());
-            let more = if rest > 0 {
-                format!("; and {rest} more")
-            } else {
-                String::new()
-            };
-            return fail(
-                job,
-                format!("these servers cannot take part: {}{more}", shown.join("; ")),
-            )
-            .await;
+    // Agents that lost their session, as all do when the server starts, come back within moments: wait for them.
+    let deadline = tokio::time::Instant::now() + CONNECT_WITHIN;
+    loop {
+        let reason = match shared.planning.check_servers(&job.plan).await {
+            Ok(problems) if problems.is_empty() => break,
+            Ok(problems) => told(&problems),
+            Err(reason) => reason,
+        };
+        if tokio::time::Instant::now() >= deadline {
+            return fail(job, reason).await;
         }
-        Err(reason) => return fail(job, reason).await,
+        tokio::time::sleep(LOOK_EVERY).await;
     }
     match lock_all(shared, &job.plan, job.order.lock_owner).await {
         Ok(held) => {
@@ -62,6 +65,18 @@ pub(crate) async fn initialise(job: &Job) {
             fail(job, "servers could not be locked: try again".to_owned()).await;
         }
     }
+}
+
+/// Problems for people: the first of them.
+fn told(problems: &[String]) -> String {
+    let shown: Vec<&str> = problems.iter().take(10).map(String::as_str).collect();
+    let rest = problems.len().saturating_sub(shown.len());
+    let more = if rest > 0 {
+        format!("; and {rest} more")
+    } else {
+        String::new()
+    };
+    format!("these servers cannot take part: {}{more}", shown.join("; "))
 }
 
 async fn fail(job: &Job, reason: String) {
