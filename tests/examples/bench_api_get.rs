@@ -227,7 +227,9 @@ async fn serve_bare(directory: &Path) {
     let mut rest = Vec::new();
     tokio::select! {
         served = async { axum::serve(listener, router).await } => served.expect("it serves"),
-        read = input.read_to_end(&mut rest) => drop(read.expect("the end of the input")),
+        read = input.read_to_end(&mut rest) => {
+            read.expect("the end of the input");
+        }
     }
 }
 

@@ -7,8 +7,8 @@ use anyhow::Context;
 #[tokio::main(worker_threads = 2)]
 async fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
-    let rounds = arguments.next().map_or(Ok(5), |text| text.parse())?;
-    let seconds = arguments.next().map_or(Ok(4.0), |text| text.parse())?;
+    let rounds = arguments.next().map_or(Ok(9), |text| text.parse())?;
+    let seconds = arguments.next().map_or(Ok(2.0), |text| text.parse())?;
     let directory = tempfile::tempdir().context("a directory for the measurement")?;
     let figures =
         windlass_store::bench::commits(directory.path(), rounds, Duration::from_secs_f64(seconds))
