@@ -29,7 +29,8 @@ dev: build
 	$(BIN)/windlass dev --plugins $(PLUGINS)
 
 test: build guests
-	$(CARGO) test $(PROFILE) --workspace --all-features --no-fail-fast
+	$(CARGO) test $(PROFILE) --workspace --no-fail-fast
+	$(CARGO) test $(PROFILE) -p windlass-store --all-features --no-fail-fast
 
 lint: setup
 	$(CARGO) fmt --all --check

@@ -9,13 +9,21 @@ use windlass::api::client::{Answer, Client};
 ///
 /// # Panics
 /// When there is no answer.
-pub async fn ask(api: &Client, method: Method, path: &str, body: Option<&Value>, headers: &[(&str, &str)]) -> Answer {
+pub async fn ask(
+    api: &Client,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+    headers: &[(&str, &str)],
+) -> Answer {
     let mut headers = headers.to_vec();
     if body.is_some() {
         headers.push(("content-type", "application/json"));
     }
     let body = body.map_or_else(Bytes::new, |body| body.to_string().into());
-    api.request(method.clone(), path, body, &headers).await.unwrap_or_else(|error| panic!("{method} {path}: {error}"))
+    api.request(method.clone(), path, body, &headers)
+        .await
+        .unwrap_or_else(|error| panic!("{method} {path}: {error}"))
 }
 
 /// Checks that an answer is a problem with this status and code, and answers the problem: it says what is wrong and what to
@@ -27,14 +35,24 @@ pub fn refused(answer: &Answer, status: u16, code: &str) -> Value {
     let problem = answer.json();
     let shown = format!("{}: {}", answer.status, answer.text());
     assert_eq!(answer.status, status, "expected {code}: {shown}");
-    assert_eq!(answer.header("content-type"), Some("application/problem+json"), "{shown}");
+    assert_eq!(
+        answer.header("content-type"),
+        Some("application/problem+json"),
+        "{shown}"
+    );
     assert_eq!(problem["code"], code, "{shown}");
     assert_eq!(problem["status"], status, "{shown}");
     for field in ["title", "detail", "mend"] {
-        assert!(problem[field].as_str().is_some_and(|text| !text.is_empty()), "{field} is missing: {shown}");
+        assert!(
+            problem[field].as_str().is_some_and(|text| !text.is_empty()),
+            "{field} is missing: {shown}"
+        );
     }
     let id = problem["request_id"].as_str().unwrap_or_default();
-    assert!(!id.is_empty() && answer.header("x-request-id") == Some(id), "the request's id: {shown}");
+    assert!(
+        !id.is_empty() && answer.header("x-request-id") == Some(id),
+        "the request's id: {shown}"
+    );
     problem
 }
 

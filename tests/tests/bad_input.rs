@@ -265,7 +265,11 @@ async fn a_bad_upload_leaves_nothing_but_its_record() {
         records += 1;
         eventually("the upload is given up", || async {
             let (now, packages, failed) = kept(&host).await;
-            if now == blobs && packages == 1 && failed.len() == records && failed[0] == "package_truncated" {
+            if now == blobs
+                && packages == 1
+                && failed.len() == records
+                && failed[0] == "package_truncated"
+            {
                 Ok(())
             } else {
                 Err(format!("{now:?} {failed:?}"))

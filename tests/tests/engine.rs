@@ -99,7 +99,7 @@ fn release(sizes: &[u32]) -> Release {
 async fn fleet(directory: &tempfile::TempDir, servers: u32, answer: Arc<Answer>) -> Fleet {
     let blobs = Blobs::open_directory(directory.path().join("blobs"))
         .await
-        .unwrap();
+        .expect("a test directory");
     let planning = GivenPlans {
         reads: Mutex::default(),
         members: (1..=servers)

@@ -19,20 +19,52 @@ const FIXED: [(&str, &str, &str); 24] = [
     ("/v1/apps", "get", "list_apps"),
     ("/v1/workspaces/{ws}/packages", "post", "upload_package"),
     ("/v1/workspaces/{ws}/packages", "get", "list_packages"),
-    ("/v1/workspaces/{ws}/service-instances", "post", "create_instance"),
-    ("/v1/workspaces/{ws}/service-instances", "get", "list_instances"),
+    (
+        "/v1/workspaces/{ws}/service-instances",
+        "post",
+        "create_instance",
+    ),
+    (
+        "/v1/workspaces/{ws}/service-instances",
+        "get",
+        "list_instances",
+    ),
     ("/v1/workspaces/{ws}/servers", "get", "list_servers"),
-    ("/v1/workspaces/{ws}/activation-codes", "post", "create_activation_code"),
-    ("/v1/workspaces/{ws}/activation-codes", "get", "list_activation_codes"),
+    (
+        "/v1/workspaces/{ws}/activation-codes",
+        "post",
+        "create_activation_code",
+    ),
+    (
+        "/v1/workspaces/{ws}/activation-codes",
+        "get",
+        "list_activation_codes",
+    ),
     ("/v1/workspaces/{ws}/orders", "post", "create_order"),
     ("/v1/workspaces/{ws}/orders", "get", "list_orders"),
-    ("/v1/workspaces/{ws}/orders/preview", "post", "preview_order"),
+    (
+        "/v1/workspaces/{ws}/orders/preview",
+        "post",
+        "preview_order",
+    ),
     ("/v1/workspaces/{ws}/orders/{id}", "get", "get_order"),
-    ("/v1/workspaces/{ws}/orders/{id}/actions", "post", "act_on_order"),
-    ("/v1/workspaces/{ws}/orders/{id}/events", "get", "watch_order_events"),
+    (
+        "/v1/workspaces/{ws}/orders/{id}/actions",
+        "post",
+        "act_on_order",
+    ),
+    (
+        "/v1/workspaces/{ws}/orders/{id}/events",
+        "get",
+        "watch_order_events",
+    ),
     ("/v1/plugins", "get", "list_plugins"),
     ("/v1/plugins/{name}", "get", "get_plugin"),
-    ("/v1/plugins/{name}/{version}/actions", "post", "act_on_plugin"),
+    (
+        "/v1/plugins/{name}/{version}/actions",
+        "post",
+        "act_on_plugin",
+    ),
 ];
 
 fn document() -> Value {
@@ -44,7 +76,8 @@ fn operations(document: &Value) -> Vec<(&str, &str, &Value)> {
     let paths = document["paths"].as_object().expect("paths");
     let operations = paths.iter().flat_map(|(path, item)| {
         let item = item.as_object().expect("a path's item");
-        item.iter().map(move |(method, operation)| (path.as_str(), method.as_str(), operation))
+        item.iter()
+            .map(move |(method, operation)| (path.as_str(), method.as_str(), operation))
     });
     operations.collect()
 }
@@ -70,25 +103,42 @@ fn the_document_is_the_agreed_one() {
     let golden = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/openapi.json");
     let found = serde_json::to_string_pretty(&document()).expect("the document is JSON") + "\n";
     if std::env::var_os("WINDLASS_BLESS").is_some() {
-        fs::create_dir_all(golden.parent().expect("it has a directory")).expect("the directory of golden files");
+        fs::create_dir_all(golden.parent().expect("it has a directory"))
+            .expect("the directory of golden files");
         fs::write(&golden, &found).expect("the golden file");
     }
     let agreed = fs::read_to_string(&golden).expect("the golden file");
-    if let Some((line, (agreed, found))) = (1..).zip(agreed.lines().zip(found.lines())).find(|(_, (agreed, found))| agreed != found) {
+    if let Some((line, (agreed, found))) = (1..)
+        .zip(agreed.lines().zip(found.lines()))
+        .find(|(_, (agreed, found))| agreed != found)
+    {
         panic!(
             "the API's document differs from tests/tests/golden/openapi.json from line {line} on:\n- {agreed}\n+ {found}\n\
              if that is wanted: WINDLASS_BLESS=1 cargo test --release -p windlass-tests --test openapi"
         );
     }
-    assert_eq!(agreed.len(), found.len(), "one of them goes on where the other ends");
+    assert_eq!(
+        agreed.len(),
+        found.len(),
+        "one of them goes on where the other ends"
+    );
 }
 
 #[test]
 fn it_is_openapi_3_1_and_every_fixed_path_stands_in_it() {
     let document = document();
-    assert!(document["openapi"].as_str().is_some_and(|version| version.starts_with("3.1.")), "{}", document["openapi"]);
+    assert!(
+        document["openapi"]
+            .as_str()
+            .is_some_and(|version| version.starts_with("3.1.")),
+        "{}",
+        document["openapi"]
+    );
     for (path, method, id) in FIXED {
-        assert_eq!(document["paths"][path][method]["operationId"], id, "{method} {path}");
+        assert_eq!(
+            document["paths"][path][method]["operationId"], id,
+            "{method} {path}"
+        );
     }
 }
 
@@ -97,13 +147,34 @@ fn every_operation_has_its_id_its_token_and_its_problem() {
     let document = document();
     let mut ids = BTreeSet::new();
     for (path, method, operation) in operations(&document) {
-        let id = operation["operationId"].as_str().unwrap_or_else(|| panic!("{method} {path} has no operation id"));
+        let id = operation["operationId"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{method} {path} has no operation id"));
         assert!(ids.insert(id), "two operations are called {id}");
-        assert_eq!(operation["responses"]["default"]["content"]["application/problem+json"]["schema"]["$ref"], "#/components/schemas/Problem", "{id}");
-        assert_eq!(operation["security"].is_array(), path.starts_with("/v1/"), "{id}: a token is needed below /v1");
-        let parameters: Vec<&str> = operation["parameters"].as_array().into_iter().flatten().filter_map(|one| one["name"].as_str()).collect();
-        for part in path.split('/').filter_map(|part| part.strip_prefix('{')?.strip_suffix('}')) {
-            assert!(parameters.contains(&part), "{id}: the parameter {part} is not described");
+        assert_eq!(
+            operation["responses"]["default"]["content"]["application/problem+json"]["schema"]["$ref"],
+            "#/components/schemas/Problem",
+            "{id}"
+        );
+        assert_eq!(
+            operation["security"].is_array(),
+            path.starts_with("/v1/"),
+            "{id}: a token is needed below /v1"
+        );
+        let parameters: Vec<&str> = operation["parameters"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|one| one["name"].as_str())
+            .collect();
+        for part in path
+            .split('/')
+            .filter_map(|part| part.strip_prefix('{')?.strip_suffix('}'))
+        {
+            assert!(
+                parameters.contains(&part),
+                "{id}: the parameter {part} is not described"
+            );
         }
         let writes = path.starts_with("/v1/") && method != "get";
         assert_eq!(parameters.contains(&"Idempotency-Key"), writes, "{id}");
@@ -117,7 +188,9 @@ fn every_reference_leads_somewhere() {
     references(&document, &mut found);
     assert!(found.len() > 30, "{found:?}");
     for target in found {
-        let pointer = target.strip_prefix('#').unwrap_or_else(|| panic!("{target} leaves the document"));
+        let pointer = target
+            .strip_prefix('#')
+            .unwrap_or_else(|| panic!("{target} leaves the document"));
         assert!(document.pointer(pointer).is_some(), "{target} is nowhere");
     }
 }

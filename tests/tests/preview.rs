@@ -116,7 +116,7 @@ async fn before(host: &TestHost, scene: &Scene, package: usize) -> Before {
 
 impl Before {
     /// Neither the preview nor the order that was made of it is run: both are refused with what changed.
-    async fn is_refused(self, host: &TestHost, subject: &str) {
+    async fn refused_naming(self, host: &TestHost, subject: &str) {
         self.preview_is_refused(host, subject).await;
         let refused = refusal(act(host, &self.made, &json!({ "action": "run" })).await);
         self.names(&refused, subject);
@@ -168,17 +168,17 @@ async fn each_kind_of_drift_is_refused_naming_what_changed() {
     let mut changed = parameters();
     changed["stop_grace_s"] = 2.into();
     scene.change(&host, &json!({ "parameters": changed })).await;
-    old.is_refused(&host, "instance of scene").await;
+    old.refused_naming(&host, "instance of scene").await;
 
     let old = before(&host, &scene, 1).await;
     let mut env = scene.env();
     env["MORE"] = "more".into();
     scene.change(&host, &json!({ "env": env })).await;
-    old.is_refused(&host, "instance of scene").await;
+    old.refused_naming(&host, "instance of scene").await;
 
     let old = before(&host, &scene, 1).await;
     scene.change(&host, &json!({ "pools": [] })).await;
-    old.is_refused(&host, "instance of scene").await;
+    old.refused_naming(&host, "instance of scene").await;
     scene.change(&host, &json!({ "pools": [scene.pool] })).await;
 
     let old = before(&host, &scene, 1).await;
@@ -186,7 +186,7 @@ async fn each_kind_of_drift_is_refused_naming_what_changed() {
     scene
         .bind(&host, &[id], json!({ (id): { "PORT": "1234" } }))
         .await;
-    old.is_refused(&host, &format!("server {name}")).await;
+    old.refused_naming(&host, &format!("server {name}")).await;
 
     let old = before(&host, &scene, 1).await;
     let cell = json!({ "name": "cell-c", "deployment_zone": "a", "zones": ["zone-a"] });
@@ -194,7 +194,7 @@ async fn each_kind_of_drift_is_refused_naming_what_changed() {
         .post(&host.ws("cells"), &cell)
         .await
         .expect("a cell");
-    old.is_refused(&host, "cells").await;
+    old.refused_naming(&host, "cells").await;
 
     // A server in a cell in which the instance had none: still one of those that would be released to.
     host.add_agent("agent-3").await;
@@ -215,16 +215,17 @@ async fn each_kind_of_drift_is_refused_naming_what_changed() {
         .expect("the server is moved");
     let old = before(&host, &scene, 1).await;
     scene.bind(&host, &[&third], json!({})).await;
-    old.is_refused(&host, "servers of scene").await;
+    old.refused_naming(&host, "servers of scene").await;
 
     let old = before(&host, &scene, 1).await;
     scene.unbind(&host, &[&third]).await;
-    old.is_refused(&host, "servers of scene").await;
+    old.refused_naming(&host, "servers of scene").await;
 
     let old = before(&host, &scene, 0).await;
     scene.forget();
     scene.release(&host, 1).await;
-    old.is_refused(&host, "installed scene on agent-1").await;
+    old.refused_naming(&host, "installed scene on agent-1")
+        .await;
     scene.forget();
 
     packages_that_are_gone_are_refused(&host, &scene).await;

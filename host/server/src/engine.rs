@@ -632,7 +632,10 @@ impl Shared {
         match self.store.lease(LEASE_TTL_MS).await {
             Ok(lease) => self.hold(lease),
             Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "the engine has no lease; it asks again");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "the engine has no lease; it asks again"
+                );
             }
         }
     }

@@ -26,7 +26,11 @@ pub fn random_bytes<const N: usize>() -> [u8; N] {
 pub fn new_uuid() -> Uuid {
     let now_ms = u64::try_from(clock::now().unix_ms()).unwrap_or(0);
     let subsec_ms = u32::try_from(now_ms % 1000).unwrap_or(0);
-    Uuid::new_v7(Timestamp::from_unix(&LAST, now_ms / 1000, subsec_ms * 1_000_000))
+    Uuid::new_v7(Timestamp::from_unix(
+        &LAST,
+        now_ms / 1000,
+        subsec_ms * 1_000_000,
+    ))
 }
 
 #[cfg(test)]

@@ -94,9 +94,14 @@ impl<'de> Deserialize<'de> for AskedAction {
         let action = Action::deserialize(serde_json::Value::Object(fields.clone()))
             .map_err(D::Error::custom)?;
         let known = serde_json::to_value(&action).map_err(D::Error::custom)?;
-        match fields.keys().find(|name| known.get(name.as_str()).is_none()) {
+        match fields
+            .keys()
+            .find(|name| known.get(name.as_str()).is_none())
+        {
             None => Ok(Self(action)),
-            Some(name) => Err(D::Error::custom(format!("unknown field `{name}` of this action"))),
+            Some(name) => Err(D::Error::custom(format!(
+                "unknown field `{name}` of this action"
+            ))),
         }
     }
 }
