@@ -22,12 +22,7 @@ use sha2::{Digest as _, Sha256};
 use windlass_domain::{Digest, id::TokenId};
 use windlass_store::Txn;
 
-use super::{
-    Api, extract,
-    listener::Peer,
-    problem::{Problem, Replayed},
-    reply::ShownOnce,
-};
+use super::{Api, extract, listener::Peer, problem::Problem, reply::ShownOnce};
 use crate::{
     ids,
     service::{
@@ -237,7 +232,8 @@ async fn once(
     };
     request.extensions_mut().insert(Caller { with, ..caller });
     let response = next.run(request).await;
-    if response.extensions().get::<Replayed>().is_some()
+    // A twin of this request may have been faster: then what this one met is the twin's doing, and its answer is the twin's.
+    if !response.status().is_success()
         && let Some(stored) = api.idempotency.lookup(token, key, digest).await?
     {
         return Ok(again(&method, &path, stored));

@@ -83,10 +83,6 @@ impl Problem {
     }
 }
 
-/// Marks the answer to a request that was carried out meanwhile under the same idempotency key.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Replayed;
-
 impl IntoResponse for Problem {
     /// Only the status, and the problem beside it: the gate writes the body, because it knows the request's id.
     fn into_response(self) -> Response {
@@ -102,9 +98,6 @@ impl IntoResponse for Problem {
                 header::WWW_AUTHENTICATE,
                 HeaderValue::from_static("Bearer realm=\"windlass\""),
             );
-        }
-        if self.code == REPLAY_CODE {
-            response.extensions_mut().insert(Replayed);
         }
         response.extensions_mut().insert(self);
         response
