@@ -49,7 +49,12 @@ async fn release(gateway: &Gateway, agent: &mut TestAgent, env: &[(&str, String)
         let fails =
             matches!(&step.action, Action::Script(script) if script.text.contains("exit 3"));
         let id = gateway.push(step);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
         let result = loop {
+            assert!(
+                std::time::Instant::now() < deadline,
+                "{id} has no result {env:?}"
+            );
             // Whoever crashed is started again, without the wish to.
             if let Some(status) = agent.ended() {
                 assert_eq!(status.signal(), Some(9), "{status}");
