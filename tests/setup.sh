@@ -1,8 +1,9 @@
 #!/bin/sh
 # Makes sure that a machine has what the build and the tests need, and says exactly what to run where it cannot.
 #
-# Needed: a C compiler (rustls' ring is C and assembly), rustup's toolchain of rust-toolchain.toml. The standard library for
-# WebAssembly is looked after by plugins/build.sh.
+# Needed: a C compiler (rustls' ring is C and assembly), rustup's toolchain of rust-toolchain.toml. Tests of load balancers
+# need HAProxy (they start it themselves: the packaged service may stay off), nftables, and ip for network namespaces. The
+# standard library for WebAssembly is looked after by plugins/build.sh.
 set -eu
 
 missing=
@@ -10,6 +11,9 @@ need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
 need cc gcc
 need make make
 need ps procps
+need /usr/sbin/haproxy haproxy
+need /usr/sbin/nft nftables
+need ip iproute2
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then

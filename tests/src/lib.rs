@@ -2,6 +2,7 @@
 
 pub mod guests;
 pub mod host;
+pub mod load;
 pub mod problem;
 pub mod release;
 pub mod scene;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    id::PoolId,
+    id::{PoolId, ServerId},
     name::{PoolName, WorkspaceName},
     time::Timestamp,
 };
@@ -37,4 +37,128 @@ pub enum PoolKind {
     /// Keeps weights durably and sends no traffic.
     #[default]
     Simulated,
+}
+
+/// What a pool knows of one of its members, as its back end counts it.
+///
+/// Counters rise from the moment a member was first seen; they begin again at 0 when what counts them was started anew, so
+/// a reader that compares two looks takes a lower figure as a new beginning ([`MemberStats::since`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MemberStats {
+    /// The member.
+    pub server: ServerId,
+    /// Weight, 0 to 100.
+    pub weight: u32,
+    /// What the pool's own health check says.
+    pub health: MemberHealth,
+    /// Requests (HTTP) or connections (TCP) that are under way.
+    pub sessions: u32,
+    /// Requests or connections that were given to it.
+    pub requests: u64,
+    /// Of them: answered with a status from 500 on, broken off by the server, or never connected.
+    pub errors: u64,
+    /// Connections to it that were tried again.
+    pub retries: u64,
+    /// Requests that were given to another member because it could not be connected to.
+    pub redispatches: u64,
+    /// Mean time until its answer began, over about the last 1,000 requests, in milliseconds; `None`: not measured.
+    pub latency_ms: Option<u32>,
+}
+
+/// What a pool's own health check says of a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum MemberHealth {
+    /// It answers.
+    Up,
+    /// It does not: it gets no traffic whatever its weight.
+    Down,
+    /// The pool has no check, or has not checked yet.
+    #[default]
+    Unchecked,
+}
+
+/// What happened to a member between two looks at it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counted {
+    /// Requests.
+    pub requests: u64,
+    /// Errors among them.
+    pub errors: u64,
+}
+
+impl MemberStats {
+    /// What was counted since an earlier look. A counter that fell has begun anew: what it shows is all that is known.
+    #[must_use]
+    pub fn since(&self, earlier: &Self) -> Counted {
+        let (requests, errors) = if self.requests < earlier.requests || self.errors < earlier.errors
+        {
+            (self.requests, self.errors)
+        } else {
+            (
+                self.requests - earlier.requests,
+                self.errors - earlier.errors,
+            )
+        };
+        Counted { requests, errors }
+    }
+
+    /// Whether it takes new requests: with weight, and not down.
+    #[must_use]
+    pub const fn serves(&self) -> bool {
+        self.weight > 0
+            && match self.health {
+                MemberHealth::Up | MemberHealth::Unchecked => true,
+                MemberHealth::Down => false,
+            }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stats(requests: u64, errors: u64) -> MemberStats {
+        MemberStats {
+            server: ServerId::from_uuid(uuid::Uuid::from_u128(1)),
+            weight: 100,
+            health: MemberHealth::Up,
+            sessions: 0,
+            requests,
+            errors,
+            retries: 0,
+            redispatches: 0,
+            latency_ms: None,
+        }
+    }
+
+    #[test]
+    fn counters_are_compared_also_when_they_began_anew() {
+        for (earlier, later, expect) in [
+            ((10, 1), (15, 3), (5, 2)),
+            ((10, 1), (10, 1), (0, 0)),
+            ((10, 1), (4, 0), (4, 0)),
+            ((10, 3), (12, 0), (12, 0)),
+        ] {
+            let counted = stats(later.0, later.1).since(&stats(earlier.0, earlier.1));
+            assert_eq!((counted.requests, counted.errors), expect);
+        }
+    }
+
+    #[test]
+    fn a_member_serves_with_weight_unless_it_is_down() {
+        for (weight, health, serves) in [
+            (100, MemberHealth::Up, true),
+            (1, MemberHealth::Unchecked, true),
+            (100, MemberHealth::Down, false),
+            (0, MemberHealth::Up, false),
+        ] {
+            let member = MemberStats {
+                weight,
+                health,
+                ..stats(0, 0)
+            };
+            assert_eq!(member.serves(), serves, "{member:?}");
+        }
+    }
 }

@@ -8,7 +8,10 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use windlass_domain::id::{PoolId, ServerId};
+use windlass_domain::{
+    id::{PoolId, ServerId},
+    pool::{MemberHealth, MemberStats},
+};
 use windlass_store::{Store, Txn};
 
 use super::rows;
@@ -57,6 +60,9 @@ pub trait TrafficPools: Send + Sync + 'static {
 
     /// Connections that a member still serves.
     async fn connections(&self, pool: PoolId, server: ServerId) -> Result<u32, TrafficError>;
+
+    /// What the pool knows of each of its members: for judging a release by what its servers answer.
+    async fn stats(&self, pool: PoolId) -> Result<Vec<MemberStats>, TrafficError>;
 }
 
 /// Sets a weight and compares what is read back with it: never assumed. Source: spec "Load balancers".
@@ -209,5 +215,25 @@ impl TrafficPools for SimulatedPools {
 
     async fn connections(&self, pool: PoolId, _server: ServerId) -> Result<u32, TrafficError> {
         Ok(self.fault(pool).await?.stuck_connections)
+    }
+
+    /// Members whose weight was ever set; nothing is counted, since no traffic is sent.
+    async fn stats(&self, pool: PoolId) -> Result<Vec<MemberStats>, TrafficError> {
+        let sessions = self.fault(pool).await?.stuck_connections;
+        let weights = self.weights(pool).await?;
+        Ok(weights
+            .into_iter()
+            .map(|(server, weight)| MemberStats {
+                server,
+                weight,
+                health: MemberHealth::Unchecked,
+                sessions,
+                requests: 0,
+                errors: 0,
+                retries: 0,
+                redispatches: 0,
+                latency_ms: None,
+            })
+            .collect())
     }
 }
