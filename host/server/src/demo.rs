@@ -185,18 +185,19 @@ async fn show(client: &Client) -> anyhow::Result<Demo> {
         "it should have stopped after the first of three groups: {}",
         order["counts"]
     );
-    println!(
-        "  stopped after the first group: {}",
-        text(&order["state_reason"]).unwrap_or_default()
-    );
+    println!("  it stopped after the first group: the other two servers were not touched");
     fleet.expect("2.0.0").await?;
     let weights = client
         .get(&format!("{ws}/pools/{}/weights", text(&pool["id"])?))
         .await?;
-    println!("  weights: {weights}");
+    let shown: Vec<String> = items(&weights)
+        .iter()
+        .map(|member| format!("{} {}", fleet.name_of(&member["server"]), member["weight"]))
+        .collect();
+    println!("  weights: {}", shown.join(", "));
     ensure!(
-        !weights.to_string().contains("\"weight\":0,")
-            && !weights.to_string().contains("\"weight\":0}"),
+        shown.len() == fleet.servers.len()
+            && items(&weights).iter().all(|member| member["weight"] != 0),
         "a server was left without traffic: {weights}"
     );
     Ok(Demo {
@@ -274,11 +275,13 @@ impl Fleet {
                 match what["type"].as_str() {
                     Some("node") => bars.node(&what),
                     Some("order") => {
-                        bars.line(&format!(
-                            "  order: {} {}",
-                            text(&what["state"])?,
-                            text(&what["reason"]).unwrap_or_default()
-                        ));
+                        let state = text(&what["state"])?.replace('_', " ");
+                        bars.line(&match what["reason"].as_str() {
+                            Some(reason) if !reason.is_empty() => {
+                                format!("  order: {state}: {reason}")
+                            }
+                            Some(_) | None => format!("  order: {state}"),
+                        });
                         match what["state"].as_str() {
                             Some("awaiting_confirmation") => {
                                 client
@@ -309,6 +312,13 @@ impl Fleet {
                 return Ok(now);
             }
         }
+    }
+
+    fn name_of(&self, server: &Value) -> &str {
+        server
+            .as_str()
+            .and_then(|id| self.servers.get(id))
+            .map_or("a server that is not the demo's", |(name, _)| name)
     }
 
     /// Fetches what each server's application answers, and compares.
@@ -398,10 +408,16 @@ impl Bars {
             _ => {}
         }
         if !self.terminal && (!step || state == "failed") {
+            let server = bar.prefix();
+            let step = if step {
+                format!("{name} ")
+            } else {
+                String::new()
+            };
+            let message = what["message"].as_str().unwrap_or_default();
             println!(
-                "  {:10} {name} {state} {}",
-                bar.prefix(),
-                what["message"].as_str().unwrap_or_default()
+                "{}",
+                format!("  {server:10} {step}{state} {message}").trim_end()
             );
         }
     }

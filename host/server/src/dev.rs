@@ -7,6 +7,7 @@
 use std::{
     fs,
     net::SocketAddr,
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
     process::Stdio,
     time::Duration,
@@ -60,6 +61,7 @@ impl Dev {
     /// What could not be started, and why; nothing is left running.
     pub async fn start(options: &DevOptions) -> anyhow::Result<Self> {
         let binary = agent_binary()?;
+        make_private(&options.data)?;
         let mut config = ServerConfig::local(&options.data, options.listen, &options.plugins);
         config.agent_listen = agent_listen(&options.data)?;
         let running = platform::start(config)
@@ -146,7 +148,7 @@ impl Dev {
             .as_str()
             .context("the activation code is missing in the answer")?
             .to_owned();
-        fs::create_dir_all(data).with_context(|| format!("{} cannot be made", data.display()))?;
+        make_private(data)?;
         let mut command = Command::new(&self.binary);
         command
             .args([
@@ -265,6 +267,15 @@ impl Dev {
     }
 }
 
+/// A directory, with those above it, that nobody else may look into.
+fn make_private(directory: &Path) -> anyhow::Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .with_context(|| format!("{} cannot be made", directory.display()))
+}
+
 /// Where agents connect: the same address at every start, because they keep it.
 fn agent_listen(data: &Path) -> anyhow::Result<SocketAddr> {
     let file = data.join("agents").join("listen");
@@ -275,8 +286,7 @@ fn agent_listen(data: &Path) -> anyhow::Result<SocketAddr> {
             .with_context(|| format!("{} does not hold an address", file.display()));
     }
     let address = std::net::TcpListener::bind(("127.0.0.1", 0))?.local_addr()?;
-    fs::create_dir_all(data.join("agents"))
-        .with_context(|| format!("{} cannot be made", data.join("agents").display()))?;
+    make_private(&data.join("agents"))?;
     fs::write(&file, address.to_string())
         .with_context(|| format!("{} cannot be written", file.display()))?;
     Ok(address)

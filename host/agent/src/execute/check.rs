@@ -58,10 +58,13 @@ pub(super) async fn run_check(
         if streak.judge(attempt, Instant::now()) {
             return Ok(Ended::new(Outcome::Succeeded, ""));
         }
-        let text = format!(
-            "not healthy for {} ms on end; the last failure: {}",
-            check.healthy_for_ms, streak.last_failure
-        );
+        let text = match check.healthy_for_ms {
+            0 => format!("never healthy; the last failure: {}", streak.last_failure),
+            ms => format!(
+                "not healthy for {ms} ms on end; the last failure: {}",
+                streak.last_failure
+            ),
+        };
         *progress
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner) = text;

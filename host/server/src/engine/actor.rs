@@ -646,8 +646,23 @@ impl Actor {
                     .drift
                     .first()
                     .map(|d| format!("{} was {} and is {}", d.subject, d.before, d.after));
-                let message = drift.unwrap_or_else(|| row.message.clone());
-                format!("{}{}: {message}", planned.name, on.unwrap_or_default())
+                let asked = match &planned.kind {
+                    NodeKind::Gate { message } => Some(message),
+                    NodeKind::Sequence
+                    | NodeKind::Parallel { .. }
+                    | NodeKind::Unit { .. }
+                    | NodeKind::Step { .. }
+                    | NodeKind::Traffic(_)
+                    | NodeKind::Pause { .. }
+                    | NodeKind::Judge { .. } => None,
+                };
+                let said = Some(&row.message).filter(|message| !message.is_empty());
+                let message = drift.or_else(|| said.or(asked).cloned());
+                let what = format!("{}{}", planned.name, on.unwrap_or_default());
+                match message {
+                    Some(message) => format!("{what}: {message}"),
+                    None => what,
+                }
             })
         };
         match state {
