@@ -1,7 +1,8 @@
 # Everything that is done with Windlass's source. On a fresh machine `make demo` and `make test` do all of it, set-up
 # included. Set-up that needs root and has none prints the exact command.
 
-# One profile for binaries, tests, demo and benches: wasmtime is built once.
+# One profile for binaries, tests, demo and benches, and always the whole workspace, so that features are the same for
+# all of them: wasmtime is built once.
 CARGO      := cargo
 PROFILE    := --release
 BIN        := target/release
@@ -13,7 +14,7 @@ DEMO_ARGS  ?=
 .PHONY: build plugins guests demo dev test lint bench soak clean setup
 
 build: setup
-	$(CARGO) build $(PROFILE) -p windlass -p windlass-agent -p windlass-sample --bins
+	$(CARGO) build $(PROFILE) --workspace --bins
 	sh plugins/build.sh $(PLUGINS)
 
 setup:
