@@ -40,6 +40,7 @@ use crate::{
     files::make_dir,
     journal::{self, Journal, JournalError, Known},
     proc,
+    query::Queries,
 };
 
 /// How often health is looked at.
@@ -102,6 +103,7 @@ pub struct Agent {
     apps: Vec<AppState>,
     told: Option<AgentState>,
     tasks: JoinSet<Event>,
+    queries: Queries,
     output: (mpsc::Sender<OutputChunk>, mpsc::Receiver<OutputChunk>),
 }
 
@@ -135,6 +137,7 @@ impl Agent {
             apps: Vec::new(),
             told: None,
             tasks: JoinSet::new(),
+            queries: Queries::new(context.clone()),
             output: mpsc::channel(64),
             context,
         };
@@ -158,6 +161,7 @@ impl Agent {
                     Ok(event) => self.event(event),
                     Err(error) => tracing::error!(%error, "a worker of the agent failed"),
                 },
+                (id, result) = self.queries.next() => self.send(ToServer::QueryAnswer { id, result }),
                 Some(chunk) = self.output.1.recv() => self.live_output(chunk),
                 _ = tick.tick() => self.tick(),
             }
@@ -185,7 +189,10 @@ impl Agent {
                 self.ask_secrets();
             }
             Command::Inbound(message) => self.inbound(message),
-            Command::Closed => self.session = None,
+            Command::Closed => {
+                self.session = None;
+                self.queries.drop_all();
+            }
         }
     }
 
@@ -220,6 +227,16 @@ impl Agent {
             ToAgent::Revoke { task_id } => self.revoke(task_id),
             ToAgent::Ack { task_id } => self.acknowledge(task_id),
             ToAgent::Secrets { instance, values } => self.secrets(instance, &values),
+            ToAgent::Query {
+                id,
+                body,
+                timeout_ms,
+            } => {
+                if let Err(refused) = self.queries.ask(id, body, timeout_ms) {
+                    let result = Err(refused);
+                    self.send(ToServer::QueryAnswer { id, result });
+                }
+            }
             // The session's own affairs.
             ToAgent::Challenge { .. }
             | ToAgent::Welcome(_)

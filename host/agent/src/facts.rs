@@ -20,7 +20,7 @@ pub fn gather(data: &DataDir, policy: &Policy) -> ServerFacts {
         .map_or(0, |stat| stat.f_blocks.saturating_mul(stat.f_frsize));
     ServerFacts {
         host_name: uname.nodename().to_string_lossy().into_owned(),
-        addresses: addresses(),
+        addresses: local_addresses(),
         os: os(),
         kernel: uname.release().to_string_lossy().into_owned(),
         arch: uname.machine().to_string_lossy().into_owned(),
@@ -64,7 +64,7 @@ fn memory() -> u64 {
 }
 
 /// Local addresses from the kernel's routing tables, without loopback and link-local ones.
-fn addresses() -> Vec<String> {
+pub(crate) fn local_addresses() -> Vec<String> {
     let mut found = Vec::new();
     let trie = fs::read_to_string("/proc/net/fib_trie").unwrap_or_default();
     let mut last = "";

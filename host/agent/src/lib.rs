@@ -5,7 +5,8 @@
 //!                                                │
 //!                                                ├──► execute ──► cache, unpack, instance, probe
 //!                                                │        └──► shim ═══► script            (own processes, which outlive
-//!                                                └──► app ─────────► shim ═══► application   the agent)
+//!                                                ├──► app ─────────► shim ═══► application   the agent)
+//!                                                └──► query: looks at the machine, answered in the session
 //! ```
 //! The rules of a session and of a task are in the head of `windlass_protocol`; the files in that of [`config`]; what a shim
 //! promises in that of [`shim`]. Killing or upgrading the agent touches no application and loses no exit code.
@@ -27,6 +28,7 @@ pub mod mask;
 pub mod net;
 pub mod probe;
 pub mod proc;
+pub mod query;
 pub mod register;
 pub mod session;
 pub mod shim;

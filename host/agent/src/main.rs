@@ -115,7 +115,8 @@ fn execute(command: Command) -> anyhow::Result<()> {
     let runtime = || {
         tokio::runtime::Builder::new_current_thread()
             .enable_all()
-            .max_blocking_threads(4)
+            // Queries take two of them at most.
+            .max_blocking_threads(6)
             .thread_stack_size(512 * 1024)
             .build()
             .context("the runtime cannot be started")

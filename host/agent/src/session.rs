@@ -282,6 +282,7 @@ async fn carry(
                         | ToAgent::Revoke { .. }
                         | ToAgent::Ack { .. }
                         | ToAgent::Secrets { .. }
+                        | ToAgent::Query { .. }
                         | ToAgent::Unsupported { .. }),
                     ) => {
                         commands

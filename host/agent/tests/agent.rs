@@ -11,6 +11,7 @@ mod attacks;
 mod crashes;
 mod network;
 mod processes;
+mod queries;
 mod soak;
 mod support;
 mod upgrade;

@@ -25,7 +25,7 @@
 //!          │ ◄─ hello { server id, nonce A, signature … } ── │  greeted
 //!  verify; evict an older session of the same server id
 //!          │ ── welcome { session, signature, heartbeat } ─► │  verify → open
-//!          │ ── task / revoke / ack / ping / secrets ──────► │
+//!          │ ── task / revoke / ack / ping / query / … ────► │
 //!          │ ◄─ accepted / started / output / result / … ─── │
 //!          │ ── goodbye { reason } ────────────────────────► │  closed
 //! ```
@@ -39,6 +39,11 @@
 //! **Versions.** A number, [`PROTOCOL_VERSION`]. The server offers a range, the agent takes the highest that it knows
 //! ([`negotiate`]). Unknown fields are ignored; an unknown kind is answered with `unsupported` and is not fatal ([`decode`]).
 //! So an agent one version behind works.
+//!
+//! | version | what it added |
+//! | --- | --- |
+//! | 1 | all that is not named below |
+//! | 2 | `query` and `query_answer`: see [`query`]. An agent of version 1 is not asked; the asker is told to upgrade it |
 //!
 //! # A task
 //! The server's view; `epoch` is the journal epoch in the hello, `pushed_epoch` is a field of the inbox row:
@@ -75,6 +80,7 @@ pub mod code;
 pub mod fixed;
 pub mod identity;
 pub mod message;
+pub mod query;
 pub mod register;
 pub mod secret;
 
@@ -86,11 +92,16 @@ pub use message::{
     HeldState, HeldTask, Hello, JournalState, NoCommonProtocol, OutputChunk, ProtocolRange,
     TaskPush, ToAgent, ToServer, Welcome, decode, encode, negotiate,
 };
+pub use query::{
+    ConnectReply, MAX_QUERIES_IN_FLIGHT, MAX_QUERY_DATA_BYTES, MAX_QUERY_TEXT_BYTES,
+    MAX_QUERY_TIMEOUT_MS, ProbeReply, QUERIES_SINCE, Query, QueryError, QueryErrorCode, QueryReply,
+};
 pub use register::{Problem, RegisterRequest, RegisterResponse, ServerFacts};
 pub use secret::{DownloadGrant, SecretText};
 
-/// The version of the protocol that this crate describes. Rises when a message changes its meaning.
-pub const PROTOCOL_VERSION: u32 = 1;
+/// The version of the protocol that this crate describes. Rises when a message changes its meaning, or when
+/// the other side has to know before a new one is sent.
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// The oldest version that this crate still speaks.
 pub const MIN_PROTOCOL_VERSION: u32 = 1;

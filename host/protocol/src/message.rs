@@ -12,6 +12,7 @@ use windlass_domain::{
 use crate::{
     MAX_FRAME_BYTES, MIN_PROTOCOL_VERSION, PROTOCOL_VERSION,
     fixed::{Epoch, Nonce, SessionId, Signature},
+    query::{Query, QueryError, QueryReply},
     register::ServerFacts,
     secret::{DownloadGrant, SecretText},
 };
@@ -52,6 +53,15 @@ pub enum ToAgent {
         instance: InstanceId,
         /// Name of the secret → its value. A name that is missing has no value any more.
         values: BTreeMap<String, SecretText>,
+    },
+    /// A question that is answered in this session or not at all.
+    Query {
+        /// Comes back in the answer; not used twice in a session.
+        id: u64,
+        /// What is asked.
+        body: Query,
+        /// How long the agent may take, in milliseconds.
+        timeout_ms: u64,
     },
     /// The server ends the session.
     Goodbye(Goodbye),
@@ -102,6 +112,13 @@ pub enum ToServer {
         instance: InstanceId,
         /// Names of secrets.
         names: Vec<String>,
+    },
+    /// The answer to a query.
+    QueryAnswer {
+        /// The query's number.
+        id: u64,
+        /// What was found, or why nothing.
+        result: Result<QueryReply, QueryError>,
     },
     /// The agent does not know this kind of message.
     Unsupported {
@@ -378,6 +395,7 @@ impl Message for ToAgent {
         "ack",
         "ping",
         "secrets",
+        "query",
         "goodbye",
         "unsupported",
     ];
@@ -393,6 +411,7 @@ impl Message for ToServer {
         "state",
         "pong",
         "secrets_needed",
+        "query_answer",
         "unsupported",
     ];
 }

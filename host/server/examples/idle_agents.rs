@@ -62,6 +62,7 @@ fn main() -> ExitCode {
                 epoch: Epoch::from_bytes([1; 16]),
                 fingerprint: fingerprint.parse().expect("a fingerprint"),
                 platform_key: key.parse().expect("a key"),
+                protocol: windlass_protocol::PROTOCOL_VERSION,
             };
             let at = at.parse().expect("an address");
             runtime.block_on(agents(at, &who, count.parse().expect("a count")));

@@ -14,6 +14,7 @@
 //! | `session` | one session: handshake, then one loop in one task |
 //! | `orders` | the seam to the engine |
 //! | `slots` | what a session does with each slot of its inbox |
+//! | `queries` | questions that an agent answers in the session: [`Gateway::query`] |
 //! | [`identity`] | the platform's keys |
 //! | `grants` | the right to download one package |
 //! | [`secrets`] | secrets, sealed in the store |
@@ -27,6 +28,7 @@ pub mod events;
 mod grants;
 pub mod identity;
 mod orders;
+mod queries;
 pub mod secrets;
 mod session;
 mod slots;
@@ -65,6 +67,7 @@ use attempts::Attempts;
 pub use grants::GrantRefusal;
 use grants::Grants;
 use identity::PlatformIdentity;
+pub use queries::QueryFailure;
 use secrets::SecretSource;
 use session::Session;
 

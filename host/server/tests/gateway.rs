@@ -2,6 +2,8 @@
 
 #[path = "gateway/client.rs"]
 mod client;
+#[path = "gateway/queries.rs"]
+mod queries;
 #[path = "gateway/world.rs"]
 mod world;
 
@@ -152,7 +154,7 @@ async fn the_welcome_proves_the_platform() {
     let agent_nonce = windlass_protocol::Nonce::from_bytes([5; 32]);
     let transcript = Agent::transcript(&who, nonce, agent_nonce);
     let hello = windlass_protocol::Hello {
-        protocol: 1,
+        protocol: who.protocol,
         server_id: who.server,
         nonce: agent_nonce,
         epoch: who.epoch,

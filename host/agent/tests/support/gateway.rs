@@ -48,6 +48,7 @@ pub(crate) struct State {
     /// Sent to the agent as they are.
     pub(crate) raw: Vec<String>,
     pub(crate) unsupported: Vec<String>,
+    pub(crate) answers: BTreeMap<u64, Result<QueryReply, QueryError>>,
     grants: HashMap<String, Digest>,
     /// While set, no result is acknowledged.
     pub(crate) hold_acks: bool,
@@ -199,6 +200,24 @@ impl Gateway {
     pub(crate) async fn result(&self, id: TaskId) -> TaskResult {
         self.until(&format!("result of {id}"), |state| {
             state.results.get(&id).cloned()
+        })
+        .await
+    }
+
+    /// Sends a query.
+    pub(crate) fn ask(&self, id: u64, body: Query, timeout_ms: u64) {
+        let query = ToAgent::Query {
+            id,
+            body,
+            timeout_ms,
+        };
+        self.change(|state| state.raw.push(encode(&query).unwrap()));
+    }
+
+    /// Waits for the answer of a query.
+    pub(crate) async fn answer_of(&self, id: u64) -> Result<QueryReply, QueryError> {
+        self.until(&format!("answer {id}"), |state| {
+            state.answers.get(&id).cloned()
         })
         .await
     }
@@ -458,6 +477,9 @@ impl Gateway {
                                 .collect();
                             state.secrets_asked.push((instance, names));
                             reply = Some(ToAgent::Secrets { instance, values });
+                        }
+                        ToServer::QueryAnswer { id, result } => {
+                            assert!(state.answers.insert(id, result).is_none(), "answered twice");
                         }
                         ToServer::Unsupported { of_kind } => state.unsupported.push(of_kind),
                         ToServer::Pong { .. } => {}

@@ -1,4 +1,5 @@
 use super::*;
+use crate::query::ProbeReply;
 use windlass_domain::{
     task::{Action, Outcome, Script},
     value::Value,
@@ -48,6 +49,15 @@ fn to_agent() -> Vec<ToAgent> {
             instance: push().task.instance,
             values: push().secrets,
         },
+        ToAgent::Query {
+            id: 4,
+            body: Query::Connect {
+                protocol: "tcp".into(),
+                target: "db".into(),
+                port: Some(5432),
+            },
+            timeout_ms: 5,
+        },
         ToAgent::Goodbye(Goodbye {
             reason: GoodbyeReason::Evicted,
             message: "m".into(),
@@ -76,7 +86,7 @@ fn to_server() -> Vec<ToServer> {
     };
     vec![
         ToServer::Hello(Box::new(Hello {
-            protocol: 1,
+            protocol: 2,
             server_id: "srv_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".parse().unwrap(),
             nonce: Nonce::from_bytes([1; 32]),
             epoch: Epoch::from_bytes([1; 16]),
@@ -113,6 +123,14 @@ fn to_server() -> Vec<ToServer> {
         ToServer::SecretsNeeded {
             instance: push().task.instance,
             names: vec!["db".into()],
+        },
+        ToServer::QueryAnswer {
+            id: 4,
+            result: Ok(QueryReply::Probe(ProbeReply {
+                data: serde_json::json!({ "load_1m": 0.5 }),
+                text: "t".into(),
+                dropped_bytes: 1,
+            })),
         },
         ToServer::Unsupported {
             of_kind: "x".into(),

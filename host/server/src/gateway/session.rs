@@ -49,6 +49,7 @@ use windlass_store::{Key, crash::crash_point};
 use super::{
     DirectoryError, Gateway, Reported, SessionInfo, SessionNote, TaskReports,
     events::{self, EventKind, EventLevel, SystemEvent},
+    queries::Queries,
     slots::Slots,
 };
 use crate::{clock, ids::random_bytes};
@@ -77,6 +78,7 @@ pub(super) struct Session {
     pub(super) epoch: JournalEpoch,
     /// Cancelled when it is over: ends its download grants.
     pub(super) ended: CancellationToken,
+    pub(super) queries: Queries,
     peer: SocketAddr,
     protocol: u32,
     since: Timestamp,
@@ -105,6 +107,16 @@ impl Session {
     pub(super) fn look_at_all(&self) {
         self.inbox().all = true;
         self.wake.notify_one();
+    }
+
+    /// There is a query to be written.
+    pub(super) fn wake_up(&self) {
+        self.wake.notify_one();
+    }
+
+    /// The version of the protocol that it speaks.
+    pub(super) fn protocol(&self) -> u32 {
+        self.protocol
     }
 
     /// Has the session say goodbye. The first reason counts.
@@ -261,6 +273,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Writer<S> {
         let frame = Message::text(encode(message)?);
         self.out.push_back(Outgoing { frame, kind });
         Ok(())
+    }
+
+    /// Puts a query in line to be written; it was made into a frame by whoever asks.
+    fn put_query(&mut self, frame: String) {
+        let frame = Message::text(frame);
+        let kind = OutKind::Other;
+        self.out.push_back(Outgoing { frame, kind });
     }
 
     fn is_idle(&self) -> bool {
@@ -537,6 +556,7 @@ async fn open<S: AsyncRead + AsyncWrite + Unpin>(
         workspace: known.workspace,
         epoch: JournalEpoch::from_bytes(*epoch.as_bytes()),
         ended: CancellationToken::new(),
+        queries: Queries::new(),
         peer,
         protocol,
         since: at,
@@ -729,6 +749,11 @@ async fn turns<S: AsyncRead + AsyncWrite + Unpin + Send>(
         if let Some(goodbye) = session.ending().take() {
             return Err(Ended::Goodbye(goodbye));
         }
+        while link.writer.has_room()
+            && let Some(frame) = session.queries.next_frame()
+        {
+            link.writer.put_query(frame);
+        }
         if look_again.is_none()
             && link.writer.has_room()
             && state.reporting.len() < MAX_REPORTS
@@ -861,6 +886,7 @@ async fn handle<S: AsyncRead + AsyncWrite + Unpin>(
                 writer.put(&answer, OutKind::Other).map_err(Ended::Encode)?;
             }
         }
+        ToServer::QueryAnswer { id, result } => session.queries.answered(id, result),
         ToServer::Unsupported { of_kind } => {
             tracing::warn!(server.id = %session.server, kind = %of_kind, "the agent does not know a message; upgrade it");
         }

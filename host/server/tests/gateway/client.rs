@@ -115,6 +115,8 @@ pub(crate) struct Who {
     pub(crate) epoch: Epoch,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) platform_key: PublicKey,
+    /// The version of the protocol that it chooses.
+    pub(crate) protocol: u32,
 }
 
 /// A WebSocket to the platform.
@@ -153,7 +155,7 @@ impl Agent {
         let agent_nonce = Nonce::from_bytes([7; 32]);
         let transcript = Self::transcript(who, nonce, agent_nonce);
         Hello {
-            protocol: 1,
+            protocol: who.protocol,
             server_id: who.server,
             nonce: agent_nonce,
             epoch: who.epoch,
@@ -174,7 +176,7 @@ impl Agent {
 
     pub(crate) fn transcript(who: &Who, server_nonce: Nonce, agent_nonce: Nonce) -> Transcript {
         Transcript {
-            protocol: 1,
+            protocol: who.protocol,
             server_id: who.server,
             server_nonce,
             agent_nonce,

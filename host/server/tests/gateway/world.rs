@@ -243,6 +243,7 @@ impl World {
             epoch: Epoch::from_bytes(random_bytes()),
             fingerprint: self.gateway.identity().fingerprint(),
             platform_key: self.gateway.identity().signing().public_key(),
+            protocol: windlass_protocol::PROTOCOL_VERSION,
         }
     }
 
