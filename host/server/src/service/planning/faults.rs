@@ -1,0 +1,138 @@
+//! What a request is refused for before anything is planned, and how plugins' failures are told.
+
+use windlass_domain::{order::ReleaseSpec, value::Environment};
+use windlass_runtime::Plugin;
+
+use crate::service::ServiceError;
+
+/// Longest wait for connections to end, in milliseconds: a day.
+const MAX_DRAIN_DEADLINE_MS: u64 = 24 * 3600 * 1000;
+/// Longest wait of a task for its server, in milliseconds: a week.
+const MAX_DELIVERY_DEADLINE_MS: u64 = 7 * 24 * 3600 * 1000;
+/// Most servers at once: as many as an order can have.
+const MAX_IN_FLIGHT: u64 = 10_000;
+
+pub(super) fn check_environment(field: &str, env: &Environment) -> Result<(), ServiceError> {
+    for key in env.keys() {
+        windlass_domain::name::check_env_key(key).map_err(|error| {
+            invalid(
+                "parameter_key_invalid",
+                format!("{field}/{key}"),
+                error.message,
+                "rename the parameter",
+            )
+        })?;
+        if key.starts_with("WINDLASS_") {
+            return Err(invalid(
+                "parameter_key_reserved",
+                format!("{field}/{key}"),
+                "names that start with WINDLASS_ are the platform's own".to_owned(),
+                "rename the parameter",
+            ));
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn invalid(
+    code: &'static str,
+    field: String,
+    message: String,
+    mend: &str,
+) -> ServiceError {
+    ServiceError::Invalid {
+        code,
+        field,
+        message,
+        mend: mend.to_owned(),
+    }
+}
+
+pub(super) fn parameters_invalid(
+    root: &str,
+    plugin: &Plugin,
+    faults: &[windlass_runtime::FieldError],
+) -> ServiceError {
+    let first = faults.first();
+    let field = first.map_or_else(String::new, |fault| fault.field.clone());
+    let texts: Vec<String> = faults
+        .iter()
+        .map(|fault| format!("{}: {}", fault.field, fault.message))
+        .collect();
+    let name = &plugin.reference().name;
+    invalid(
+        "parameters_invalid",
+        format!("{root}{field}"),
+        format!(
+            "the parameters do not fit the schema of `{name}`: {}",
+            texts.join("; ")
+        ),
+        "see the plugin's schema at /v1/plugins",
+    )
+}
+
+pub(super) fn plugin_failed(error: &windlass_runtime::CallError) -> ServiceError {
+    let cause =
+        std::error::Error::source(error).map_or_else(String::new, |source| format!(": {source}"));
+    ServiceError::Plugin {
+        code: "plugin_call_failed",
+        message: format!("{error}{cause}"),
+        mend: "mend the parameters where the plugin says so; otherwise choose another version of the plugin".to_owned(),
+    }
+}
+
+/// The order named, or its application has, a plugin that cannot be used now.
+pub(super) fn lookup_failed(field: String, error: &windlass_runtime::LookupError) -> ServiceError {
+    invalid(
+        "plugin_not_available",
+        field,
+        error.to_string(),
+        "see /v1/plugins for what is loaded and why something is not",
+    )
+}
+
+/// The figures of an order that have bounds.
+pub(super) fn check_limits(spec: &ReleaseSpec) -> Result<(), ServiceError> {
+    for (field, found, min, max) in [
+        (
+            "/limits/max_in_flight",
+            u64::from(spec.limits.max_in_flight),
+            1,
+            MAX_IN_FLIGHT,
+        ),
+        (
+            "/drain_deadline_ms",
+            spec.drain_deadline_ms,
+            0,
+            MAX_DRAIN_DEADLINE_MS,
+        ),
+        (
+            "/delivery_deadline_ms",
+            spec.delivery_deadline_ms,
+            1,
+            MAX_DELIVERY_DEADLINE_MS,
+        ),
+    ] {
+        if !(min..=max).contains(&found) {
+            return Err(ServiceError::Limit {
+                code: "out_of_limit",
+                field: field.to_owned(),
+                message: format!("`{field}` is {found}: {min} to {max} are allowed"),
+                limit: if found < min { min } else { max },
+                current: found,
+                mend: format!("give a value of `{field}` within the limit"),
+            });
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn internal(
+    doing: &'static str,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> ServiceError {
+    ServiceError::Internal {
+        doing,
+        source: Box::new(source),
+    }
+}

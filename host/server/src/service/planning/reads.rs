@@ -1,0 +1,252 @@
+//! What a plan reads, and how it is compared later.
+//!
+//! A read is kept as a digest of what counts in its subject, and a short text for people; see the table in the head of
+//! `planning`. Decides nothing about a difference: that is drift, and the engine's and people's.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+
+use windlass_domain::{
+    Digest,
+    id::ServerId,
+    instance::{Binding, ServiceInstance},
+    manifest::{Manifest, PluginRef},
+    package::Package,
+    plan::{Plan, Read},
+    plugin::PluginKind,
+    progress::Drift,
+    server::Server,
+    workspace::Workspace,
+};
+
+use super::{Planner, ServiceError, cell_of, facts, specific};
+use crate::engine;
+
+impl Planner {
+    /// What differs between what a plan read and what is now.
+    ///
+    /// # Errors
+    /// [`ServiceError`] when something cannot be read.
+    pub async fn drift(&self, plan: &Plan) -> Result<Vec<Drift>, ServiceError> {
+        let subjects: Vec<String> = plan.reads.keys().cloned().collect();
+        let now = self.current(plan, &subjects).await?;
+        Ok(engine::differences(plan, &subjects, &now))
+    }
+
+    /// What the subjects are now.
+    pub(super) async fn current(
+        &self,
+        plan: &Plan,
+        subjects: &[String],
+    ) -> Result<BTreeMap<String, Read>, ServiceError> {
+        let wanted: HashSet<&str> = subjects.iter().map(String::as_str).collect();
+        let mut now = BTreeMap::new();
+        for (index, part) in (0u32..).zip(&plan.parts) {
+            let instance = self.parts.instances.find(part.instance).await?;
+            let subject = instance_subject(&part.key);
+            if let (true, Some(instance)) = (wanted.contains(subject.as_str()), &instance) {
+                now.insert(subject, read_instance(instance));
+            }
+            let Some(instance) = instance else { continue };
+            let subject = package_subject(&part.key);
+            if wanted.contains(subject.as_str())
+                && let Some(package) = self
+                    .parts
+                    .packages
+                    .find_version(instance.workspace.as_str(), part.app, &part.package.version)
+                    .await?
+            {
+                now.insert(subject, read_package(&package));
+            }
+            let subject = plugin_subject(PluginKind::TechStack, &part.stack.name);
+            if wanted.contains(subject.as_str()) {
+                let (app, _) = self.parts.apps.get(&part.app.to_string()).await?;
+                let wanted = instance
+                    .tech_stack_version
+                    .as_ref()
+                    .unwrap_or(&app.tech_stack.version);
+                if let Ok(plugin) = self.parts.plugins.get(&part.stack.name, specific(wanted)) {
+                    now.insert(subject, read_plugin(plugin.reference()));
+                }
+            }
+            if wanted.contains("cells")
+                && let Ok((workspace, _)) =
+                    self.parts.workspaces.get(instance.workspace.as_str()).await
+            {
+                now.insert("cells".to_owned(), read_cells(&workspace));
+            }
+            let units: Vec<_> = plan
+                .units
+                .iter()
+                .filter(|unit| unit.part == index)
+                .collect();
+            // The cells as they were chosen: a server in a cell that had none belongs to a release to all cells.
+            for subject in subjects {
+                if let Some(cells) = members_cells(&part.key, subject) {
+                    let members = self.bound(&instance, &cells).await?;
+                    now.insert(subject.clone(), read_members(&members));
+                }
+            }
+            for unit in units {
+                let (server, installed) = (
+                    server_subject(&unit.server_name),
+                    installed_subject(&part.key, &unit.server_name),
+                );
+                if wanted.contains(server.as_str())
+                    && let Some(binding) = self
+                        .parts
+                        .instances
+                        .binding(instance.id, unit.server)
+                        .await?
+                    && let Ok((record, _)) = self
+                        .parts
+                        .servers
+                        .get(instance.workspace.as_str(), unit.server)
+                        .await
+                {
+                    now.insert(server, read_server(&record, &binding));
+                }
+                if wanted.contains(installed.as_str()) {
+                    now.insert(
+                        installed,
+                        read_installed(self.installed(part.instance, unit.server).await?.as_ref()),
+                    );
+                }
+            }
+        }
+        if let Some(strategy) = &plan.strategy {
+            let subject = plugin_subject(PluginKind::DeploymentStrategy, &strategy.name);
+            if wanted.contains(subject.as_str())
+                && let Ok(plugin) = self.parts.plugins.get(&strategy.name, None)
+            {
+                now.insert(subject, read_plugin(plugin.reference()));
+            }
+        }
+        Ok(now)
+    }
+}
+
+pub(super) fn instance_subject(app: &str) -> String {
+    format!("instance of {app}")
+}
+
+pub(super) fn package_subject(app: &str) -> String {
+    format!("package of {app}")
+}
+
+pub(super) fn members_subject(app: &str, cells: &[String]) -> String {
+    if cells.is_empty() {
+        return format!("servers of {app}");
+    }
+    let cells: BTreeSet<&str> = cells.iter().map(String::as_str).collect();
+    let cells: Vec<&str> = cells.into_iter().collect();
+    format!("servers of {app} in {}", cells.join(", "))
+}
+
+/// The cells of such a subject of this application. Names of applications and cells hold no blanks.
+pub(super) fn members_cells(app: &str, subject: &str) -> Option<Vec<String>> {
+    let rest = subject.strip_prefix("servers of ")?.strip_prefix(app)?;
+    if rest.is_empty() {
+        return Some(Vec::new());
+    }
+    let cells = rest.strip_prefix(" in ")?.split(", ");
+    Some(cells.map(str::to_owned).collect())
+}
+
+pub(super) fn server_subject(server: &str) -> String {
+    format!("server {server}")
+}
+
+pub(super) fn installed_subject(app: &str, server: &str) -> String {
+    format!("installed {app} on {server}")
+}
+
+pub(super) fn plugin_subject(kind: PluginKind, name: &str) -> String {
+    let kind = match kind {
+        PluginKind::TechStack => "tech stack",
+        PluginKind::DeploymentStrategy => "strategy",
+        PluginKind::Diagnostic => "diagnostic",
+        PluginKind::PublicCommand => "public command",
+    };
+    format!("{kind} {name}")
+}
+
+pub(super) fn read_instance(instance: &ServiceInstance) -> Read {
+    let digest = Digest::of_json(&(
+        &instance.parameters,
+        &instance.env,
+        &instance.tech_stack_version,
+        &instance.cells,
+        &instance.pools,
+    ));
+    Read {
+        digest,
+        shown: format!(
+            "parameters, environment, cells and pools {}",
+            digest.short()
+        ),
+    }
+}
+
+pub(super) fn read_package(package: &Package) -> Read {
+    Read {
+        digest: package.digest,
+        shown: format!("{} with digest {}", package.version, package.digest.short()),
+    }
+}
+
+pub(super) fn read_plugin(plugin: &PluginRef) -> Read {
+    Read {
+        digest: plugin.digest,
+        shown: format!(
+            "{}@{} with digest {}",
+            plugin.name,
+            plugin.version,
+            plugin.digest.short()
+        ),
+    }
+}
+
+pub(super) fn read_cells(workspace: &Workspace) -> Read {
+    let names: Vec<&str> = workspace
+        .cells
+        .iter()
+        .map(|cell| cell.name.as_str())
+        .collect();
+    Read {
+        digest: Digest::of_json(&workspace.cells),
+        shown: names.join(", "),
+    }
+}
+
+pub(super) fn read_members(servers: &[(Server, Binding)]) -> Read {
+    let ids: BTreeSet<ServerId> = servers.iter().map(|(server, _)| server.id).collect();
+    let names: Vec<&str> = servers
+        .iter()
+        .take(20)
+        .map(|(server, _)| server.name.as_str())
+        .collect();
+    Read {
+        digest: Digest::of_json(&ids),
+        shown: format!("{} servers: {}", ids.len(), names.join(", ")),
+    }
+}
+
+pub(super) fn read_server(server: &Server, binding: &Binding) -> Read {
+    let digest = Digest::of_json(&(facts(server, binding), &server.name));
+    Read {
+        digest,
+        shown: format!(
+            "cell {}, variables and system {}",
+            cell_of(server),
+            digest.short()
+        ),
+    }
+}
+
+pub(super) fn read_installed(installed: Option<&Manifest>) -> Read {
+    let shown = installed.map_or_else(|| "nothing".to_owned(), |manifest| manifest.release.clone());
+    Read {
+        digest: Digest::of_json(&installed.map(|manifest| (&manifest.release, &manifest.plan))),
+        shown,
+    }
+}

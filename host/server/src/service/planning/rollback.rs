@@ -1,0 +1,400 @@
+//! The plan of a rollback: what the servers that an order changed had before.
+//!
+//! Steps come from the plan that installed what is to come back, never from today's plugins. Where the strategy gives no
+//! rollback, fails, or breaks a rule, the core's own plan runs: one server after the other, failed ones first.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use windlass_domain::{
+    Digest, dispatch,
+    expand::{self, PartInput, PlanInput, ServerInput},
+    id::{OrderId, ServerId},
+    manifest::{Manifest, PluginRef},
+    order::{Control, Order, OrderState, PlanRevision, Purpose},
+    plan::{NodeIndex, NodeKind, Part, Plan, StepTemplate, TrafficAction},
+    plugin::{
+        LifecyclePlan, OnFailure, Phase, RollbackRequest, StackStep, StrategyApp, StrategyPlan,
+        StrategyRequest, StrategyServer, UnitProgress, UnitState, Wishes,
+    },
+    progress::Progress,
+    reducer,
+};
+
+use super::Planner;
+use crate::{
+    clock,
+    engine::{self, PlannedRollback, rows},
+    ids,
+};
+
+impl Planner {
+    /// Plans the rollback of an order: by its strategy, or by the core where the strategy's plan fails or breaks a rule.
+    ///
+    /// # Errors
+    /// Why there is nothing to roll back to.
+    pub async fn rollback(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        reason: &str,
+        by: &str,
+    ) -> Result<PlannedRollback, String> {
+        let (parts, units) = self.rollback_parts(plan, progress).await?;
+        if parts.is_empty() {
+            return Err(
+                "nothing that this order changed had an earlier release to go back to".to_owned(),
+            );
+        }
+        let input = |strategy: Option<PluginRef>| PlanInput {
+            strategy,
+            limits: plan.limits.clone(),
+            drain_deadline_ms: drain_deadline(plan),
+            delivery_deadline_ms: plan.delivery_deadline_ms,
+            parts: parts.clone(),
+            reads: BTreeMap::new(),
+        };
+        let planned = match self.strategy_rollback(order, plan, &parts, &units).await {
+            Ok(answer) => {
+                expand::expand(input(plan.strategy.clone()), &answer).map_err(|bad| bad.to_string())
+            }
+            Err(cause) => Err(cause),
+        };
+        let (mut rollback, core_plan_because) = match planned {
+            Ok(rollback) => (rollback, None),
+            Err(cause) => {
+                let servers: Vec<(String, ServerId)> = units
+                    .iter()
+                    .filter_map(|unit| Some((unit.application.clone(), unit.server.parse().ok()?)))
+                    .collect();
+                let own = expand::expand(input(None), &expand::one_by_one(&servers))
+                    .map_err(|bad| bad.to_string())?;
+                tracing::warn!(order.id = %order.id, cause, "the strategy gave no rollback that can be used; the core's own plan runs");
+                (own, Some(cause))
+            }
+        };
+        // A rollback never rolls itself back.
+        rollback.on_failure = OnFailure::Block;
+        let digest = engine::store_json(&self.parts.blobs, &rollback)
+            .await
+            .map_err(|error| error.to_string())?;
+        let at = clock::now();
+        let id = OrderId::from_uuid(ids::new_uuid());
+        let active = !order.state.is_terminal();
+        let header = Order {
+            schema: Order::SCHEMA,
+            id,
+            workspace: order.workspace.clone(),
+            title: format!("roll back {}", order.title)
+                .chars()
+                .take(50)
+                .collect(),
+            purpose: Purpose::Rollback {
+                of: order.id,
+                reason: reason.to_owned(),
+                core_plan_because,
+            },
+            state: OrderState::NotStarted,
+            state_reason: String::new(),
+            strategy: rollback
+                .strategy
+                .as_ref()
+                .map_or_else(String::new, |plugin| {
+                    format!("{}@{}", plugin.name, plugin.version)
+                }),
+            plan: digest,
+            revisions: vec![PlanRevision {
+                revision: 1,
+                digest,
+                author: by.to_owned(),
+                at,
+                difference: String::new(),
+            }],
+            spec: order.spec,
+            counts: windlass_domain::progress::Counts::default(),
+            control: Control::NotStarted,
+            stalled: false,
+            lock_owner: if active { order.lock_owner } else { id },
+            last_event: 0,
+            rolled_back_by: None,
+            server_count: u32::try_from(rollback.units.len()).unwrap_or(u32::MAX),
+            created_by: by.to_owned(),
+            created_at: at,
+            started_at: None,
+            finished_at: None,
+            last_progress_at: None,
+        };
+        Ok(PlannedRollback {
+            order: header,
+            plan: Arc::new(rollback),
+        })
+    }
+
+    /// What the servers that an order changed had before, as parts to be released again; failed servers first.
+    async fn rollback_parts(
+        &self,
+        plan: &Plan,
+        progress: &Progress,
+    ) -> Result<(Vec<PartInput>, Vec<UnitProgress>), String> {
+        let mut groups: BTreeMap<(u32, Digest, u32), PartInput> = BTreeMap::new();
+        let mut states = Vec::new();
+        let mut plans: BTreeMap<Digest, Arc<Plan>> = BTreeMap::new();
+        for (node, planned) in (0u32..).zip(&plan.nodes) {
+            let NodeKind::Unit { unit } = planned.kind else {
+                continue;
+            };
+            let unit = &plan.units[unit as usize];
+            let state = reducer::unit_state(plan, progress, node);
+            let Some(before) = unit
+                .before
+                .as_ref()
+                .filter(|_| state != UnitState::Untouched)
+            else {
+                continue;
+            };
+            let part = &plan.parts[unit.part as usize];
+            let current = self
+                .installed(part.instance, unit.server)
+                .await
+                .map_err(|error| error.to_string())?;
+            let earlier = self
+                .manifest(&rows::installed_before(part.instance, unit.server))
+                .await
+                .map_err(|error| error.to_string())?;
+            let known = [&current, &earlier]
+                .into_iter()
+                .flatten()
+                .find(|manifest| manifest.release == *before);
+            let Some((manifest, digest)) =
+                known.and_then(|manifest| Some((manifest, manifest.plan?)))
+            else {
+                return Err(format!(
+                    "the release `{before}` that {} had before is no longer known",
+                    unit.server_name
+                ));
+            };
+            let old = match plans.get(&digest) {
+                Some(old) => old.clone(),
+                None => {
+                    let old = engine::load_plan(&self.parts.blobs, digest)
+                        .await
+                        .map_err(|error| error.to_string())?;
+                    plans.entry(digest).or_insert(Arc::new(old)).clone()
+                }
+            };
+            let found = unit_of_server(&old, manifest, unit.server);
+            let Some((old_node, old_unit)) = found else {
+                return Err(format!(
+                    "the plan that installed `{before}` on {} does not hold it",
+                    unit.server_name
+                ));
+            };
+            let group = groups
+                .entry((unit.part, digest, old_unit.part))
+                .or_insert_with(|| {
+                    let old_part = &old.parts[old_unit.part as usize];
+                    PartInput {
+                        part: Part {
+                            key: part.key.clone(),
+                            pools: part.pools.clone(),
+                            ..old_part.clone()
+                        },
+                        steps: LifecyclePlan {
+                            steps: steps_of(&old, old_node, old_part),
+                            server_env: BTreeMap::new(),
+                        },
+                        // They were checked against what was approved when they were planned.
+                        approved: all_wishes(&old),
+                        servers: Vec::new(),
+                    }
+                });
+            states.push((
+                group.part.key.clone(),
+                unit.server,
+                state,
+                (unit.part, digest, old_unit.part),
+            ));
+            group.servers.push(ServerInput {
+                id: unit.server,
+                name: unit.server_name.clone(),
+                cell: unit.cell.clone(),
+                env: old_unit.env.clone(),
+                installed: current,
+                drained_by: drain_of(plan, progress, node),
+                reads: Vec::new(),
+            });
+        }
+        // Two earlier releases of one application are two parts: their keys differ.
+        let mut used: BTreeMap<String, u32> = BTreeMap::new();
+        let mut keys = BTreeMap::new();
+        for (id, group) in &mut groups {
+            let count = used.entry(group.part.key.clone()).or_default();
+            *count += 1;
+            if *count > 1 {
+                group.part.key = format!("{}~{count}", group.part.key);
+            }
+            keys.insert(*id, group.part.key.clone());
+        }
+        let mut units: Vec<UnitProgress> = states
+            .into_iter()
+            .map(|(_, server, state, group)| UnitProgress {
+                application: keys.get(&group).cloned().unwrap_or_default(),
+                server: server.to_string(),
+                state,
+            })
+            .collect();
+        units.sort_by_key(|unit| match unit.state {
+            UnitState::Failed => 0,
+            UnitState::Released => 1,
+            UnitState::Untouched => 2,
+        });
+        Ok((groups.into_values().collect(), units))
+    }
+
+    /// The strategy's plan of a rollback, or why there is none.
+    async fn strategy_rollback(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        parts: &[PartInput],
+        units: &[UnitProgress],
+    ) -> Result<StrategyPlan, String> {
+        let Some(strategy) = &plan.strategy else {
+            return Err("the order has no strategy".to_owned());
+        };
+        let plugin = self
+            .parts
+            .plugins
+            .pinned(strategy.digest)
+            .await
+            .map_err(|error| error.to_string())?;
+        let spec = self.spec(order).await?;
+        let request = StrategyRequest {
+            parameters: spec.parameters,
+            limits: plan.limits.clone(),
+            applications: parts
+                .iter()
+                .map(|part| StrategyApp {
+                    key: part.part.key.clone(),
+                    stage: 1,
+                    has_pools: !part.part.pools.is_empty(),
+                    target_version: part.part.package.version.clone(),
+                    servers: part
+                        .servers
+                        .iter()
+                        .map(|server| StrategyServer {
+                            id: server.id.to_string(),
+                            name: server.name.clone(),
+                            cell: server.cell.clone(),
+                            zone: server.cell.clone(),
+                            healthy: self.parts.agents.is_online(server.id),
+                            installed_version: server
+                                .installed
+                                .as_ref()
+                                .map(|manifest| manifest.package.version.clone()),
+                        })
+                        .collect(),
+                })
+                .collect(),
+        };
+        let request = RollbackRequest {
+            request,
+            progress: units.to_vec(),
+        };
+        plugin
+            .rollback(&request)
+            .await
+            .map_err(|error| error.to_string())
+    }
+}
+
+fn unit_of_server<'a>(
+    plan: &'a Plan,
+    manifest: &Manifest,
+    server: ServerId,
+) -> Option<(NodeIndex, &'a windlass_domain::plan::Unit)> {
+    (0u32..).zip(&plan.nodes).find_map(|(node, planned)| {
+        let NodeKind::Unit { unit } = planned.kind else {
+            return None;
+        };
+        let unit = plan.units.get(unit as usize)?;
+        let part = plan.parts.get(unit.part as usize)?;
+        (unit.server == server
+            && part.instance == manifest.instance
+            && dispatch::release_name(plan, unit) == manifest.release)
+            .then_some((node, unit))
+    })
+}
+
+/// The stack's steps as they were rendered for a unit: those of its leaves, and how to stop what it installed.
+fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
+    let leaves = plan
+        .nodes
+        .iter()
+        .skip(unit as usize + 1)
+        .take_while(|node| node.parent == Some(unit));
+    let rendered = leaves.filter_map(|node| match node.kind {
+        NodeKind::Step { step } => match plan.steps.get(step as usize)? {
+            StepTemplate::Stack(step) if step.phase != Phase::Stop => Some(step.clone()),
+            StepTemplate::Stack(_)
+            | StepTemplate::Fetch
+            | StepTemplate::Unpack
+            | StepTemplate::Activate => None,
+        },
+        NodeKind::Sequence
+        | NodeKind::Parallel { .. }
+        | NodeKind::Unit { .. }
+        | NodeKind::Traffic(_)
+        | NodeKind::Gate { .. }
+        | NodeKind::Pause { .. }
+        | NodeKind::Judge { .. } => None,
+    });
+    rendered.chain(part.stop.iter().cloned()).collect()
+}
+
+/// Everything that a plan's steps were allowed: users and roots that stand in it.
+fn all_wishes(plan: &Plan) -> Wishes {
+    let steps = plan.steps.iter().filter_map(|step| match step {
+        StepTemplate::Stack(step) => Some(step),
+        StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => None,
+    });
+    let kept = plan.parts.iter().flat_map(|part| &part.stop);
+    let users = steps
+        .chain(kept)
+        .filter_map(|step| step.run_as.clone())
+        .collect::<BTreeSet<_>>();
+    Wishes {
+        users: users.into_iter().collect(),
+        path_roots: vec!["/".to_owned()],
+    }
+}
+
+/// The drain leaf of a unit, where it remembered weights.
+fn drain_of(plan: &Plan, progress: &Progress, unit: NodeIndex) -> Option<NodeIndex> {
+    progress.children(unit).iter().copied().find(|leaf| {
+        matches!(
+            plan.nodes[*leaf as usize].kind,
+            NodeKind::Traffic(TrafficAction::Drain { .. })
+        ) && progress.node(*leaf).remembered.is_some()
+    })
+}
+
+fn drain_deadline(plan: &Plan) -> u64 {
+    plan.nodes
+        .iter()
+        .find_map(|node| match &node.kind {
+            NodeKind::Traffic(TrafficAction::Drain { deadline_ms }) => Some(*deadline_ms),
+            NodeKind::Sequence
+            | NodeKind::Parallel { .. }
+            | NodeKind::Unit { .. }
+            | NodeKind::Step { .. }
+            | NodeKind::Traffic(TrafficAction::Restore | TrafficAction::Set { .. })
+            | NodeKind::Gate { .. }
+            | NodeKind::Pause { .. }
+            | NodeKind::Judge { .. } => None,
+        })
+        .unwrap_or(30_000)
+}

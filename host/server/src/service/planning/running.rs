@@ -1,0 +1,138 @@
+//! What the engine asks while an order runs: drift, servers, members, judgements, rollbacks.
+
+use std::collections::BTreeMap;
+
+use async_trait::async_trait;
+use windlass_domain::{
+    id::{InstanceId, ServerId},
+    order::{Order, ReleaseSpec},
+    plan::{NodeKind, Plan, Read},
+    plugin::{JudgeRequest, Judgement, Observation},
+    progress::{NodeState, Progress},
+};
+
+use super::{Planner, cell_of};
+use crate::engine::{PlannedRollback, Planning};
+
+/// The largest specification of an order.
+const MAX_SPEC_BYTES: u64 = 1024 * 1024;
+
+#[async_trait]
+impl Planning for Planner {
+    async fn reread(
+        &self,
+        plan: &Plan,
+        subjects: &[String],
+    ) -> Result<BTreeMap<String, Read>, String> {
+        self.current(plan, subjects)
+            .await
+            .map_err(|error| error.to_string())
+    }
+
+    async fn check_servers(&self, plan: &Plan) -> Result<Vec<String>, String> {
+        let mut problems = Vec::new();
+        for part in &plan.parts {
+            if let Err(error) = self.parts.plugins.pinned(part.stack.digest).await {
+                problems.push(error.to_string());
+            }
+        }
+        for unit in &plan.units {
+            if !self.parts.agents.is_online(unit.server) {
+                problems.push(format!("{} is not connected", unit.server_name));
+            }
+        }
+        Ok(problems)
+    }
+
+    async fn members(&self, instance: InstanceId) -> Result<Vec<(ServerId, String)>, String> {
+        let instance = self
+            .parts
+            .instances
+            .find(instance)
+            .await
+            .map_err(|error| error.to_string())?;
+        let Some(instance) = instance else {
+            return Ok(Vec::new());
+        };
+        let servers = self
+            .bound(&instance, &[])
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(servers
+            .into_iter()
+            .map(|(server, _)| (server.id, cell_of(&server)))
+            .collect())
+    }
+
+    async fn judge(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        stage: &str,
+    ) -> Result<Judgement, String> {
+        let Some(strategy) = &plan.strategy else {
+            return Err("the order has no strategy to judge".to_owned());
+        };
+        let plugin = self
+            .parts
+            .plugins
+            .pinned(strategy.digest)
+            .await
+            .map_err(|error| error.to_string())?;
+        let spec = self.spec(order).await?;
+        let mut observations = Vec::new();
+        for (node, planned) in (0u32..).zip(&plan.nodes) {
+            let NodeKind::Unit { unit } = planned.kind else {
+                continue;
+            };
+            let unit = &plan.units[unit as usize];
+            let state = progress.state(node);
+            for (metric, holds) in [
+                ("unit.released", state == NodeState::Succeeded),
+                ("unit.failed", state.needs_mending()),
+                ("agent.online", self.parts.agents.is_online(unit.server)),
+            ] {
+                observations.push(Observation {
+                    application: plan.parts[unit.part as usize].key.clone(),
+                    server: unit.server.to_string(),
+                    metric: metric.to_owned(),
+                    value: f64::from(u8::from(holds)),
+                });
+            }
+        }
+        let request = JudgeRequest {
+            stage: stage.to_owned(),
+            parameters: spec.parameters,
+            observations,
+        };
+        plugin
+            .judge(&request)
+            .await
+            .map_err(|error| error.to_string())
+    }
+
+    async fn plan_rollback(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        reason: &str,
+    ) -> Result<PlannedRollback, String> {
+        self.rollback(order, plan, progress, reason, "windlass")
+            .await
+    }
+}
+
+impl Planner {
+    pub(super) async fn spec(&self, order: &Order) -> Result<ReleaseSpec, String> {
+        let digest = windlass_store::BlobDigest::from_bytes(*order.spec.as_bytes());
+        let bytes = self
+            .parts
+            .blobs
+            .get_bytes(digest, MAX_SPEC_BYTES)
+            .await
+            .map_err(|error| error.to_string())?;
+        serde_json::from_slice(&bytes).map_err(|error| error.to_string())
+    }
+}
