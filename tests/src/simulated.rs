@@ -405,18 +405,18 @@ pub fn plan(release: Release) -> Plan {
         key: "app".to_owned(),
         app: AppId::from_uuid(uuid(1)),
         instance: InstanceId::from_uuid(uuid(1)),
-        package: PackageRef {
+        package: Some(PackageRef {
             digest: Digest::of(b"package"),
             size_bytes: 7,
             format: PackageFormat::Plain,
             file_name: "app".to_owned(),
             version: "1.0.0".to_owned(),
-        },
-        stack: PluginRef {
+        }),
+        stack: Some(PluginRef {
             name: "simulated".to_owned(),
             version: semver::Version::new(1, 0, 0),
             digest: Digest::of(b""),
-        },
+        }),
         pools,
         env: BTreeMap::new(),
         stop: Vec::new(),

@@ -2,7 +2,8 @@
 //!
 //! One task of the runtime owns everything here; sessions and executions are other tasks that talk to it over bounded channels.
 //! The states of a task are drawn in the head of `windlass_protocol`. What this module adds to them:
-//! - Tasks of one service instance run one after the other, in the order of their pushes; instances run side by side.
+//! - Tasks of one service instance run one after the other, in the order of their pushes; instances run side by side, and so
+//!   do orders of server work ([`Lane`]).
 //! - A task that was interrupted by the agent's death waits for its next push, except scripts, which are found again at once.
 //! - A journal of a new epoch knows of nothing: scripts that still run are killed (their outcome is `unknown` already, and nothing
 //!   should act behind one's back), applications go on.
@@ -25,8 +26,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use windlass_domain::{
-    id::InstanceId,
-    task::{TaskId, TaskResult},
+    id::{InstanceId, OrderId},
+    task::{Task, TaskId, TaskResult},
 };
 use windlass_protocol::{
     AgentState, AppState, DiskState, DownloadGrant, Epoch, HeldState, HeldTask, MAX_HELD_IN_HELLO,
@@ -76,6 +77,22 @@ pub struct Introduction {
     pub held_total: u64,
 }
 
+/// What runs one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Lane {
+    /// The tasks of one service instance.
+    Instance(InstanceId),
+    /// The tasks of one order that are of no service instance.
+    Order(OrderId),
+}
+
+impl Lane {
+    fn of(task: &Task) -> Self {
+        task.instance
+            .map_or(Self::Order(task.id.order), Self::Instance)
+    }
+}
+
 enum Event {
     Finished(TaskId, TaskResult),
     Relaunched(InstanceId, Result<(), String>),
@@ -92,9 +109,9 @@ pub struct Agent {
     facts: ServerFacts,
     journal: Journal,
     running: HashMap<TaskId, Running>,
-    /// Pushes that wait for their turn, by instance.
-    queues: HashMap<InstanceId, VecDeque<TaskPush>>,
-    busy: BTreeSet<InstanceId>,
+    /// Pushes that wait for their turn.
+    queues: HashMap<Lane, VecDeque<TaskPush>>,
+    busy: BTreeSet<Lane>,
     /// Results that could not be recorded yet (a disk without any space): tried again with each tick.
     unrecorded: Vec<(TaskId, TaskResult)>,
     /// Applications that wait for secrets to be launched again.
@@ -252,15 +269,15 @@ impl Agent {
         match event {
             Event::Finished(id, result) => {
                 self.running.remove(&id);
-                let instance = match self.journal.known(&id) {
-                    Known::Held(entry) => entry.task.map(|task| task.instance),
+                let lane = match self.journal.known(&id) {
+                    Known::Held(entry) => entry.task.as_ref().map(Lane::of),
                     Known::Never | Known::Acknowledged(_) => None,
                 };
                 self.finish(id, result);
                 self.tell_state();
-                if let Some(instance) = instance {
-                    self.busy.remove(&instance);
-                    self.start_next(instance);
+                if let Some(lane) = lane {
+                    self.busy.remove(&lane);
+                    self.start_next(lane);
                 }
             }
             Event::Relaunched(instance, outcome) => {
@@ -270,8 +287,8 @@ impl Agent {
                         tracing::error!(%instance, %error, "an application cannot be launched again")
                     }
                 }
-                self.busy.remove(&instance);
-                self.start_next(instance);
+                self.busy.remove(&Lane::Instance(instance));
+                self.start_next(Lane::Instance(instance));
                 self.tell_state();
             }
         }

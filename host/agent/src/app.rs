@@ -184,7 +184,7 @@ async fn await_running(dir: &RunDir) -> Result<(), ActionError> {
 
 /// Stops the application of a task's instance. Not running: nothing to do.
 pub(crate) async fn stop(context: &Context, task: &Task, grace_ms: u64) -> Result<(), ActionError> {
-    let instance = InstanceDir::at(&context.data, context.data.instance(&task.instance));
+    let instance = InstanceDir::of(&context.data, task, None)?;
     if !instance.path().is_dir() {
         return Ok(());
     }

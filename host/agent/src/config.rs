@@ -14,6 +14,7 @@
 //!     manifest.json, manifest.previous.json
 //!     app.json              the application to keep running; apps/<task>/ its shim's directory and log
 //!     data/                 the application's own, kept over releases
+//! server/         where scripts start that are of no service instance
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -175,6 +176,12 @@ impl DataDir {
     #[must_use]
     pub fn instance(&self, id: &InstanceId) -> PathBuf {
         self.instances().join(id.to_string())
+    }
+
+    /// Where scripts start that are of no service instance.
+    #[must_use]
+    pub fn server(&self) -> PathBuf {
+        self.0.join("server")
     }
 
     /// Reads the configuration.

@@ -110,6 +110,11 @@ pub enum ActionError {
     /// A path that is none.
     #[error("`{0}` is not a path of a file: no `..`, not empty, no links on the way")]
     Path(String),
+    /// Of no instance.
+    #[error(
+        "the task is of no service instance, and there is nothing to {0} without one: only scripts, checks and files by absolute path are possible"
+    )]
+    NoInstance(&'static str),
     /// The application did not come up.
     #[error("the application could not be started: {0}")]
     App(String),
@@ -186,6 +191,9 @@ async fn carry_out(
     left: Duration,
 ) -> Result<Ended, ActionError> {
     let task = &job.task;
+    if task.instance.is_none() {
+        needs_no_instance(&task.action)?;
+    }
     if let Action::Script(script) = &task.action {
         return run_script(context, job, script, left).await;
     }
@@ -255,6 +263,18 @@ async fn carry_out(
     };
     cancelled.store(true, Ordering::Relaxed);
     ended
+}
+
+/// What can be done without a service instance.
+fn needs_no_instance(action: &Action) -> Result<(), ActionError> {
+    match action {
+        Action::Script(_) | Action::Check(_) | Action::WriteFile { .. } => Ok(()),
+        Action::Fetch(_) => Err(ActionError::NoInstance("fetch")),
+        Action::Unpack { .. } => Err(ActionError::NoInstance("unpack")),
+        Action::Activate(_) => Err(ActionError::NoInstance("activate")),
+        Action::Start(_) => Err(ActionError::NoInstance("start")),
+        Action::StopSupervised { .. } => Err(ActionError::NoInstance("stop")),
+    }
 }
 
 /// The end of a task that was interrupted by the agent's death and cannot go on: its time has passed.

@@ -54,12 +54,17 @@ pub enum InstanceError {
 }
 
 impl InstanceDir {
-    /// The directory of a task's instance, made when it is missing; what the application writes belongs to `user`.
+    /// The directory of a task's instance, made when it is missing; what the application writes belongs to `user`. A task of
+    /// no instance has a directory that it starts in, and nothing in it.
     ///
     /// # Errors
     /// When it cannot be made.
     pub fn of(data: &DataDir, task: &Task, user: Option<&User>) -> Result<Self, FileError> {
-        let instance = Self::at(data, data.instance(&task.instance));
+        let Some(id) = &task.instance else {
+            make_dir(&data.server(), 0o711)?;
+            return Ok(Self::at(data, data.server()));
+        };
+        let instance = Self::at(data, data.instance(id));
         make_dir(&instance.releases(), 0o711)?;
         let own = instance.data();
         if !own.is_dir() {
@@ -301,14 +306,20 @@ impl InstanceDir {
             ("USER", user.name.clone()),
             ("LOGNAME", user.name.clone()),
             ("WINDLASS_TASK", task.id.to_string()),
-            ("WINDLASS_INSTANCE", task.instance.to_string()),
-            ("WINDLASS_INSTANCE_DIR", text(&self.path)),
-            ("WINDLASS_CURRENT_DIR", text(&self.current())),
-            ("WINDLASS_DATA_DIR", text(&self.data())),
         ]
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
         .collect();
+        let Some(instance) = task.instance else {
+            return Ok(env);
+        };
+        let own = [
+            ("WINDLASS_INSTANCE", instance.to_string()),
+            ("WINDLASS_INSTANCE_DIR", text(&self.path)),
+            ("WINDLASS_CURRENT_DIR", text(&self.current())),
+            ("WINDLASS_DATA_DIR", text(&self.data())),
+        ];
+        env.extend(own.map(|(name, value)| (name.to_owned(), value)));
         if let Some(release) = self.release_of(task)? {
             let dir = self.release(&release)?;
             env.insert("WINDLASS_RELEASE_DIR".into(), text(&dir));

@@ -128,7 +128,7 @@ fn plan(servers: u32, in_flight: u32) -> Plan {
             nodes.push(node(Some(parent), Level::Step, NodeKind::Step { step }));
         }
         units.push(Unit {
-            part: 0,
+            part: Some(0),
             server: ServerId::from_uuid(Uuid::from_u128(u128::from(unit) + 1)),
             server_name: format!("web-{unit}"),
             cell: "a".to_owned(),

@@ -43,10 +43,10 @@ pub fn unit_of(plan: &Plan, node: NodeIndex) -> Option<(NodeIndex, u32, &Unit)> 
     None
 }
 
-/// The name of the release directory that a unit installs.
+/// The name of the release directory that a unit installs; `None`: it installs none.
 #[must_use]
-pub fn release_name(plan: &Plan, unit: &Unit) -> String {
-    let package = &plan.parts[unit.part as usize].package;
+pub fn release_name(plan: &Plan, unit: &Unit) -> Option<String> {
+    let package = plan.part_of(unit)?.package.as_ref()?;
     let version: String = package
         .version
         .chars()
@@ -58,26 +58,36 @@ pub fn release_name(plan: &Plan, unit: &Unit) -> String {
             }
         })
         .collect();
-    format!("{version}-{}", package.digest.short())
+    Some(format!("{version}-{}", package.digest.short()))
 }
 
-/// The manifest that a unit's activation writes.
+/// The manifest that a unit's activation writes; `None`: the unit installs nothing.
 #[must_use]
-pub fn manifest(plan: &Plan, digest: Digest, unit: &Unit) -> Manifest {
-    let part = &plan.parts[unit.part as usize];
+pub fn manifest(plan: &Plan, digest: Digest, unit: &Unit) -> Option<Manifest> {
+    let part = plan.part_of(unit)?;
     let mut env = part.env.clone();
     env.extend(unit.env.clone());
-    Manifest {
+    Some(Manifest {
         instance: part.instance,
         app: part.app,
-        release: release_name(plan, unit),
-        package: part.package.clone(),
-        stack: part.stack.clone(),
+        release: release_name(plan, unit)?,
+        package: part.package.clone()?,
+        stack: part.stack.clone()?,
         stop: part.stop.clone(),
         start: part.start.clone(),
         check: part.check.clone(),
         env,
         plan: Some(digest),
+    })
+}
+
+/// How long a step may run once started, in milliseconds.
+#[must_use]
+pub const fn timeout_ms(step: &StepTemplate) -> u64 {
+    match step {
+        StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => CORE_TIMEOUT_MS,
+        StepTemplate::Stack(step) => step.timeout_ms,
+        StepTemplate::Script(step) => step.timeout_ms,
     }
 }
 
@@ -88,29 +98,34 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
         return None;
     };
     let (_, _, unit) = unit_of(plan, node)?;
-    let part = plan.parts.get(unit.part as usize)?;
-    let release = release_name(plan, unit);
-    let mut env: Environment = part.env.clone();
+    let part = plan.part_of(unit);
+    let package = part.and_then(|part| part.package.as_ref());
+    let mut env: Environment = part.map(|part| part.env.clone()).unwrap_or_default();
     env.extend(unit.env.clone());
     let mut run_as = None;
-    let mut timeout_ms = CORE_TIMEOUT_MS;
-    let mut names = Some(release.clone());
-    let action = match plan.steps.get(step as usize)? {
-        StepTemplate::Fetch => Action::Fetch(part.package.clone()),
+    let step = plan.steps.get(step as usize)?;
+    // Without a package to install, it is the release that is current.
+    let mut names = release_name(plan, unit);
+    let action = match step {
+        StepTemplate::Fetch => Action::Fetch(package?.clone()),
         StepTemplate::Unpack => Action::Unpack {
-            package: part.package.clone(),
-            release,
+            package: package?.clone(),
+            release: names.clone()?,
         },
-        StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, attempt.plan, unit))),
+        StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, attempt.plan, unit)?)),
+        StepTemplate::Script(step) => {
+            env.extend(step.env.clone());
+            run_as.clone_from(&step.run_as);
+            Action::Script(step.script.clone())
+        }
         StepTemplate::Stack(step) => {
-            if step.phase == Phase::Stop {
+            if step.phase == Phase::Stop && package.is_some() {
                 // What is stopped is what is installed, wherever the link points, with the environment it has.
                 names = None;
                 env.clear();
             }
             env.extend(step.env.clone());
             run_as.clone_from(&step.run_as);
-            timeout_ms = step.timeout_ms;
             match &step.action {
                 StackAction::Script(script) => Action::Script(script.clone()),
                 StackAction::WriteFile {
@@ -136,11 +151,11 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
             node,
             attempt: attempt.attempt,
         },
-        instance: part.instance,
+        instance: part.map(|part| part.instance),
         release: names,
         fence: attempt.fence,
         expires_at: attempt.expires_at,
-        timeout_ms,
+        timeout_ms: timeout_ms(step),
         run_as,
         env,
         action,
@@ -218,8 +233,8 @@ mod tests {
             (task.fence, task.expires_at),
             (9, Timestamp::from_unix_ms(1_000))
         );
-        assert_eq!(task.instance, plan.parts[0].instance);
-        assert_eq!(task.release, Some(release_name(&plan, &plan.units[0])));
+        assert_eq!(task.instance, Some(plan.parts[0].instance));
+        assert_eq!(task.release, release_name(&plan, &plan.units[0]));
         // The step's own environment over the server's over the application's.
         assert_eq!(
             task.env,
@@ -243,14 +258,14 @@ mod tests {
     fn every_kind_of_step_becomes_its_action() {
         let plan = plan();
         let unit = &plan.units[0];
-        let release = release_name(&plan, unit);
+        let release = release_name(&plan, unit).unwrap();
         let package = package("1.0");
         for (name, expect) in [
             ("fetch", Action::Fetch(package.clone())),
             ("unpack", Action::Unpack { package, release }),
             (
                 "activate",
-                Action::Activate(Box::new(manifest(&plan, plan.digest(), unit))),
+                Action::Activate(Box::new(manifest(&plan, plan.digest(), unit).unwrap())),
             ),
         ] {
             let task = named(&plan, name);
@@ -330,13 +345,16 @@ mod tests {
     #[test]
     fn a_manifest_says_what_is_installed_and_how_to_stop_it() {
         let plan = plan();
-        let manifest = manifest(&plan, plan.digest(), &plan.units[1]);
+        let manifest = manifest(&plan, plan.digest(), &plan.units[1]).unwrap();
         let part = &plan.parts[0];
         assert_eq!((manifest.instance, manifest.app), (part.instance, part.app));
-        assert_eq!(manifest.release, release_name(&plan, &plan.units[1]));
         assert_eq!(
-            (&manifest.package, &manifest.stack),
-            (&part.package, &part.stack)
+            Some(&manifest.release),
+            release_name(&plan, &plan.units[1]).as_ref()
+        );
+        assert_eq!(
+            (Some(&manifest.package), Some(&manifest.stack)),
+            (part.package.as_ref(), part.stack.as_ref())
         );
         // The new release's own steps: what stops it when the next one comes.
         assert_eq!(manifest.stop[0].name, "stop the new one");
@@ -353,9 +371,10 @@ mod tests {
     fn a_release_directory_is_named_by_version_and_content() {
         let mut plan = plan();
         let mut name = |version: &str, digest: &[u8]| {
-            plan.parts[0].package.version = version.to_owned();
-            plan.parts[0].package.digest = Digest::of(digest);
-            release_name(&plan, &plan.units[0])
+            let package = plan.parts[0].package.as_mut().unwrap();
+            package.version = version.to_owned();
+            package.digest = Digest::of(digest);
+            release_name(&plan, &plan.units[0]).unwrap()
         };
         // SHA-256 of `abc` begins with ba7816bf8f01.
         for (version, expect) in [

@@ -12,10 +12,13 @@ mod build;
 mod check;
 #[cfg(test)]
 pub(crate) mod fixture;
+mod server_work;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
+
+pub use server_work::{BadServerWork, ServerTurn, ServerWork, server_work};
 
 use crate::{
     id::ServerId,
@@ -277,7 +280,7 @@ pub fn expand(input: PlanInput, strategy: &StrategyPlan) -> Result<Plan, BadPlan
             }
         })
         .collect();
-    Ok(Plan {
+    let mut plan = Plan {
         schema: Plan::SCHEMA,
         limits: input.limits,
         on_failure: strategy.on_failure,
@@ -289,7 +292,9 @@ pub fn expand(input: PlanInput, strategy: &StrategyPlan) -> Result<Plan, BadPlan
         units: tree.units,
         nodes: tree.nodes,
         reads: input.reads,
-    })
+    };
+    plan.schema = plan.lowest_schema();
+    Ok(plan)
 }
 
 /// The core's own plan: one server after the other, failed ones first, in the order given. Used for rollbacks whose

@@ -181,7 +181,7 @@ mod tests {
     fn task() -> Task {
         Task {
             id: "ord_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f.3.1".parse().unwrap(),
-            instance: "svc_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".parse().unwrap(),
+            instance: Some("svc_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".parse().unwrap()),
             release: None,
             fence: 7,
             expires_at: Timestamp::from_unix_ms(1_700_000_000_000),

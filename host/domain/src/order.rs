@@ -19,6 +19,7 @@ use crate::{
     digest::Digest,
     id::{InstanceId, OrderId, PackageId, ServerId},
     limits::Limits,
+    operation::Operation,
     progress::Counts,
     time::Timestamp,
     value::Environment,
@@ -101,6 +102,16 @@ pub enum Purpose {
         reason: String,
         /// Whether the core's own plan runs because the strategy's was missing, failed, or broke a limit: the cause.
         core_plan_because: Option<String>,
+    },
+    /// Do something to applications as they are installed.
+    Operation {
+        /// What.
+        operation: Operation,
+    },
+    /// Run a command on servers.
+    Invocation {
+        /// What runs, as people name it: `name@version` of a public command, for example.
+        command: String,
     },
 }
 

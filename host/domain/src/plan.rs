@@ -10,6 +10,9 @@
 //!    └─ unit (server)                                  from the strategy
 //!       └─ drain → fetch → unpack → prepare → …        from the skeleton and the tech stack
 //! ```
+//! A unit is a server of an application, or *server work*: a server on which something runs that is of no application, a
+//! command for example. Server work takes nothing out of service: it has no drain, no seat in the safety envelope, no lock
+//! and leaves no manifest.
 //!
 //! Nodes stand in depth-first order: a parent before its children, and a subtree is one contiguous range.
 //! Scripts are shared by all servers (`steps`); what differs between servers is environment (`units`).
@@ -24,7 +27,7 @@ use crate::{
     limits::Limits,
     manifest::PluginRef,
     plugin::{OnFailure, RestoreWeight, StackStep},
-    task::PackageRef,
+    task::{PackageRef, Script},
     value::Environment,
 };
 
@@ -34,7 +37,8 @@ pub type NodeIndex = u32;
 /// What an order will do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Plan {
-    /// Schema version of this record.
+    /// Schema version of this record: the lowest that can say what the plan says ([`Plan::lowest_schema`]), so that a plan
+    /// which an earlier version could make keeps its digest.
     pub schema: u32,
     /// The safety envelope.
     pub limits: Limits,
@@ -46,11 +50,11 @@ pub struct Plan {
     pub delivery_deadline_ms: u64,
     /// The strategy that planned it; `None`: the core itself.
     pub strategy: Option<PluginRef>,
-    /// Applications.
+    /// Applications; empty where all is server work.
     pub parts: Vec<Part>,
     /// Steps, shared by all servers.
     pub steps: Vec<StepTemplate>,
-    /// Servers, once per application.
+    /// Servers, once per application, or once where it is server work.
     pub units: Vec<Unit>,
     /// The tree. Index 0 is the root.
     pub nodes: Vec<Node>,
@@ -67,10 +71,12 @@ pub struct Part {
     pub app: AppId,
     /// The service instance.
     pub instance: InstanceId,
-    /// The package that will be installed.
-    pub package: PackageRef,
-    /// The tech stack that rendered the steps.
-    pub stack: PluginRef,
+    /// The package that will be installed; `None`: an operation on what is installed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub package: Option<PackageRef>,
+    /// The tech stack that rendered the steps; `None`: they are those of the installed manifests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stack: Option<PluginRef>,
     /// Pools that its servers take traffic from.
     pub pools: Vec<PoolId>,
     /// Environment common to its servers.
@@ -83,11 +89,12 @@ pub struct Part {
     pub check: Vec<StackStep>,
 }
 
-/// One server of one application.
+/// One server of one application, or of server work.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Unit {
-    /// Index in [`Plan::parts`].
-    pub part: u32,
+    /// Index in [`Plan::parts`]; `None`: server work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub part: Option<u32>,
     /// The server.
     pub server: ServerId,
     /// Its name.
@@ -120,6 +127,23 @@ pub enum StepTemplate {
     Activate,
     /// A step of the tech stack, or of the installed manifest.
     Stack(StackStep),
+    /// A script of neither: a command. Never attempted again by itself.
+    Script(ScriptStep),
+}
+
+/// A command as a step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ScriptStep {
+    /// Name for people: 1 to 60 characters.
+    pub name: String,
+    /// The script.
+    pub script: Script,
+    /// OS user; `None` is the agent's own.
+    pub run_as: Option<String>,
+    /// Environment of this step alone.
+    pub env: Environment,
+    /// Time-out in milliseconds.
+    pub timeout_ms: u64,
 }
 
 /// What a node stands for; people act on nodes by it.
@@ -252,12 +276,81 @@ impl NodeKind {
 }
 
 impl Plan {
-    /// The current [`Plan::schema`].
-    pub const SCHEMA: u32 = 1;
+    /// The highest [`Plan::schema`] that this version reads.
+    ///
+    /// | schema | what came with it |
+    /// | --- | --- |
+    /// | 1 | releases of packages |
+    /// | 2 | applications without a package, server work, commands as steps |
+    pub const SCHEMA: u32 = 2;
+
+    /// The lowest schema that can say what this plan says.
+    #[must_use]
+    pub fn lowest_schema(&self) -> u32 {
+        let released = self
+            .parts
+            .iter()
+            .all(|part| part.package.is_some() && part.stack.is_some());
+        let of_applications = self.units.iter().all(|unit| unit.part.is_some());
+        let known_steps = self.steps.iter().all(|step| match step {
+            StepTemplate::Fetch
+            | StepTemplate::Unpack
+            | StepTemplate::Activate
+            | StepTemplate::Stack(_) => true,
+            StepTemplate::Script(_) => false,
+        });
+        if released && of_applications && known_steps {
+            1
+        } else {
+            2
+        }
+    }
+
+    /// The application that a unit is of; `None`: it is server work.
+    #[must_use]
+    pub fn part_of(&self, unit: &Unit) -> Option<&Part> {
+        self.parts.get(unit.part? as usize)
+    }
 
     /// The digest that names this plan.
     #[must_use]
     pub fn digest(&self) -> Digest {
         Digest::of_json(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::expand::{
+        expand,
+        fixture::{all_at_once, input},
+    };
+
+    /// A plan as version 1 wrote it.
+    const SCHEMA_1: &str = include_str!("plan/schema-1.json");
+
+    #[test]
+    fn plans_of_schema_1_read_and_keep_their_digest() {
+        let plan: Plan = serde_json::from_str(SCHEMA_1).unwrap();
+        assert_eq!(plan.schema, 1);
+        assert_eq!(plan.lowest_schema(), 1);
+        assert!(plan.parts.iter().all(|part| part.package.is_some()));
+        assert!(plan.units.iter().all(|unit| unit.part == Some(0)));
+        let written: serde_json::Value = serde_json::from_str(SCHEMA_1).unwrap();
+        assert_eq!(serde_json::to_value(&plan).unwrap(), written);
+        // As version 1 computed it.
+        assert_eq!(
+            plan.digest().to_string(),
+            "f08e3aaa2fa8d33c1fa3db03fe7d614ac2396daa6cd885762db18df072ff5ba7"
+        );
+    }
+
+    #[test]
+    fn a_release_is_planned_as_version_1_did() {
+        let plan = expand(input(), &all_at_once()).unwrap();
+        assert_eq!(serde_json::to_value(&plan).unwrap()["schema"], 1);
+        let written: Plan = serde_json::from_str(SCHEMA_1).unwrap();
+        assert_eq!(plan, written);
     }
 }

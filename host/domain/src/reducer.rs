@@ -449,6 +449,11 @@ impl Turn<'_> {
         false
     }
 
+    /// Whether a node belongs to a server on which something runs that is of no application.
+    fn is_server_work(&self, node: NodeIndex) -> bool {
+        crate::dispatch::unit_of(self.plan, node).is_some_and(|(_, _, unit)| unit.part.is_none())
+    }
+
     /// The unit that a node is or belongs to.
     fn unit_of(&self, node: NodeIndex) -> Option<NodeIndex> {
         let mut at = Some(node);

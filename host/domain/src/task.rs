@@ -81,13 +81,16 @@ impl From<TaskId> for String {
 pub struct Task {
     /// Which attempt of which step this is. An agent never runs one id twice.
     pub id: TaskId,
-    /// The service instance it belongs to; its directories and processes are named by it.
-    pub instance: InstanceId,
+    /// The service instance it belongs to; its directories and processes are named by it. `None`: server work, which is of
+    /// no instance. Its scripts start in the agent's own directory for such work, and it holds up no instance's tasks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instance: Option<InstanceId>,
     /// The release directory that relative paths and `WINDLASS_RELEASE_DIR` mean; `None`: the one that is current.
     /// It may not exist before `Unpack` has made it.
     #[serde(default)]
     pub release: Option<String>,
     /// Rises with every order on this (server, instance). An agent refuses a task with a lower fence than it has seen.
+    /// Without meaning for server work.
     pub fence: u64,
     /// Not started after this time.
     pub expires_at: Timestamp,

@@ -103,6 +103,9 @@ pub use secret::{DownloadGrant, SecretText};
 /// the other side has to know before a new one is sent.
 pub const PROTOCOL_VERSION: u32 = 2;
 
+/// From this version an agent takes tasks of no service instance.
+pub const SERVER_WORK_VERSION: u32 = 2;
+
 /// The oldest version that this crate still speaks.
 pub const MIN_PROTOCOL_VERSION: u32 = 1;
 

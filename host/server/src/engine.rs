@@ -165,6 +165,15 @@ pub enum PlanError {
     /// It is not a plan.
     #[error("the plan's blob is not a plan")]
     Malformed(#[from] serde_json::Error),
+    /// It was written by a later version.
+    #[error(
+        "the plan has schema {schema}, and this version reads {} at most: upgrade the server",
+        Plan::SCHEMA
+    )]
+    TooNew {
+        /// The plan's schema.
+        schema: u32,
+    },
 }
 
 /// The engine's parts, shared by its tasks.
@@ -656,7 +665,13 @@ const PLAN_MAX_BYTES: u64 = 256 * 1024 * 1024;
 pub async fn load_plan(blobs: &Blobs, digest: windlass_domain::Digest) -> Result<Plan, PlanError> {
     let digest = windlass_store::BlobDigest::from_bytes(*digest.as_bytes());
     let bytes = blobs.get_bytes(digest, PLAN_MAX_BYTES).await?;
-    Ok(serde_json::from_slice(&bytes)?)
+    let plan: Plan = serde_json::from_slice(&bytes)?;
+    if plan.schema > Plan::SCHEMA {
+        return Err(PlanError::TooNew {
+            schema: plan.schema,
+        });
+    }
+    Ok(plan)
 }
 
 /// Stores a plan under its digest: its canonical JSON *is* the blob.

@@ -478,7 +478,7 @@ async fn secrets_are_resolved_while_pushing_and_nowhere_else() {
         .unwrap()
         .insert("none".into());
     let ask = |names: &[&str]| ToServer::SecretsNeeded {
-        instance: good.instance,
+        instance: good.instance.expect("a task of an instance"),
         names: names.iter().map(|name| (*name).to_owned()).collect(),
     };
     agent.send(&ask(&["db"])).await;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use windlass_domain::id::InstanceId;
 use windlass_protocol::{SecretText, ToServer};
 
-use super::{Agent, Event};
+use super::{Agent, Event, Lane};
 use crate::{app, files::chain};
 
 impl Agent {
@@ -15,7 +15,7 @@ impl Agent {
             let (state, relaunch) = app::look(&self.context.data, id, &record);
             self.apps.push(state);
             // A start or stop that is under way, or was interrupted and will go on, decides itself.
-            let pending = self.busy.contains(&id)
+            let pending = self.busy.contains(&Lane::Instance(id))
                 || self
                     .journal
                     .held()
@@ -44,7 +44,9 @@ impl Agent {
     }
 
     pub(super) fn secrets(&mut self, instance: InstanceId, values: &BTreeMap<String, SecretText>) {
-        if self.need_secrets.remove(&instance).is_none() || self.busy.contains(&instance) {
+        if self.need_secrets.remove(&instance).is_none()
+            || self.busy.contains(&Lane::Instance(instance))
+        {
             return;
         }
         let record = app::recorded(&self.context.data)
@@ -63,7 +65,7 @@ impl Agent {
         record: app::AppRecord,
         secrets: BTreeMap<String, SecretText>,
     ) {
-        self.busy.insert(id);
+        self.busy.insert(Lane::Instance(id));
         let context = self.context.clone();
         self.tasks.spawn(async move {
             let outcome = app::relaunch(&context, id, record, &secrets).await;

@@ -4,13 +4,10 @@ use std::collections::VecDeque;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use windlass_domain::{
-    id::InstanceId,
-    task::{Action, Outcome, Task, TaskId, TaskResult},
-};
+use windlass_domain::task::{Action, Outcome, Task, TaskId, TaskResult};
 use windlass_protocol::{TaskPush, ToServer};
 
-use super::{Agent, Event, Running};
+use super::{Agent, Event, Lane, Running};
 use crate::{
     clock, crash,
     execute::{self, Job},
@@ -58,13 +55,13 @@ impl Agent {
             }
             return;
         }
-        let queue = self.queues.entry(push.task.instance).or_default();
+        let lane = Lane::of(&push.task);
+        let queue = self.queues.entry(lane).or_default();
         match queue.iter_mut().find(|waiting| waiting.task.id == id) {
             Some(waiting) => *waiting = push,
             None => {
-                let instance = push.task.instance;
                 queue.push_back(push);
-                self.start_next(instance);
+                self.start_next(lane);
             }
         }
     }
@@ -82,10 +79,10 @@ impl Agent {
             self.record(Some(push.task), id, result);
             return;
         }
-        let instance = push.task.instance;
+        let lane = Lane::of(&push.task);
         // With nothing before it, its turn is now: one sync then serves its acceptance and its start.
-        let is_next = !self.busy.contains(&instance)
-            && self.queues.get(&instance).is_none_or(VecDeque::is_empty);
+        let is_next =
+            !self.busy.contains(&lane) && self.queues.get(&lane).is_none_or(VecDeque::is_empty);
         let recorded = if is_next {
             self.journal
                 .accept_and_start(push.task.clone(), clock::now())
@@ -106,8 +103,8 @@ impl Agent {
             return;
         }
         self.send(ToServer::Accepted { task_id: id });
-        self.queues.entry(instance).or_default().push_back(push);
-        self.start_next(instance);
+        self.queues.entry(lane).or_default().push_back(push);
+        self.start_next(lane);
     }
 
     /// Why a task is not started.
@@ -119,12 +116,14 @@ impl Agent {
                 task.expires_at
             ));
         }
-        let highest = self.journal.fence(&task.instance);
-        if task.fence < highest {
-            return Some(format!(
-                "its fence is {}; this server has seen {highest} of {} already: a newer order has taken over",
-                task.fence, task.instance
-            ));
+        if let Some(instance) = &task.instance {
+            let highest = self.journal.fence(instance);
+            if task.fence < highest {
+                return Some(format!(
+                    "its fence is {}; this server has seen {highest} of {instance} already: a newer order has taken over",
+                    task.fence
+                ));
+            }
         }
         let disk = self.disk();
         let may_free = match task.action {
@@ -145,10 +144,10 @@ impl Agent {
         })
     }
 
-    pub(super) fn start_next(&mut self, instance: InstanceId) {
-        while !self.busy.contains(&instance) {
-            let Some(push) = self.queues.get_mut(&instance).and_then(VecDeque::pop_front) else {
-                self.queues.remove(&instance);
+    pub(super) fn start_next(&mut self, lane: Lane) {
+        while !self.busy.contains(&lane) {
+            let Some(push) = self.queues.get_mut(&lane).and_then(VecDeque::pop_front) else {
+                self.queues.remove(&lane);
                 return;
             };
             let id = push.task.id;
@@ -223,7 +222,7 @@ impl Agent {
         .unwrap_or_else(clock::now);
         let (grants, receiver) = watch::channel(grant);
         let revoked = CancellationToken::new();
-        self.busy.insert(task.instance);
+        self.busy.insert(Lane::of(&task));
         self.running.insert(
             id,
             Running {

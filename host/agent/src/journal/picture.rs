@@ -91,7 +91,9 @@ impl Picture {
             Record::Opened { boot_id } => self.boot_id = boot_id,
             Record::Size { bytes } => self.size = bytes,
             Record::Accepted { task } => {
-                self.raise_fence(task.instance, task.fence);
+                if let Some(instance) = task.instance {
+                    self.raise_fence(instance, task.fence);
+                }
                 let entry = self.entry(task.id);
                 entry.task = Some(*task);
             }

@@ -12,7 +12,7 @@ fn task(node: u32, fence: u64) -> Task {
         id: format!("ord_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f.{node}.1")
             .parse()
             .unwrap(),
-        instance: "svc_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".parse().unwrap(),
+        instance: Some("svc_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".parse().unwrap()),
         release: None,
         fence,
         expires_at: Timestamp::from_unix_ms(1),
@@ -64,7 +64,7 @@ fn filled(path: &Path) -> Journal {
 
 fn assert_filled(journal: &Journal) {
     assert_eq!(journal.epoch(), epoch(1));
-    assert_eq!(journal.fence(&task(1, 0).instance), 20);
+    assert_eq!(journal.fence(&task(1, 0).instance.unwrap()), 20);
     assert_eq!(journal.held().count(), 15);
     assert_eq!(
         journal.known(&task(3, 0).id),

@@ -34,7 +34,7 @@ impl Order {
                 node: self.node,
                 attempt: 1,
             },
-            instance: self.instance,
+            instance: Some(self.instance),
             release: None,
             fence: 1,
             expires_at: Timestamp::from_unix_ms(253_000_000_000_000),

@@ -166,7 +166,7 @@ impl Builder<'_> {
             .unwrap_or_default();
         env.extend(server.env.clone());
         self.tree.units.push(Unit {
-            part: number(index),
+            part: Some(number(index)),
             server: server.id,
             server_name: server.name.clone(),
             cell: server.cell.clone(),

@@ -128,7 +128,7 @@ impl Named<'_> {
 }
 
 /// Whether a text is no name for people.
-fn is_bad_name(name: &str) -> bool {
+pub(super) fn is_bad_name(name: &str) -> bool {
     !(1..=60).contains(&name.chars().count()) || name.chars().any(char::is_control)
 }
 
@@ -437,7 +437,7 @@ pub(super) fn steps(part: &PartInput) -> Result<(), BadPlan> {
     Ok(())
 }
 
-fn json_bytes<T: serde::Serialize>(value: &T) -> u64 {
+pub(super) fn json_bytes<T: serde::Serialize>(value: &T) -> u64 {
     serde_json::to_vec(value).map_or(u64::MAX, |bytes| bytes.len() as u64)
 }
 

@@ -239,6 +239,11 @@ impl Turn<'_> {
         self.change(node, |row| row.result = Some(result));
         match outcome {
             Outcome::Succeeded => self.end_leaf(node, NodeState::Succeeded, message),
+            // Of server work nothing hangs on what cannot be known: nobody has to decide before the others go on. The
+            // result says it.
+            Outcome::Unknown if self.is_server_work(node) => {
+                self.end_leaf(node, NodeState::Failed, message);
+            }
             Outcome::Unknown => self.end_leaf(node, NodeState::Unknown, message),
             Outcome::Failed | Outcome::TimedOut | Outcome::Refused | Outcome::Revoked
                 if cancelling =>
@@ -267,7 +272,7 @@ impl Turn<'_> {
         let attempt = self.progress.node(node).attempt;
         match &self.plan.steps[*step as usize] {
             StepTemplate::Fetch | StepTemplate::Unpack => attempt < 3,
-            StepTemplate::Activate => false,
+            StepTemplate::Activate | StepTemplate::Script(_) => false,
             StepTemplate::Stack(step) => step.repeatable && attempt <= step.retries,
         }
     }

@@ -30,7 +30,8 @@ fn is_disruptive(plan: &Plan, leaf: NodeIndex) -> bool {
     match &plan.nodes[leaf as usize].kind {
         NodeKind::Step { step } => match &plan.steps[*step as usize] {
             StepTemplate::Fetch | StepTemplate::Unpack => false,
-            StepTemplate::Activate => true,
+            // What a command did is not for us to know.
+            StepTemplate::Activate | StepTemplate::Script(_) => true,
             StepTemplate::Stack(step) => match step.phase {
                 Phase::Prepare | Phase::Install | Phase::Configure | Phase::Check => false,
                 Phase::Stop | Phase::Deploy | Phase::Start | Phase::Restart | Phase::Uninstall => {

@@ -11,7 +11,7 @@ fn push() -> TaskPush {
     TaskPush {
         task: Task {
             id: TASK.parse().unwrap(),
-            instance: "svc_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".parse().unwrap(),
+            instance: Some("svc_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".parse().unwrap()),
             release: None,
             fence: u64::MAX,
             expires_at: Timestamp::from_unix_ms(1_700_000_000_000),
@@ -46,7 +46,7 @@ fn to_agent() -> Vec<ToAgent> {
         ToAgent::Ack { task_id },
         ToAgent::Ping { seq: 7 },
         ToAgent::Secrets {
-            instance: push().task.instance,
+            instance: push().task.instance.unwrap(),
             values: push().secrets,
         },
         ToAgent::Query {
@@ -121,7 +121,7 @@ fn to_server() -> Vec<ToServer> {
         ToServer::State(Box::new(state)),
         ToServer::Pong { seq: 1 },
         ToServer::SecretsNeeded {
-            instance: push().task.instance,
+            instance: push().task.instance.unwrap(),
             names: vec!["db".into()],
         },
         ToServer::QueryAnswer {

@@ -450,7 +450,9 @@ impl Actor {
         if outcome == Outcome::Succeeded
             && matches!(self.plan.steps[step as usize], StepTemplate::Activate)
         {
-            let manifest = dispatch::manifest(&self.plan, self.order.plan, unit);
+            let Some(manifest) = dispatch::manifest(&self.plan, self.order.plan, unit) else {
+                return;
+            };
             batch.bytes += 4096;
             batch
                 .installs
@@ -750,12 +752,7 @@ impl Actor {
         let (true, Some(started)) = (row.state.is_busy(), row.started_at) else {
             return;
         };
-        let timeout_ms = match &self.plan.steps[step as usize] {
-            StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => {
-                dispatch::CORE_TIMEOUT_MS
-            }
-            StepTemplate::Stack(step) => step.timeout_ms,
-        };
+        let timeout_ms = dispatch::timeout_ms(&self.plan.steps[step as usize]);
         let delivery = started.plus_ms(self.plan.delivery_deadline_ms);
         self.deadlines.insert((delivery, node, row.attempt));
         self.deadlines.insert((

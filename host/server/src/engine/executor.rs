@@ -10,6 +10,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 use windlass_domain::{
     dispatch,
+    id::PoolId,
     inbox::InboxEntry,
     order::{Action, Control, Ending, Order, Purpose},
     plan::{NodeIndex, NodeKind, Plan, TrafficAction, Unit},
@@ -117,9 +118,10 @@ pub(crate) async fn perform(job: Job) {
 
 // ---------------------------------------------------------------------------------------------- units
 
+/// The seat of a unit in the safety envelope; `None`: it takes none.
 fn seat(plan: &Plan, node: NodeIndex) -> Option<Seat> {
     let (_, _, unit) = dispatch::unit_of(plan, node)?;
-    let part = plan.parts.get(unit.part as usize)?;
+    let part = plan.part_of(unit)?;
     Some(Seat {
         instance: part.instance,
         cell: unit.cell.clone(),
@@ -130,15 +132,13 @@ fn seat(plan: &Plan, node: NodeIndex) -> Option<Seat> {
 /// Checks drift and the envelope until the unit may start, or has drifted.
 async fn admit(job: &Job, node: NodeIndex) {
     let shared = &job.engine.shared;
-    let (Some(seat), Some((_, _, unit))) =
-        (seat(&job.plan, node), dispatch::unit_of(&job.plan, node))
-    else {
+    let Some((_, _, unit)) = dispatch::unit_of(&job.plan, node) else {
         return;
     };
     let Some(keeper) = shared.keeper() else {
         return;
     };
-    let part = &job.plan.parts[unit.part as usize];
+    let seat = seat(&job.plan, node);
     let changed = keeper.changed();
     let mut told = String::new();
     loop {
@@ -154,6 +154,9 @@ async fn admit(job: &Job, node: NodeIndex) {
                 continue;
             }
         }
+        let (Some(seat), Some(part)) = (&seat, job.plan.part_of(unit)) else {
+            return job.answer(Event::UnitAdmitted(node)).await;
+        };
         let members = match shared.planning.members(part.instance).await {
             Ok(members) => members,
             Err(reason) => {
@@ -318,7 +321,7 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             let Some((_, _, unit)) = dispatch::unit_of(&job.plan, node) else {
                 return Ok(());
             };
-            let mine = &job.plan.parts[unit.part as usize].pools;
+            let mine = pools_of(&job.plan, unit);
             if remembered.is_none() {
                 let mut weights = weights_of_parent(job, unit).await?;
                 for pool in mine {
@@ -372,7 +375,7 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             let Some((_, _, unit)) = dispatch::unit_of(&job.plan, node) else {
                 return Ok(());
             };
-            for pool in &job.plan.parts[unit.part as usize].pools {
+            for pool in pools_of(&job.plan, unit) {
                 let before = remembered
                     .and_then(|weights| weights.iter().find(|weight| weight.pool == *pool));
                 let wanted = match (unit.restore, before) {
@@ -429,6 +432,11 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             Ok(())
         }
     }
+}
+
+/// The pools that a unit's server takes traffic from.
+fn pools_of<'a>(plan: &'a Plan, unit: &Unit) -> &'a [PoolId] {
+    plan.part_of(unit).map_or(&[], |part| &part.pools)
 }
 
 /// Of a rollback: the weights that the order which is rolled back remembered; what the pool shows now is its 0.
@@ -555,7 +563,7 @@ pub(crate) fn new_order(order: &Order) -> Txn {
     Txn::new()
         .absent(rows::order(order.id))
         .put(rows::order(order.id), rows::encode(order))
-        .put(rows::order_of(&order.workspace, order.id), "")
+        .put(rows::listed(order), "")
 }
 
 /// Gives locks back, tells the parent, and takes the order out of the list of unfinished ones.

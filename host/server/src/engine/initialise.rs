@@ -1,5 +1,7 @@
 //! Initialisation: which servers can take part, and the locks that keep two orders off one server.
 //!
+//! Server work needs neither: it is of no application, and waits for each server by itself.
+//!
 //! Owns the rows `lock/{server}`. A lock names the first order of a line, so that a rollback works under the locks of the
 //! order it rolls back. A group of which a server is held by another order is locked in this one, with that order's title.
 //! Taking locks again does no harm: those that are ours already are kept.
@@ -90,8 +92,10 @@ async fn answer(job: &Job, event: Event) {
     drop(job.back.send(super::actor::Command::internal(event)).await);
 }
 
+/// The servers to lock: those of applications.
 fn servers(plan: &Plan) -> BTreeSet<ServerId> {
-    plan.units.iter().map(|unit| unit.server).collect()
+    let of_applications = plan.units.iter().filter(|unit| unit.part.is_some());
+    of_applications.map(|unit| unit.server).collect()
 }
 
 /// Takes the lock of every server that is free; answers those that others hold, with their holder.

@@ -3,7 +3,8 @@
 //! | key (below the tenant) | value |
 //! | --- | --- |
 //! | `order/{id}` | [`Order`], the header; every change of the order compares and swaps it |
-//! | `order-of/{workspace}/{id}` | empty: orders of a workspace, by age |
+//! | `order-of/{workspace}/{id}` | empty: orders of a workspace, by age, without invocations |
+//! | `invocation-of/{workspace}/{id}` | empty: invocations of a workspace, by age |
 //! | `order-node/{id}/{node}` | [`NodeProgress`]; absent: not started |
 //! | `order-event/{id}/{first seq}` | the [`OrderEvent`]s of one commit |
 //! | `order-active/{id}` | empty: the order still has effects to perform; recovery starts here |
@@ -18,7 +19,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use windlass_domain::{
     id::{InstanceId, OrderId, ServerId},
-    order::{Order, OrderEvent},
+    order::{Order, OrderEvent, Purpose},
     plan::NodeIndex,
     progress::NodeProgress,
 };
@@ -90,6 +91,20 @@ pub(crate) fn order_of(workspace: &str, id: OrderId) -> Key {
 
 pub(crate) fn orders_of(workspace: &str) -> Prefix {
     prefix(["order-of", workspace])
+}
+
+pub(crate) fn invocation_of(workspace: &str, id: OrderId) -> Key {
+    key(["invocation-of", workspace, &id.to_string()])
+}
+
+/// The row that lists an order in its workspace.
+pub(crate) fn listed(order: &Order) -> Key {
+    match order.purpose {
+        Purpose::Release | Purpose::Rollback { .. } | Purpose::Operation { .. } => {
+            order_of(&order.workspace, order.id)
+        }
+        Purpose::Invocation { .. } => invocation_of(&order.workspace, order.id),
+    }
 }
 
 pub(crate) fn node(id: OrderId, node: NodeIndex) -> Key {

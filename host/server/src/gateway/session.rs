@@ -80,7 +80,7 @@ pub(super) struct Session {
     pub(super) ended: CancellationToken,
     pub(super) queries: Queries,
     peer: SocketAddr,
-    protocol: u32,
+    pub(super) protocol: u32,
     since: Timestamp,
     state: Mutex<AgentState>,
     inbox: Mutex<Waiting>,

@@ -15,7 +15,7 @@ use windlass_domain::{
     task::{Action, Outcome, Task, TaskId, TaskResult},
     value::Value,
 };
-use windlass_protocol::{EncodeError, TaskPush, ToAgent};
+use windlass_protocol::{EncodeError, SERVER_WORK_VERSION, TaskPush, ToAgent};
 use windlass_store::{
     CommitError, Entry, Key, LimitError, PAGE_MAX_ENTRIES, Prefix, Revision, StoreError, Txn,
     crash::crash_point,
@@ -254,6 +254,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Turn<'_, S> {
 
     async fn push(&mut self, task: Task) -> Result<Option<GrantId>, SlotError> {
         let (gateway, session, id) = (self.gateway, self.session, task.id);
+        if task.instance.is_none() && session.protocol < SERVER_WORK_VERSION {
+            let message = format!(
+                "ClientNeedUpgrade: the agent of {} speaks version {} of the protocol, and work that is of no service instance \
+                 needs {SERVER_WORK_VERSION}: upgrade the agent",
+                session.server_name, session.protocol
+            );
+            return self.revoke_instead(id, message).map(|()| None);
+        }
         let names: BTreeSet<String> = task
             .env
             .values()

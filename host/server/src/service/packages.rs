@@ -104,7 +104,11 @@ impl PackageUse for OpenOrders {
                 .await
                 .map_or(true, |plan| {
                     plan.parts.iter().any(|part| {
-                        part.app == package.app && part.package.digest == package.digest
+                        part.app == package.app
+                            && part
+                                .package
+                                .as_ref()
+                                .is_some_and(|released| released.digest == package.digest)
                     })
                 });
             if uses {

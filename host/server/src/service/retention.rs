@@ -182,7 +182,7 @@ impl Retention {
                     Purpose::Rollback { of, .. } => {
                         needed.insert(of);
                     }
-                    Purpose::Release => {}
+                    Purpose::Release | Purpose::Operation { .. } | Purpose::Invocation { .. } => {}
                 }
             }
         }
@@ -224,7 +224,7 @@ impl Retention {
             .absent(active)
             .revision_is(key.clone(), revision)
             .delete(key)
-            .delete(engine_rows::order_of(&order.workspace, order.id));
+            .delete(engine_rows::listed(order));
         match records::commit(store, txn).await? {
             Committed::Done(_) => Ok(true),
             Committed::Conflict => Ok(false),

@@ -322,7 +322,7 @@ pub(crate) fn task() -> Task {
             node: 3,
             attempt: 1,
         },
-        instance: InstanceId::from_uuid(new_uuid()),
+        instance: Some(InstanceId::from_uuid(new_uuid())),
         release: None,
         fence: 1,
         expires_at: Timestamp::from_unix_ms(i64::MAX),

@@ -40,7 +40,10 @@ fn find(plan: &Plan, name: &str) -> NodeIndex {
 fn stack_step<'a>(plan: &'a Plan, name: &str) -> &'a StackStep {
     let steps = plan.steps.iter().filter_map(|step| match step {
         StepTemplate::Stack(step) => Some(step),
-        StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => None,
+        StepTemplate::Fetch
+        | StepTemplate::Unpack
+        | StepTemplate::Activate
+        | StepTemplate::Script(_) => None,
     });
     let mut named = steps.filter(|step| step.name == name);
     let first = named.next().unwrap_or_else(|| panic!("no step `{name}`"));
@@ -210,7 +213,7 @@ fn each_application_has_its_own_steps() {
     let [ours, theirs] = ["install", "install the bank's"].map(script);
     assert_eq!(runtimes, [ours.clone(), ours, theirs]);
     let parts: Vec<_> = plan.units.iter().map(|unit| unit.part).collect();
-    assert_eq!(parts, [0, 0, 1]);
+    assert_eq!(parts, [Some(0), Some(0), Some(1)]);
 }
 
 #[test]
@@ -409,10 +412,12 @@ fn the_same_gives_the_same_digest_and_anything_else_another() {
             input.parts[0].servers[1].env.extend(env(&[("PORT", "81")]));
         }),
         ("the package", |input, _| {
-            input.parts[0].part.package.digest = Digest::of(b"another build of it");
+            let package = input.parts[0].part.package.as_mut().unwrap();
+            package.digest = Digest::of(b"another build of it");
         }),
         ("the tech stack", |input, _| {
-            input.parts[0].part.stack.digest = Digest::of(b"another build of it");
+            let stack = input.parts[0].part.stack.as_mut().unwrap();
+            stack.digest = Digest::of(b"another build of it");
         }),
         ("the strategy", |input, _| input.strategy = None),
         ("the limits", |input, _| input.limits.max_in_flight += 1),

@@ -86,12 +86,12 @@ pub(super) fn build(tree: &Tree) -> Plan {
             key: "shop".to_owned(),
             app: AppId::from_uuid(Uuid::from_u128(1)),
             instance: InstanceId::from_uuid(Uuid::from_u128(2)),
-            package,
-            stack: crate::manifest::PluginRef {
+            package: Some(package),
+            stack: Some(crate::manifest::PluginRef {
                 name: "binary".to_owned(),
                 version: semver::Version::new(1, 0, 0),
                 digest: Digest::of(b"plugin"),
-            },
+            }),
             pools: Vec::new(),
             env: BTreeMap::new(),
             stop: Vec::new(),
@@ -121,7 +121,7 @@ fn add(plan: &mut Plan, parent: Option<NodeIndex>, tree: &Tree) {
         Tree::Unit(_) => {
             let unit = u32::try_from(plan.units.len()).unwrap();
             plan.units.push(Unit {
-                part: 0,
+                part: Some(0),
                 server: ServerId::from_uuid(Uuid::from_u128(100 + u128::from(unit))),
                 server_name: format!("web-{unit}"),
                 cell: "a".to_owned(),

@@ -49,22 +49,25 @@ impl Planner {
             let Some(instance) = instance else { continue };
             let subject = package_subject(&part.key);
             if wanted.contains(subject.as_str())
+                && let Some(package) = &part.package
                 && let Some(package) = self
                     .parts
                     .packages
-                    .find_version(instance.workspace.as_str(), part.app, &part.package.version)
+                    .find_version(instance.workspace.as_str(), part.app, &package.version)
                     .await?
             {
                 now.insert(subject, read_package(&package));
             }
-            let subject = plugin_subject(PluginKind::TechStack, &part.stack.name);
-            if wanted.contains(subject.as_str()) {
+            if let Some(stack) = &part.stack
+                && let subject = plugin_subject(PluginKind::TechStack, &stack.name)
+                && wanted.contains(subject.as_str())
+            {
                 let (app, _) = self.parts.apps.get(&part.app.to_string()).await?;
                 let wanted = instance
                     .tech_stack_version
                     .as_ref()
                     .unwrap_or(&app.tech_stack.version);
-                if let Ok(plugin) = self.parts.plugins.get(&part.stack.name, specific(wanted)) {
+                if let Ok(plugin) = self.parts.plugins.get(&stack.name, specific(wanted)) {
                     now.insert(subject, read_plugin(plugin.reference()));
                 }
             }
@@ -77,7 +80,7 @@ impl Planner {
             let units: Vec<_> = plan
                 .units
                 .iter()
-                .filter(|unit| unit.part == index)
+                .filter(|unit| unit.part == Some(index))
                 .collect();
             // The cells as they were chosen: a server in a cell that had none belongs to a release to all cells.
             for subject in subjects {

@@ -14,7 +14,7 @@ use windlass_domain::{
     id::{OrderId, ServerId},
     manifest::{Manifest, PluginRef},
     order::{Control, Order, OrderState, PlanRevision, Purpose},
-    plan::{NodeIndex, NodeKind, Part, Plan, StepTemplate, TrafficAction},
+    plan::{NodeIndex, NodeKind, Part, Plan, StepTemplate, TrafficAction, Unit},
     plugin::{
         LifecyclePlan, OnFailure, Phase, RollbackRequest, StackStep, StrategyApp, StrategyPlan,
         StrategyRequest, StrategyServer, UnitProgress, UnitState, Wishes,
@@ -155,7 +155,10 @@ impl Planner {
             else {
                 continue;
             };
-            let part = &plan.parts[unit.part as usize];
+            // Server work leaves nothing behind that could be brought back.
+            let (Some(index), Some(part)) = (unit.part, plan.part_of(unit)) else {
+                continue;
+            };
             let current = self
                 .installed(part.instance, unit.server)
                 .await
@@ -186,36 +189,33 @@ impl Planner {
                 }
             };
             let found = unit_of_server(&old, manifest, unit.server);
-            let Some((old_node, old_unit)) = found else {
+            let Some((old_node, old_unit, old_index, old_part)) = found else {
                 return Err(format!(
                     "the plan that installed `{before}` on {} does not hold it",
                     unit.server_name
                 ));
             };
             let group = groups
-                .entry((unit.part, digest, old_unit.part))
-                .or_insert_with(|| {
-                    let old_part = &old.parts[old_unit.part as usize];
-                    PartInput {
-                        part: Part {
-                            key: part.key.clone(),
-                            pools: part.pools.clone(),
-                            ..old_part.clone()
-                        },
-                        steps: LifecyclePlan {
-                            steps: steps_of(&old, old_node, old_part),
-                            server_env: BTreeMap::new(),
-                        },
-                        // They were checked against what was approved when they were planned.
-                        approved: all_wishes(&old),
-                        servers: Vec::new(),
-                    }
+                .entry((index, digest, old_index))
+                .or_insert_with(|| PartInput {
+                    part: Part {
+                        key: part.key.clone(),
+                        pools: part.pools.clone(),
+                        ..old_part.clone()
+                    },
+                    steps: LifecyclePlan {
+                        steps: steps_of(&old, old_node, old_part),
+                        server_env: BTreeMap::new(),
+                    },
+                    // They were checked against what was approved when they were planned.
+                    approved: all_wishes(&old),
+                    servers: Vec::new(),
                 });
             states.push((
                 group.part.key.clone(),
                 unit.server,
                 state,
-                (unit.part, digest, old_unit.part),
+                (index, digest, old_index),
             ));
             group.servers.push(ServerInput {
                 id: unit.server,
@@ -281,7 +281,11 @@ impl Planner {
                     key: part.part.key.clone(),
                     stage: 1,
                     has_pools: !part.part.pools.is_empty(),
-                    target_version: part.part.package.version.clone(),
+                    target_version: part
+                        .part
+                        .package
+                        .as_ref()
+                        .map_or_else(String::new, |package| package.version.clone()),
                     servers: part
                         .servers
                         .iter()
@@ -315,17 +319,17 @@ fn unit_of_server<'a>(
     plan: &'a Plan,
     manifest: &Manifest,
     server: ServerId,
-) -> Option<(NodeIndex, &'a windlass_domain::plan::Unit)> {
+) -> Option<(NodeIndex, &'a Unit, u32, &'a Part)> {
     (0u32..).zip(&plan.nodes).find_map(|(node, planned)| {
         let NodeKind::Unit { unit } = planned.kind else {
             return None;
         };
         let unit = plan.units.get(unit as usize)?;
-        let part = plan.parts.get(unit.part as usize)?;
+        let (index, part) = (unit.part?, plan.part_of(unit)?);
         (unit.server == server
             && part.instance == manifest.instance
-            && dispatch::release_name(plan, unit) == manifest.release)
-            .then_some((node, unit))
+            && dispatch::release_name(plan, unit).as_ref() == Some(&manifest.release))
+        .then_some((node, unit, index, part))
     })
 }
 
@@ -342,7 +346,8 @@ fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
             StepTemplate::Stack(_)
             | StepTemplate::Fetch
             | StepTemplate::Unpack
-            | StepTemplate::Activate => None,
+            | StepTemplate::Activate
+            | StepTemplate::Script(_) => None,
         },
         NodeKind::Sequence
         | NodeKind::Parallel { .. }
@@ -359,7 +364,10 @@ fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
 fn all_wishes(plan: &Plan) -> Wishes {
     let steps = plan.steps.iter().filter_map(|step| match step {
         StepTemplate::Stack(step) => Some(step),
-        StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => None,
+        StepTemplate::Fetch
+        | StepTemplate::Unpack
+        | StepTemplate::Activate
+        | StepTemplate::Script(_) => None,
     });
     let kept = plan.parts.iter().flat_map(|part| &part.stop);
     let users = steps

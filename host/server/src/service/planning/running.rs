@@ -32,12 +32,15 @@ impl Planning for Planner {
     async fn check_servers(&self, plan: &Plan) -> Result<Vec<String>, String> {
         let mut problems = Vec::new();
         for part in &plan.parts {
-            if let Err(error) = self.parts.plugins.pinned(part.stack.digest).await {
+            if let Some(stack) = &part.stack
+                && let Err(error) = self.parts.plugins.pinned(stack.digest).await
+            {
                 problems.push(error.to_string());
             }
         }
         for unit in &plan.units {
-            if !self.parts.agents.is_online(unit.server) {
+            // Server work waits for each server by itself.
+            if unit.part.is_some() && !self.parts.agents.is_online(unit.server) {
                 problems.push(format!("{} is not connected", unit.server_name));
             }
         }
@@ -87,6 +90,9 @@ impl Planning for Planner {
                 continue;
             };
             let unit = &plan.units[unit as usize];
+            let Some(part) = plan.part_of(unit) else {
+                continue;
+            };
             let state = progress.state(node);
             for (metric, holds) in [
                 ("unit.released", state == NodeState::Succeeded),
@@ -94,7 +100,7 @@ impl Planning for Planner {
                 ("agent.online", self.parts.agents.is_online(unit.server)),
             ] {
                 observations.push(Observation {
-                    application: plan.parts[unit.part as usize].key.clone(),
+                    application: part.key.clone(),
                     server: unit.server.to_string(),
                     metric: metric.to_owned(),
                     value: f64::from(u8::from(holds)),
