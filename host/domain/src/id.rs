@@ -134,6 +134,8 @@ ids! {
     OrderId = "ord", "an order id";
     /// A pool of back ends behind the traffic seam.
     PoolId = "pool", "a pool id";
+    /// One recorded call of a plugin.
+    CallId = "call", "a plugin call's id";
 }
 
 #[cfg(test)]

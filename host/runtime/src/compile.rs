@@ -17,7 +17,7 @@ use wasmtime::{Engine, component::Component};
 
 use crate::{
     error::{Rejection, RejectionCode, millis},
-    sandbox::config,
+    sandbox::{cache, config},
 };
 
 /// The sub-command of the server's binary that is the compiling child.
@@ -195,8 +195,8 @@ fn compile(job: &Job) -> Result<(), ChildError> {
         exit: 66,
         message: format!("the component cannot be read: {error}"),
     })?;
-    let engine = config(&job.cache)
-        .and_then(|config| Engine::new(&config))
+    let engine = cache(&job.cache)
+        .and_then(|cache| Engine::new(&config(Some(cache))))
         .map_err(|error| ChildError {
             exit: 70,
             message: format!("the engine cannot be set up: {error:#}"),

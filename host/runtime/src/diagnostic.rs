@@ -228,10 +228,12 @@ impl resources::Host for State {
 
     async fn find(&mut self, kind: String, filters: Attributes, limit: u32) -> Answer<Vec<String>> {
         let host = self.platform()?;
+        // What is recorded is what the host is asked: a replay compares it.
+        let limit = limit.min(1000);
         self.host_call(
             "resources.find",
             json!({ "kind": kind, "filters": filters, "limit": limit }),
-            host.find(&kind, &filters, limit.min(1000)),
+            host.find(&kind, &filters, limit),
         )
         .await
     }
@@ -276,10 +278,11 @@ impl resources::Host for State {
         max_bytes: u32,
     ) -> Answer<String> {
         let host = self.platform()?;
+        let max_bytes = max_bytes.min(256 * 1024);
         self.host_call(
             "resources.order-log",
             json!({ "order": order, "node": node, "max_bytes": max_bytes }),
-            host.order_log(&order, node, max_bytes.min(256 * 1024)),
+            host.order_log(&order, node, max_bytes),
         )
         .await
     }

@@ -5,6 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize};
 use windlass_domain::{digest::Digest, manifest::PluginRef, plugin::PluginKind};
 
+use crate::call::Export;
+
 /// Why the plugin directory could not be opened at all.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -81,6 +83,12 @@ pub enum RejectionCode {
     NotAFile,
     /// A symbolic link that leaves the plugin directory.
     SymlinkOutside,
+    /// Its digest is not on the server's allow-list.
+    NotAllowed,
+    /// It is not signed, and the server requires it.
+    Unsigned,
+    /// Its signature fits none of the known keys.
+    SignatureInvalid,
     /// Another file already provides this name and version with other bytes.
     DuplicateVersion,
     /// The platform could not keep its bytes.
@@ -170,7 +178,7 @@ pub struct CallError {
     /// Which plugin.
     pub plugin: Box<PluginRef>,
     /// Which of its functions.
-    pub export: &'static str,
+    pub export: Export,
     /// What happened.
     pub failure: CallFailure,
 }
@@ -250,6 +258,14 @@ pub enum CallFailure {
         /// What is wrong with it.
         reason: String,
     },
+    /// What it was asked is not in the form of the function. The guest was not called.
+    #[error("the input cannot be used: {}{reason}", at(field))]
+    InvalidInput {
+        /// JSON pointer of the field; empty for the whole.
+        field: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A function was called that its kind does not have.
     #[error("it is a {actual:?}, and has no such function")]
     WrongKind {
@@ -279,8 +295,56 @@ impl CallFailure {
             Self::Trap { .. } => "plugin-trap",
             Self::Mismatch { .. } => "plugin-mismatch",
             Self::InvalidAnswer { .. } => "plugin-invalid-answer",
+            Self::InvalidInput { .. } => "plugin-invalid-input",
             Self::WrongKind { .. } => "plugin-wrong-kind",
             Self::NotStarted { .. } => "plugin-not-started",
+        }
+    }
+
+    /// The failure as records and the API show it.
+    #[must_use]
+    pub fn report(&self) -> FailureReport {
+        let field = match self {
+            Self::Refused { field, .. } => field.clone(),
+            Self::InvalidAnswer { field, .. } | Self::InvalidInput { field, .. } => {
+                Some(field.clone())
+            }
+            Self::GuestTime { .. }
+            | Self::CallTime { .. }
+            | Self::HostCallTime { .. }
+            | Self::HostCalls { .. }
+            | Self::Memory { .. }
+            | Self::Output { .. }
+            | Self::Trap { .. }
+            | Self::Mismatch { .. }
+            | Self::WrongKind { .. }
+            | Self::NotStarted { .. } => None,
+        };
+        FailureReport {
+            code: self.code().to_owned(),
+            message: self.to_string(),
+            field,
+        }
+    }
+
+    /// Whether the plugin is at fault: not when it refused its input, and not when the host could not call it or
+    /// did not answer it.
+    #[must_use]
+    pub const fn is_fault(&self) -> bool {
+        match self {
+            Self::Refused { .. }
+            | Self::HostCallTime { .. }
+            | Self::InvalidInput { .. }
+            | Self::WrongKind { .. }
+            | Self::NotStarted { .. } => false,
+            Self::GuestTime { .. }
+            | Self::CallTime { .. }
+            | Self::HostCalls { .. }
+            | Self::Memory { .. }
+            | Self::Output { .. }
+            | Self::Trap { .. }
+            | Self::Mismatch { .. }
+            | Self::InvalidAnswer { .. } => true,
         }
     }
 
@@ -290,6 +354,26 @@ impl CallFailure {
             reason: reason.into(),
         }
     }
+}
+
+fn at(field: &str) -> String {
+    if field.is_empty() {
+        String::new()
+    } else {
+        format!("`{field}`: ")
+    }
+}
+
+/// A failed call, as records and the API show it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct FailureReport {
+    /// Stable code, see [`CallFailure::code`].
+    pub code: String,
+    /// What happened, which limit, what to do.
+    pub message: String,
+    /// The field to blame, where one is: a JSON pointer of the plugin's, or a path into its input or answer.
+    #[serde(default)]
+    pub field: Option<String>,
 }
 
 /// A parameter that breaks the plugin's schema.

@@ -31,6 +31,9 @@ pub(crate) struct Known {
     pub(crate) kind: PluginKind,
     pub(crate) descriptor: std::sync::Arc<Descriptor>,
     pub(crate) size_bytes: u64,
+    /// Name of the key that signed it.
+    #[serde(default)]
+    pub(crate) signed_by: Option<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -96,14 +99,35 @@ impl Keep {
         Ok(staged)
     }
 
-    /// Keeps checked bytes for good.
-    pub(crate) fn accept(&self, digest: Digest, staged: &Staged, known: &Known) -> io::Result<()> {
+    /// Keeps checked bytes for good, and what is known of them; bytes that are kept already are not staged.
+    pub(crate) fn accept(
+        &self,
+        digest: Digest,
+        staged: Option<&Staged>,
+        known: &Known,
+    ) -> io::Result<()> {
         let kept = self.root.join("kept");
         let record = kept.join(format!("{digest}.json"));
         let temporary = kept.join(format!(".{digest}.json"));
         write_synced(&temporary, &serde_json::to_vec(known)?)?;
         fs::rename(&temporary, &record)?;
-        fs::rename(&staged.path, self.path_of(digest))?;
+        if let Some(staged) = staged {
+            fs::rename(&staged.path, self.path_of(digest))?;
+        }
+        fs::File::open(&kept)?.sync_all()
+    }
+
+    /// Removes kept bytes: the record last, so that what a crash leaves is found again.
+    pub(crate) fn remove(&self, digest: Digest) -> io::Result<()> {
+        let kept = self.root.join("kept");
+        let record = kept.join(format!("{digest}.json"));
+        for path in [self.marker(digest), self.path_of(digest), record] {
+            match fs::remove_file(&path) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
         fs::File::open(&kept)?.sync_all()
     }
 

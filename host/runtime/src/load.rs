@@ -13,9 +13,10 @@ use windlass_domain::{digest::Digest, manifest::PluginRef, plugin::PluginKind};
 
 use crate::{
     bindings::{deployment_strategy, diagnostic, public_command, tech_stack},
+    call::{CallSink, Usage},
     convert::descriptor::descriptor_from_guest,
     error::{CallFailure, Rejection, RejectionCode},
-    plugin::{CallSink, Caller, Guest, Loaded},
+    plugin::{Caller, Guest, Loaded},
     sandbox::Sandbox,
     state::State,
 };
@@ -72,16 +73,35 @@ pub(crate) async fn load(
     file_name: &str,
     sink: Option<Arc<dyn CallSink>>,
 ) -> Result<Loaded, Rejection> {
+    let component = component(sandbox, bytes).await?;
+    let (loaded, _) = from_component(sandbox, digest, &component, file_name, sink).await?;
+    Ok(loaded)
+}
+
+/// The component's code: from the cache, or compiled here.
+pub(crate) async fn component(
+    sandbox: &Arc<Sandbox>,
+    bytes: Arc<Vec<u8>>,
+) -> Result<Component, Rejection> {
     let engine = sandbox.clone();
-    let component =
-        tokio::task::spawn_blocking(move || Component::from_binary(&engine.engine, &bytes))
-            .await
-            .map_err(|error| Rejection::new(RejectionCode::CompileFailed, error.to_string()))?
-            .map_err(|error| not_loadable(&error))?;
-    let kind = kind_of(&sandbox.engine, &component)?;
-    check_imports(&sandbox.engine, &component, kind)?;
-    check_resources(sandbox, &component)?;
-    let guest = link(sandbox, &component, kind)?;
+    tokio::task::spawn_blocking(move || Component::from_binary(&engine.engine, &bytes))
+        .await
+        .map_err(|error| Rejection::new(RejectionCode::CompileFailed, error.to_string()))?
+        .map_err(|error| not_loadable(&error))
+}
+
+/// Checks and links a component, and asks it what it is; with what that call used.
+pub(crate) async fn from_component(
+    sandbox: &Arc<Sandbox>,
+    digest: Digest,
+    component: &Component,
+    file_name: &str,
+    sink: Option<Arc<dyn CallSink>>,
+) -> Result<(Loaded, Usage), Rejection> {
+    let kind = kind_of(&sandbox.engine, component)?;
+    check_imports(&sandbox.engine, component, kind)?;
+    check_resources(sandbox, component)?;
+    let guest = link(sandbox, component, kind)?;
 
     let mut caller = Caller {
         sandbox: Arc::clone(sandbox),
@@ -98,8 +118,9 @@ pub(crate) async fn load(
             .min(sandbox.limits.max_memory_bytes),
         sink: None,
     };
-    let described = caller.describe(&guest).await.map_err(|error| {
-        let code = match error.failure {
+    let (described, usage) = caller.describe(&guest).await;
+    let described = described.map_err(|failure| {
+        let code = match failure {
             CallFailure::GuestTime { .. } | CallFailure::CallTime { .. } => {
                 RejectionCode::DescribeTimeout
             }
@@ -111,10 +132,11 @@ pub(crate) async fn load(
             | CallFailure::Output { .. }
             | CallFailure::Trap { .. }
             | CallFailure::InvalidAnswer { .. }
+            | CallFailure::InvalidInput { .. }
             | CallFailure::WrongKind { .. }
             | CallFailure::NotStarted { .. } => RejectionCode::DescribeFailed,
         };
-        Rejection::new(code, format!("`describe`: {}", error.failure))
+        Rejection::new(code, format!("`describe`: {failure}"))
     })?;
     let (descriptor, schema) = descriptor_from_guest(kind, described, sandbox.limits.schema_bytes)?;
     caller.reference.name.clone_from(&descriptor.name);
@@ -122,12 +144,13 @@ pub(crate) async fn load(
     caller.label = Arc::from(format!("{}@{}", descriptor.name, descriptor.version));
     caller.memory_limit = sandbox.limits.memory_of(&descriptor.name);
     caller.sink = sink;
-    Ok(Loaded {
+    let loaded = Loaded {
         guest,
         caller,
         descriptor: Arc::new(descriptor),
         schema,
-    })
+    };
+    Ok((loaded, usage))
 }
 
 /// Bytes that compiled in the child and are not loaded: the pool is what the child does not have.
@@ -160,6 +183,32 @@ fn one_line(error: &wasmtime::Error) -> String {
 fn ours(name: &str) -> Option<(&str, &str)> {
     let rest = name.strip_prefix(PACKAGE)?;
     Some(rest.split_once('@').unwrap_or((rest, "")))
+}
+
+/// Names of imported and of exported interfaces, each sorted.
+pub(crate) fn interfaces(engine: &Engine, component: &Component) -> (Vec<String>, Vec<String>) {
+    let ty = component.component_type();
+    let mut imports: Vec<String> = ty
+        .imports(engine)
+        .map(|(name, _)| name.to_owned())
+        .collect();
+    let mut exports: Vec<String> = ty
+        .exports(engine)
+        .map(|(name, _)| name.to_owned())
+        .collect();
+    imports.sort();
+    exports.sort();
+    (imports, exports)
+}
+
+/// The version of the contract that a plugin's own interfaces name.
+pub(crate) fn contract_of(exports: &[String]) -> String {
+    exports
+        .iter()
+        .filter_map(|name| ours(name))
+        .map(|(_, version)| version.to_owned())
+        .next()
+        .unwrap_or_default()
 }
 
 fn check_contract(interface: &str, version: &str) -> Result<(), Rejection> {

@@ -3,13 +3,10 @@
 //! Every call has a fresh store. Whatever a guest does, a call ends in an answer or in a [`CallError`] that is attributed;
 //! the store is dropped either way, and nothing of one call is seen by the next.
 
-use std::{
-    fmt,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fmt, sync::Arc, time::Instant};
 
-use tokio::sync::OwnedSemaphorePermit;
+use serde::Serialize;
+use tokio::sync::{OwnedSemaphorePermit, TryAcquireError};
 use wasmtime::{Store, UpdateDeadline};
 use windlass_domain::{
     manifest::PluginRef,
@@ -22,39 +19,15 @@ use windlass_domain::{
 
 use crate::{
     bindings::{deployment_strategy, diagnostic, public_command, tech_stack, types},
+    call::{self, CallRecord, CallSink, Export, GuestClock, Usage},
     convert,
     diagnostic::Host,
     error::{CallError, CallFailure, FieldError, millis},
     limits::MemoryMeter,
-    sandbox::{RunningCall, Sandbox, TICK},
+    sandbox::{RunningCall, Sandbox},
     schema::Schema,
     state::{GuestLog, HostCall, State},
 };
-
-/// One finished call: for metrics, and the seam for the call journal. See [`CallSink`].
-#[derive(Debug, Clone, PartialEq)]
-pub struct CallRecord {
-    /// Which plugin.
-    pub plugin: PluginRef,
-    /// Which function.
-    pub export: &'static str,
-    /// From the start of the call to its answer, with waiting.
-    pub elapsed: Duration,
-    /// Upper bound of the time that the guest computed, in steps of 5 ms; 0: less than one step.
-    pub guest_time: Duration,
-    /// Linear memory at the end, which is its peak, in bytes.
-    pub memory_bytes: u64,
-    /// Host calls that it made.
-    pub host_calls: usize,
-    /// `None`: it answered; else the code of the failure.
-    pub failure: Option<&'static str>,
-}
-
-/// Receives every finished call. Called on the caller's task: must not block.
-pub trait CallSink: Send + Sync {
-    /// One call ended.
-    fn record(&self, record: CallRecord);
-}
 
 /// What a diagnostic answered, with what it looked at.
 #[derive(Debug, Clone, PartialEq)]
@@ -104,7 +77,17 @@ pub(crate) struct Loaded {
 
 /// A plugin that can be called. Cheap to clone; keeps working after its file was removed or replaced.
 #[derive(Clone)]
-pub struct Plugin(pub(crate) Arc<Loaded>);
+pub struct Plugin {
+    pub(crate) loaded: Arc<Loaded>,
+    recording: Recording,
+}
+
+/// Whether calls reach the sink.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Recording {
+    On,
+    Off,
+}
 
 impl fmt::Debug for Plugin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -112,41 +95,69 @@ impl fmt::Debug for Plugin {
     }
 }
 
-/// Calls one exported function in a fresh store: `$call` gets the bindings and the store.
+/// Calls one exported function in a fresh store: `$call` gets the bindings and the store. Gives the guest's answer, or why there
+/// is none, with what the call used.
 macro_rules! invoke {
-    ($caller:expr, $export:literal, $host:expr, $pre:expr, |$bindings:ident, $store:ident| $call:expr) => {{
+    ($caller:expr, $host:expr, $pre:expr, |$bindings:ident, $store:ident| $call:expr) => {{
         let caller: &Caller = $caller;
-        let mut invocation = caller.begin($export, $host).await?;
-        let outcome = {
-            let $store = &mut invocation.store;
-            tokio::time::timeout(caller.sandbox.limits.call_time, async {
-                let $bindings = $pre.instantiate_async(&mut *$store).await?;
-                $store.data_mut().instantiated = true;
-                $call.await
-            })
-            .await
-        };
-        caller.finish(invocation, outcome)
+        match caller.begin($host).await {
+            Err(refused) => refused,
+            Ok(mut invocation) => {
+                let clock = Arc::clone(&invocation.clock);
+                let outcome = {
+                    let $store = &mut invocation.store;
+                    let mut call = std::pin::pin!(async {
+                        let $bindings = $pre.instantiate_async(&mut *$store).await?;
+                        $store.data_mut().instantiated = true;
+                        $call.await
+                    });
+                    let timed = std::future::poll_fn(|context| {
+                        clock.resume();
+                        let polled = call.as_mut().poll(context);
+                        clock.pause();
+                        polled
+                    });
+                    tokio::time::timeout(caller.sandbox.limits.call_time, timed).await
+                };
+                caller.finish(invocation, outcome)
+            }
+        }
     }};
 }
 
 impl Plugin {
+    pub(crate) fn new(loaded: Arc<Loaded>) -> Self {
+        Self {
+            loaded,
+            recording: Recording::On,
+        }
+    }
+
+    /// The same plugin, whose calls are not recorded: replays and comparisons are no calls of the platform.
+    #[must_use]
+    pub fn unrecorded(&self) -> Self {
+        Self {
+            loaded: Arc::clone(&self.loaded),
+            recording: Recording::Off,
+        }
+    }
+
     /// Name, version and digest.
     #[must_use]
     pub fn reference(&self) -> &PluginRef {
-        &self.0.caller.reference
+        &self.loaded.caller.reference
     }
 
     /// Its kind.
     #[must_use]
     pub fn kind(&self) -> PluginKind {
-        self.0.guest.kind()
+        self.loaded.guest.kind()
     }
 
     /// What it said of itself when it was loaded.
     #[must_use]
     pub fn descriptor(&self) -> &Arc<Descriptor> {
-        &self.0.descriptor
+        &self.loaded.descriptor
     }
 
     /// Checks parameters against its schema.
@@ -157,7 +168,7 @@ impl Plugin {
         &self,
         parameters: &serde_json::Value,
     ) -> Result<(), Vec<FieldError>> {
-        self.0.schema.validate(parameters)
+        self.loaded.schema.validate(parameters)
     }
 
     /// Tech stack: the steps of some phases.
@@ -165,15 +176,7 @@ impl Plugin {
     /// # Errors
     /// [`CallFailure`], attributed.
     pub async fn lifecycle(&self, request: &LifecycleRequest) -> Result<LifecyclePlan, CallError> {
-        const EXPORT: &str = "lifecycle";
-        let Guest::TechStack(pre) = &self.0.guest else {
-            return Err(self.wrong_kind(EXPORT));
-        };
-        let request = convert::lifecycle::request_to_guest(request);
-        let (answer, _) = invoke!(&self.0.caller, "lifecycle", None, pre, |guest, store| guest
-            .windlass_plugin_lifecycle()
-            .call_lifecycle(store, &request))?;
-        self.answer(EXPORT, answer, convert::lifecycle::plan_from_guest)
+        self.call_lifecycle(request).await.result
     }
 
     /// Strategy: plans an order.
@@ -181,15 +184,7 @@ impl Plugin {
     /// # Errors
     /// [`CallFailure`], attributed.
     pub async fn plan(&self, request: &StrategyRequest) -> Result<StrategyPlan, CallError> {
-        const EXPORT: &str = "plan";
-        let Guest::DeploymentStrategy(pre) = &self.0.guest else {
-            return Err(self.wrong_kind(EXPORT));
-        };
-        let request = convert::strategy::request_to_guest(request);
-        let (answer, _) = invoke!(&self.0.caller, "plan", None, pre, |guest, store| guest
-            .windlass_plugin_strategy()
-            .call_plan(store, &request))?;
-        self.answer(EXPORT, answer, convert::strategy::plan_from_guest)
+        self.call_plan(request).await.result
     }
 
     /// Strategy: plans the way back.
@@ -197,16 +192,7 @@ impl Plugin {
     /// # Errors
     /// [`CallFailure`], attributed; the core's own plan runs then.
     pub async fn rollback(&self, request: &RollbackRequest) -> Result<StrategyPlan, CallError> {
-        const EXPORT: &str = "rollback";
-        let Guest::DeploymentStrategy(pre) = &self.0.guest else {
-            return Err(self.wrong_kind(EXPORT));
-        };
-        let progress = convert::strategy::progress_to_guest(&request.progress);
-        let request = convert::strategy::request_to_guest(&request.request);
-        let (answer, _) = invoke!(&self.0.caller, "rollback", None, pre, |guest, store| guest
-            .windlass_plugin_strategy()
-            .call_rollback(store, &request, &progress))?;
-        self.answer(EXPORT, answer, convert::strategy::plan_from_guest)
+        self.call_rollback(request).await.result
     }
 
     /// Strategy: judges a stage.
@@ -214,17 +200,7 @@ impl Plugin {
     /// # Errors
     /// [`CallFailure`], attributed; the order holds then.
     pub async fn judge(&self, request: &JudgeRequest) -> Result<Judgement, CallError> {
-        const EXPORT: &str = "judge";
-        let Guest::DeploymentStrategy(pre) = &self.0.guest else {
-            return Err(self.wrong_kind(EXPORT));
-        };
-        let request = convert::strategy::judge_to_guest(request);
-        let (answer, _) = invoke!(&self.0.caller, "judge", None, pre, |guest, store| guest
-            .windlass_plugin_strategy()
-            .call_judge(store, &request))?;
-        self.answer(EXPORT, answer, |judgement| {
-            Ok(convert::strategy::judgement_from_guest(judgement))
-        })
+        self.call_judge(request).await.result
     }
 
     /// Public command: the script for one server.
@@ -232,15 +208,7 @@ impl Plugin {
     /// # Errors
     /// [`CallFailure`], attributed.
     pub async fn render(&self, request: &CommandRequest) -> Result<RenderedCommand, CallError> {
-        const EXPORT: &str = "render";
-        let Guest::PublicCommand(pre) = &self.0.guest else {
-            return Err(self.wrong_kind(EXPORT));
-        };
-        let request = convert::command::request_to_guest(request);
-        let (answer, _) = invoke!(&self.0.caller, "render", None, pre, |guest, store| guest
-            .windlass_plugin_command()
-            .call_render(store, &request))?;
-        self.answer(EXPORT, answer, convert::command::rendered_from_guest)
+        self.call_render(request).await.result
     }
 
     /// Public command: what a run's output means.
@@ -248,15 +216,7 @@ impl Plugin {
     /// # Errors
     /// [`CallFailure`], attributed.
     pub async fn interpret(&self, run: &CommandRun) -> Result<CommandResult, CallError> {
-        const EXPORT: &str = "interpret";
-        let Guest::PublicCommand(pre) = &self.0.guest else {
-            return Err(self.wrong_kind(EXPORT));
-        };
-        let run = convert::command::run_to_guest(run);
-        let (answer, _) = invoke!(&self.0.caller, "interpret", None, pre, |guest, store| guest
-            .windlass_plugin_command()
-            .call_interpret(store, &run))?;
-        self.answer(EXPORT, answer, convert::command::result_from_guest)
+        self.call_interpret(run).await.result
     }
 
     /// Diagnostic: diagnoses, looking through `host`, which carries the caller's rights.
@@ -268,107 +228,267 @@ impl Plugin {
         request: &DiagnosisRequest,
         host: Arc<dyn Host>,
     ) -> Result<Diagnosis, CallError> {
-        const EXPORT: &str = "diagnose";
-        let Guest::Diagnostic(pre) = &self.0.guest else {
-            return Err(self.wrong_kind(EXPORT));
-        };
-        let request = convert::diagnosis::request_to_guest(request);
-        let (answer, looks) = invoke!(
-            &self.0.caller,
-            "diagnose",
-            Some(host),
-            pre,
-            |guest, store| guest
-                .windlass_plugin_diagnosis()
-                .call_diagnose(store, &request)
-        )?;
-        self.answer(EXPORT, answer, |report| {
-            let (report, verdict) = convert::diagnosis::report_from_guest(report);
-            Ok(Diagnosis {
-                report,
-                verdict,
-                looks,
-            })
+        let call = self.call_diagnose(request, Some(host)).await;
+        let DiagnosisAnswer { report, verdict } = call.result?;
+        Ok(Diagnosis {
+            report,
+            verdict,
+            looks: call.usage.host_calls,
         })
     }
 
-    fn answer<Wit, Domain>(
-        &self,
-        export: &'static str,
-        answer: Result<Wit, types::PluginError>,
-        convert: impl FnOnce(Wit) -> Result<Domain, CallFailure>,
-    ) -> Result<Domain, CallError> {
-        answer
-            .map_err(convert::refused)
-            .and_then(convert)
-            .map_err(|failure| self.0.caller.error(export, failure))
+    pub(crate) async fn call_lifecycle(&self, request: &LifecycleRequest) -> Call<LifecyclePlan> {
+        let Guest::TechStack(pre) = &self.loaded.guest else {
+            return self.wrong_kind(Export::Lifecycle);
+        };
+        let guest_request = convert::lifecycle::request_to_guest(request);
+        let outcome = invoke!(self.caller(), None, pre, |guest, store| guest
+            .windlass_plugin_lifecycle()
+            .call_lifecycle(store, &guest_request));
+        self.answer(
+            Export::Lifecycle,
+            request,
+            outcome,
+            convert::lifecycle::plan_from_guest,
+        )
     }
 
-    fn wrong_kind(&self, export: &'static str) -> CallError {
-        let actual = self.kind();
-        self.0
-            .caller
-            .error(export, CallFailure::WrongKind { actual })
+    pub(crate) async fn call_plan(&self, request: &StrategyRequest) -> Call<StrategyPlan> {
+        let Guest::DeploymentStrategy(pre) = &self.loaded.guest else {
+            return self.wrong_kind(Export::Plan);
+        };
+        let guest_request = convert::strategy::request_to_guest(request);
+        let outcome = invoke!(self.caller(), None, pre, |guest, store| guest
+            .windlass_plugin_strategy()
+            .call_plan(store, &guest_request));
+        self.answer(
+            Export::Plan,
+            request,
+            outcome,
+            convert::strategy::plan_from_guest,
+        )
     }
+
+    pub(crate) async fn call_rollback(&self, request: &RollbackRequest) -> Call<StrategyPlan> {
+        let Guest::DeploymentStrategy(pre) = &self.loaded.guest else {
+            return self.wrong_kind(Export::Rollback);
+        };
+        let progress = convert::strategy::progress_to_guest(&request.progress);
+        let guest_request = convert::strategy::request_to_guest(&request.request);
+        let outcome = invoke!(self.caller(), None, pre, |guest, store| guest
+            .windlass_plugin_strategy()
+            .call_rollback(store, &guest_request, &progress));
+        self.answer(
+            Export::Rollback,
+            request,
+            outcome,
+            convert::strategy::plan_from_guest,
+        )
+    }
+
+    pub(crate) async fn call_judge(&self, request: &JudgeRequest) -> Call<Judgement> {
+        let Guest::DeploymentStrategy(pre) = &self.loaded.guest else {
+            return self.wrong_kind(Export::Judge);
+        };
+        let guest_request = convert::strategy::judge_to_guest(request);
+        let outcome = invoke!(self.caller(), None, pre, |guest, store| guest
+            .windlass_plugin_strategy()
+            .call_judge(store, &guest_request));
+        self.answer(Export::Judge, request, outcome, |judgement| {
+            Ok(convert::strategy::judgement_from_guest(judgement))
+        })
+    }
+
+    pub(crate) async fn call_render(&self, request: &CommandRequest) -> Call<RenderedCommand> {
+        let Guest::PublicCommand(pre) = &self.loaded.guest else {
+            return self.wrong_kind(Export::Render);
+        };
+        let guest_request = convert::command::request_to_guest(request);
+        let outcome = invoke!(self.caller(), None, pre, |guest, store| guest
+            .windlass_plugin_command()
+            .call_render(store, &guest_request));
+        self.answer(
+            Export::Render,
+            request,
+            outcome,
+            convert::command::rendered_from_guest,
+        )
+    }
+
+    pub(crate) async fn call_interpret(&self, run: &CommandRun) -> Call<CommandResult> {
+        let Guest::PublicCommand(pre) = &self.loaded.guest else {
+            return self.wrong_kind(Export::Interpret);
+        };
+        let guest_run = convert::command::run_to_guest(run);
+        let outcome = invoke!(self.caller(), None, pre, |guest, store| guest
+            .windlass_plugin_command()
+            .call_interpret(store, &guest_run));
+        self.answer(
+            Export::Interpret,
+            run,
+            outcome,
+            convert::command::result_from_guest,
+        )
+    }
+
+    pub(crate) async fn call_diagnose(
+        &self,
+        request: &DiagnosisRequest,
+        host: Option<Arc<dyn Host>>,
+    ) -> Call<DiagnosisAnswer> {
+        let Guest::Diagnostic(pre) = &self.loaded.guest else {
+            return self.wrong_kind(Export::Diagnose);
+        };
+        let guest_request = convert::diagnosis::request_to_guest(request);
+        let outcome = invoke!(self.caller(), host, pre, |guest, store| guest
+            .windlass_plugin_diagnosis()
+            .call_diagnose(store, &guest_request));
+        self.answer(Export::Diagnose, request, outcome, |report| {
+            let (report, verdict) = convert::diagnosis::report_from_guest(report);
+            Ok(DiagnosisAnswer { report, verdict })
+        })
+    }
+
+    /// Asks the plugin again what it is.
+    pub(crate) async fn call_describe(&self) -> Call<Descriptor> {
+        let (outcome, usage) = self.caller().describe(&self.loaded.guest).await;
+        let schema_bytes = self.caller().sandbox.limits.schema_bytes;
+        self.answer(
+            Export::Describe,
+            &(),
+            (outcome.map(Ok), usage),
+            |descriptor| {
+                convert::descriptor::descriptor_from_guest(self.kind(), descriptor, schema_bytes)
+                    .map(|(descriptor, _)| descriptor)
+                    .map_err(|rejection| CallFailure::invalid("descriptor", rejection.text))
+            },
+        )
+    }
+
+    /// Turns what the guest said into the host's words, and records the call.
+    fn answer<Wit, Domain: Serialize>(
+        &self,
+        export: Export,
+        request: &impl Serialize,
+        (outcome, usage): Outcome<Result<Wit, types::PluginError>>,
+        convert: impl FnOnce(Wit) -> Result<Domain, CallFailure>,
+    ) -> Call<Domain> {
+        let result = outcome
+            .and_then(|answer| answer.map_err(convert::refused))
+            .and_then(convert);
+        if let (Recording::On, Some(sink)) = (self.recording, &self.caller().sink) {
+            sink.record(&Arc::new(CallRecord {
+                plugin: self.reference().clone(),
+                export,
+                context: call::context(),
+                input: json_text(request),
+                is_fault: result.as_ref().is_err_and(CallFailure::is_fault),
+                outcome: result.as_ref().map(json_text).map_err(CallFailure::report),
+                usage: usage.clone(),
+            }));
+        }
+        Call {
+            result: result.map_err(|failure| self.caller().error(export, failure)),
+            usage,
+        }
+    }
+
+    pub(crate) fn caller(&self) -> &Caller {
+        &self.loaded.caller
+    }
+
+    fn wrong_kind<T>(&self, export: Export) -> Call<T> {
+        let actual = self.kind();
+        Call {
+            result: Err(self
+                .caller()
+                .error(export, CallFailure::WrongKind { actual })),
+            usage: Usage::default(),
+        }
+    }
+}
+
+fn json_text(value: &impl Serialize) -> String {
+    serde_json::to_string(value).expect("requests and answers have string keys")
+}
+
+/// A guest's answer or why there is none, and what the call used.
+pub(crate) type Outcome<T> = (Result<T, CallFailure>, Usage);
+
+/// One call that ended.
+pub(crate) struct Call<T> {
+    pub(crate) result: Result<T, CallError>,
+    pub(crate) usage: Usage,
+}
+
+/// What a diagnostic answered, as the journal keeps it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub(crate) struct DiagnosisAnswer {
+    report: Report,
+    verdict: Option<String>,
 }
 
 /// One call that runs.
 pub(crate) struct Invocation {
     pub(crate) store: Store<State>,
-    export: &'static str,
+    clock: Arc<GuestClock>,
     started: Instant,
     _place: OwnedSemaphorePermit,
     _ticking: RunningCall,
 }
 
 impl Caller {
-    /// Asks a component that is being loaded what it is.
-    pub(crate) async fn describe(&self, guest: &Guest) -> Result<types::Descriptor, CallError> {
-        let (descriptor, _) = match guest {
-            Guest::TechStack(pre) => invoke!(self, "describe", None, pre, |guest, store| guest
+    /// Asks a component what it is.
+    pub(crate) async fn describe(&self, guest: &Guest) -> Outcome<types::Descriptor> {
+        match guest {
+            Guest::TechStack(pre) => invoke!(self, None, pre, |guest, store| guest
                 .windlass_plugin_plugin_info()
-                .call_describe(store))?,
-            Guest::DeploymentStrategy(pre) => {
-                invoke!(self, "describe", None, pre, |guest, store| guest
-                    .windlass_plugin_plugin_info()
-                    .call_describe(store))?
-            }
-            Guest::Diagnostic(pre) => invoke!(self, "describe", None, pre, |guest, store| guest
+                .call_describe(store)),
+            Guest::DeploymentStrategy(pre) => invoke!(self, None, pre, |guest, store| guest
                 .windlass_plugin_plugin_info()
-                .call_describe(store))?,
-            Guest::PublicCommand(pre) => {
-                invoke!(self, "describe", None, pre, |guest, store| guest
-                    .windlass_plugin_plugin_info()
-                    .call_describe(store))?
-            }
-        };
-        Ok(descriptor)
+                .call_describe(store)),
+            Guest::Diagnostic(pre) => invoke!(self, None, pre, |guest, store| guest
+                .windlass_plugin_plugin_info()
+                .call_describe(store)),
+            Guest::PublicCommand(pre) => invoke!(self, None, pre, |guest, store| guest
+                .windlass_plugin_plugin_info()
+                .call_describe(store)),
+        }
     }
 
-    async fn begin(
-        &self,
-        export: &'static str,
-        host: Option<Arc<dyn Host>>,
-    ) -> Result<Invocation, CallError> {
+    async fn begin<T>(&self, host: Option<Arc<dyn Host>>) -> Result<Invocation, Outcome<T>> {
         let started = Instant::now();
         let limits = &self.sandbox.limits;
-        let place = tokio::time::timeout(
-            limits.call_time,
-            Arc::clone(&self.sandbox.places).acquire_owned(),
-        )
-        .await
-        .map_err(|_| {
-            let reason = format!(
-                "all {} places for calls were taken for {} ms",
-                limits.calls_at_once,
-                millis(limits.call_time)
-            );
-            self.error(export, CallFailure::NotStarted { reason })
-        })?
-        .map_err(|_| {
-            let reason = "the plugin engine is shutting down".to_owned();
-            self.error(export, CallFailure::NotStarted { reason })
-        })?;
+        let not_started = |reason: String| {
+            let usage = Usage {
+                elapsed: started.elapsed(),
+                ..Usage::default()
+            };
+            (Err(CallFailure::NotStarted { reason }), usage)
+        };
+        let places = Arc::clone(&self.sandbox.places);
+        let place = match places.try_acquire_owned() {
+            Ok(place) => place,
+            Err(TryAcquireError::Closed) => {
+                return Err(not_started("the plugin engine is shutting down".to_owned()));
+            }
+            Err(TryAcquireError::NoPermits) => {
+                let places = Arc::clone(&self.sandbox.places);
+                match tokio::time::timeout(limits.call_time, places.acquire_owned()).await {
+                    Ok(Ok(place)) => place,
+                    Ok(Err(_closed)) => {
+                        return Err(not_started("the plugin engine is shutting down".to_owned()));
+                    }
+                    Err(_elapsed) => {
+                        return Err(not_started(format!(
+                            "all {} places for calls were taken for {} ms",
+                            limits.calls_at_once,
+                            millis(limits.call_time)
+                        )));
+                    }
+                }
+            }
+        };
         let state = State::new(
             MemoryMeter::new(self.memory_limit),
             Arc::new(GuestLog::new(Arc::clone(&self.label))),
@@ -380,13 +500,12 @@ impl Caller {
         store.limiter(|state| &mut state.memory);
         store.set_hostcall_fuel(limits.output_bytes);
         store.set_max_component_handles(limits.handles);
-        let budget = self.sandbox.tick_budget();
+        let clock = Arc::new(GuestClock::default());
+        let (budget, running) = (limits.guest_time, Arc::clone(&clock));
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(move |mut context| {
-            let state = context.data_mut();
-            state.ticks += 1;
-            if state.ticks > budget {
-                state.out_of_time = true;
+            if running.used() >= budget {
+                context.data_mut().out_of_time = true;
                 Ok(UpdateDeadline::Interrupt)
             } else {
                 Ok(UpdateDeadline::Yield(1))
@@ -394,20 +513,19 @@ impl Caller {
         });
         Ok(Invocation {
             store,
-            export,
+            clock,
             started,
             _place: place,
             _ticking: self.sandbox.ticker.begin(),
         })
     }
 
-    /// Turns an outcome into an answer or an attributed error, and records the call.
+    /// Turns an outcome into an answer or a failure, with what the call used.
     fn finish<T>(
         &self,
         mut invocation: Invocation,
         outcome: Result<wasmtime::Result<T>, tokio::time::error::Elapsed>,
-    ) -> Result<(T, Vec<HostCall>), CallError> {
-        let export = invocation.export;
+    ) -> Outcome<T> {
         let state = invocation.store.data_mut();
         let host_calls = std::mem::take(&mut state.host_calls);
         let result = match outcome {
@@ -417,22 +535,13 @@ impl Caller {
                 limit_ms: millis(self.sandbox.limits.call_time),
             }),
         };
-        if let Some(sink) = &self.sink {
-            let ticks = u32::try_from(state.ticks).unwrap_or(u32::MAX);
-            sink.record(CallRecord {
-                plugin: self.reference.clone(),
-                export,
-                elapsed: invocation.started.elapsed(),
-                guest_time: TICK.saturating_mul(ticks),
-                memory_bytes: state.memory.peak_bytes(),
-                host_calls: host_calls.len(),
-                failure: result.as_ref().err().map(CallFailure::code),
-            });
-        }
-        match result {
-            Ok(answer) => Ok((answer, host_calls)),
-            Err(failure) => Err(self.error(export, failure)),
-        }
+        let usage = Usage {
+            elapsed: invocation.started.elapsed(),
+            guest_time: invocation.clock.used(),
+            memory_bytes: state.memory.peak_bytes(),
+            host_calls,
+        };
+        (result, usage)
     }
 
     fn classify(&self, state: &mut State, error: &wasmtime::Error) -> CallFailure {
@@ -478,7 +587,7 @@ impl Caller {
         }
     }
 
-    pub(crate) fn error(&self, export: &'static str, failure: CallFailure) -> CallError {
+    pub(crate) fn error(&self, export: Export, failure: CallFailure) -> CallError {
         CallError {
             plugin: Box::new(self.reference.clone()),
             export,

@@ -1,8 +1,8 @@
 //! The engine and everything that is made once: pool, linkers, ticker, places for calls.
 //!
 //! Isolation: a guest runs in a fresh store, in a slot of a pool, under a memory meter and the epoch. The ticker raises the
-//! epoch every 5 ms while calls run; a guest that runs through a tick yields its worker, and one that ran through its
-//! budget of ticks is interrupted: fair, and still a hard stop. Epochs do not reach into host calls: those have time-outs
+//! epoch every 5 ms while calls run; a guest that runs through a tick yields its worker, and one that computed through its
+//! budget is interrupted: fair, and still a hard stop. Epochs do not reach into host calls: those have time-outs
 //! of their own (see `state`).
 
 use std::{
@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Length of one tick of the epoch.
-pub(crate) const TICK: Duration = Duration::from_millis(5);
+const TICK: Duration = Duration::from_millis(5);
 
 /// Cache of compiled code: cleaned by wasmtime when it outgrows these.
 const CACHE_BYTES: u64 = 512 * 1024 * 1024;
@@ -43,6 +43,7 @@ pub(crate) struct Sandbox {
     pub(crate) limits: RuntimeLimits,
     pub(crate) places: Arc<Semaphore>,
     pub(crate) ticker: Ticker,
+    cache: Option<Cache>,
 }
 
 /// One linker per world, built once. WASI stands in each of them for guests whose language needs it; it is empty.
@@ -54,16 +55,20 @@ pub(crate) struct Linkers {
 }
 
 impl Sandbox {
-    pub(crate) fn new(limits: RuntimeLimits, cache_dir: &Path) -> Result<Self, OpenError> {
-        let engine = match Engine::new(&pooled(&limits, cache_dir).map_err(OpenError::Engine)?) {
+    /// `cache_dir` holds compiled code, where it is kept.
+    pub(crate) fn new(limits: RuntimeLimits, cache_dir: Option<&Path>) -> Result<Self, OpenError> {
+        let cache = cache_dir
+            .map(cache)
+            .transpose()
+            .map_err(OpenError::Engine)?;
+        let engine = match Engine::new(&pooled(&limits, cache.clone())) {
             Ok(engine) => engine,
             Err(error) => {
                 tracing::error!(
                     "the pool for plugin instances cannot be set up, calls will be slower: {error:#}. \
                      A limit of the address space (`ulimit -v`) is the usual cause"
                 );
-                Engine::new(&config(cache_dir).map_err(OpenError::Engine)?)
-                    .map_err(OpenError::Engine)?
+                Engine::new(&config(cache.clone())).map_err(OpenError::Engine)?
             }
         };
         Ok(Self {
@@ -72,7 +77,13 @@ impl Sandbox {
             places: Arc::new(Semaphore::new(limits.calls_at_once as usize)),
             engine,
             limits,
+            cache,
         })
+    }
+
+    /// How often compiled code was found in the cache.
+    pub(crate) fn cache_hits(&self) -> usize {
+        self.cache.as_ref().map_or(0, Cache::cache_hits)
     }
 
     /// Names what compiled code depends on: engine version and settings.
@@ -84,29 +95,29 @@ impl Sandbox {
             .hash(&mut hasher);
         format!("{:016x}", hasher.finish())
     }
+}
 
-    /// Ticks of guest time that a call has.
-    pub(crate) fn tick_budget(&self) -> u64 {
-        u64::try_from(self.limits.guest_time.as_nanos() / TICK.as_nanos()).unwrap_or(u64::MAX)
-    }
+/// The cache of compiled code in a directory.
+pub(crate) fn cache(dir: &Path) -> wasmtime::Result<Cache> {
+    let mut cache = CacheConfig::new();
+    cache
+        .with_directory(dir)
+        .with_files_total_size_soft_limit(CACHE_BYTES)
+        .with_file_count_soft_limit(CACHE_FILES);
+    Cache::new(cache)
 }
 
 /// What compiled code depends on. The compiling child and the server use the same, so that the cache is shared.
-pub(crate) fn config(cache_dir: &Path) -> wasmtime::Result<Config> {
-    let mut cache = CacheConfig::new();
-    cache
-        .with_directory(cache_dir)
-        .with_files_total_size_soft_limit(CACHE_BYTES)
-        .with_file_count_soft_limit(CACHE_FILES);
+pub(crate) fn config(cache: Option<Cache>) -> Config {
     let mut config = Config::new();
     config
         .epoch_interruption(true)
         .concurrency_support(false)
-        .cache(Some(Cache::new(cache)?));
-    Ok(config)
+        .cache(cache);
+    config
 }
 
-fn pooled(limits: &RuntimeLimits, cache_dir: &Path) -> wasmtime::Result<Config> {
+fn pooled(limits: &RuntimeLimits, cache: Option<Cache>) -> Config {
     let calls = limits.calls_at_once;
     let mut pool = PoolingAllocationConfig::new();
     pool.total_component_instances(calls)
@@ -122,9 +133,9 @@ fn pooled(limits: &RuntimeLimits, cache_dir: &Path) -> wasmtime::Result<Config> 
         .table_elements(100_000)
         .linear_memory_keep_resident(0)
         .max_memory_size(usize::try_from(limits.max_memory_bytes).unwrap_or(usize::MAX));
-    let mut config = config(cache_dir)?;
+    let mut config = config(cache);
     config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
-    Ok(config)
+    config
 }
 
 impl Linkers {

@@ -39,8 +39,6 @@ pub struct HostCall {
 pub(crate) struct State {
     pub(crate) memory: MemoryMeter,
     pub(crate) log: Arc<GuestLog>,
-    /// Ticks of the epoch that guest code ran through.
-    pub(crate) ticks: u64,
     pub(crate) out_of_time: bool,
     /// Whether the instance stands: what fails before is no fault of the called function.
     pub(crate) instantiated: bool,
@@ -69,7 +67,6 @@ impl State {
         Self {
             memory,
             log,
-            ticks: 0,
             out_of_time: false,
             instantiated: false,
             host_failure: None,

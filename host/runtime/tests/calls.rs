@@ -22,7 +22,7 @@ use windlass_domain::{
     value::Value,
 };
 use windlass_runtime::{
-    CallFailure, CallRecord, CallSink, Plugins,
+    CallFailure, CallRecord, CallSink, Export, Plugins,
     diagnostic::{
         Attributes, Connection, Endpoint, Host, HostError, MetricRange, ProbeAnswer, Sample,
     },
@@ -372,11 +372,11 @@ async fn a_diagnostic_cannot_wait_or_ask_for_ever() {
 }
 
 #[derive(Default)]
-struct Kept(Mutex<Vec<CallRecord>>);
+struct Kept(Mutex<Vec<Arc<CallRecord>>>);
 
 impl CallSink for Kept {
-    fn record(&self, record: CallRecord) {
-        self.0.lock().unwrap().push(record);
+    fn record(&self, record: &Arc<CallRecord>) {
+        self.0.lock().unwrap().push(Arc::clone(record));
     }
 }
 
@@ -416,26 +416,26 @@ async fn others_are_served_while_guests_loop_and_every_call_is_recorded() {
         );
     }
     let records = std::mem::take(&mut *kept.0.lock().unwrap());
-    let failed = records
-        .iter()
-        .filter(|record| record.failure == Some("plugin-time-limit"));
+    let failed = records.iter().filter(
+        |record| matches!(&record.outcome, Err(failure) if failure.code == "plugin-time-limit"),
+    );
     assert!(
         failed.clone().count() == 4
             && failed
                 .clone()
-                .all(|record| record.guest_time >= Duration::from_secs(2))
+                .all(|record| record.usage.guest_time >= Duration::from_secs(2))
     );
     assert_eq!(
         records
             .iter()
-            .filter(|record| record.failure.is_none())
+            .filter(|record| record.outcome.is_ok())
             .count(),
         20
     );
     assert!(
         records
             .iter()
-            .all(|record| record.memory_bytes >= 65_536 && record.export == "lifecycle")
+            .all(|record| record.usage.memory_bytes >= 65_536 && record.export == Export::Lifecycle)
     );
     plugins.close().await;
 }

@@ -362,6 +362,9 @@ mod tests {
             is_default: false,
             approved: false,
             size_bytes: None,
+            signed_by: None,
+            failing: None,
+            figures: None,
         }
     }
 
