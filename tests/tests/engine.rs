@@ -258,6 +258,144 @@ async fn no_more_servers_are_unavailable_than_the_envelope_allows() {
 }
 
 #[tokio::test]
+async fn an_order_that_its_own_failed_server_holds_is_blocked_with_the_reason() {
+    let directory = tempfile::tempdir().unwrap();
+    let broken = Arc::new(Mutex::new(true));
+    let is_broken = broken.clone();
+    let answer: Arc<Answer> = Arc::new(move |on: ServerId, task| {
+        let broken = *is_broken.lock().unwrap() && on == server(1) && task.id.node % 7 == 5;
+        if broken {
+            Outcome::Failed
+        } else {
+            Outcome::Succeeded
+        }
+    });
+    let fleet = fleet(&directory, 3, answer).await;
+    // Both the strategy and the order tolerate the failure; but the failed server is unavailable, and one is the most.
+    let tolerant = || Release {
+        strategy: groups(&[3], 1),
+        limits: Limits {
+            max_unavailable: Amount::Count(1),
+            max_failures: Amount::Count(1),
+            ..generous()
+        },
+        ..release(&[3])
+    };
+    let id = fleet.create(&plan(tolerant())).await;
+    let act = async |action| fleet.engine.act(id, action, "test", Txn::new()).await;
+    act(Action::Run).await.unwrap();
+    let order = fleet
+        .wait_for(id, |order| order.state == OrderState::Blocked)
+        .await;
+    for says in [
+        "max_unavailable is 1 of 3",
+        "server-1: this order works on it or left it broken",
+        "retry what failed",
+    ] {
+        assert!(order.state_reason.contains(says), "{}", order.state_reason);
+    }
+    assert_eq!((order.counts.failed, order.counts.total()), (1, 3));
+    // Going on without it does not make it serve: the seat stays taken, and the order says so.
+    act(Action::Ignore { node: 0 }).await.unwrap();
+    let order = fleet.order(id).await;
+    assert_eq!(
+        (order.state, order.counts.ignored),
+        (OrderState::Blocked, 1)
+    );
+    act(Action::Cancel { node: None }).await.unwrap();
+    let order = fleet.wait_ended(id).await;
+    assert_eq!(
+        (
+            order.counts.waiting,
+            order.counts.cancelled,
+            order.counts.ignored
+        ),
+        (0, 2, 1)
+    );
+    // The next order mends the server first and is not held by what the one before it left.
+    *broken.lock().unwrap() = false;
+    let next = fleet.create(&plan(tolerant())).await;
+    let mut ticks = tokio::time::interval(std::time::Duration::from_millis(5));
+    while fleet
+        .engine
+        .act(next, Action::Run, "test", Txn::new())
+        .await
+        .is_err()
+    {
+        ticks.tick().await;
+    }
+    let order = fleet
+        .wait_for(next, |order| {
+            order.state.is_terminal() || order.state == OrderState::Blocked
+        })
+        .await;
+    if order.state == OrderState::Blocked {
+        // The locks of the order before were given back a moment too late: its group was locked.
+        assert!(
+            order.state_reason.contains("is locked"),
+            "{}",
+            order.state_reason
+        );
+        let unlock = Action::Unlock { node: 1 };
+        while fleet
+            .engine
+            .act(next, unlock.clone(), "test", Txn::new())
+            .await
+            .is_err()
+        {
+            ticks.tick().await;
+        }
+    }
+    let order = fleet.wait_ended(next).await;
+    assert_eq!(
+        (order.state, order.counts.succeeded),
+        (OrderState::Succeeded, 3),
+        "{}",
+        order.state_reason
+    );
+    fleet.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_failed_server_that_is_retried_gives_its_seat_to_those_it_held() {
+    let directory = tempfile::tempdir().unwrap();
+    let broken = Arc::new(Mutex::new(true));
+    let is_broken = broken.clone();
+    let answer: Arc<Answer> = Arc::new(move |on: ServerId, task| {
+        let broken = *is_broken.lock().unwrap() && on == server(1) && task.id.node % 7 == 5;
+        if broken {
+            Outcome::Failed
+        } else {
+            Outcome::Succeeded
+        }
+    });
+    let fleet = fleet(&directory, 3, answer).await;
+    let tolerant = Release {
+        strategy: groups(&[3], 1),
+        limits: Limits {
+            max_unavailable: Amount::Count(1),
+            max_failures: Amount::Count(1),
+            ..generous()
+        },
+        ..release(&[3])
+    };
+    let id = fleet.create(&plan(tolerant)).await;
+    let act = async |action| fleet.engine.act(id, action, "test", Txn::new()).await;
+    act(Action::Run).await.unwrap();
+    fleet
+        .wait_for(id, |order| order.state == OrderState::Blocked)
+        .await;
+    *broken.lock().unwrap() = false;
+    act(Action::Retry { node: 0 }).await.unwrap();
+    let order = fleet.wait_ended(id).await;
+    assert_eq!(
+        (order.state, order.counts.succeeded),
+        (OrderState::Succeeded, 3)
+    );
+    fleet.shutdown().await;
+}
+
+#[tokio::test]
 async fn weights_are_remembered_set_to_zero_and_restored() {
     let directory = tempfile::tempdir().unwrap();
     let fleet = fleet(&directory, 2, all_good()).await;

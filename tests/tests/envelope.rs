@@ -444,5 +444,15 @@ async fn traffic_is_not_cut_one_server_after_the_other(host: &TestHost, scene: &
     act(host, &order, &json!({ "action": "cancel" }))
         .await
         .expect("the order is ended");
-    assert_eq!(host.order_ended(&order).await["state"], "failed");
+    let ended = host.order_ended(&order).await;
+    assert_eq!(ended["state"], "failed", "{ended}");
+    assert_eq!(
+        (&ended["counts"]["waiting"], &ended["counts"]["cancelled"]),
+        (&json!(0), &json!(4)),
+        "{ended}"
+    );
+    // What the order had shifted is as it was before.
+    for (name, id) in &scene.servers {
+        assert_eq!(scene.weight(host, id).await, 100, "the weight of {name}");
+    }
 }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     id::PoolId,
     order::{Control, Ending, OrderState},
-    plan::{NodeIndex, NodeKind, Plan},
+    plan::{NodeIndex, NodeKind, Plan, TrafficAction},
     task::TaskResult,
     time::Timestamp,
 };
@@ -119,7 +119,7 @@ impl NodeState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default, utoipa::ToSchema)]
 #[serde(default)]
 pub struct Counts {
-    /// Not reached, or locked.
+    /// Not reached, or locked, and not ended.
     pub waiting: u32,
     /// Under way, held by the envelope, being ended, or waiting for a person.
     pub running: u32,
@@ -129,8 +129,17 @@ pub struct Counts {
     pub failed: u32,
     /// Ignored.
     pub ignored: u32,
-    /// Cancelled.
+    /// Cancelled: also what was not reached in something that a person ended, in an order that rolls back, or before an order
+    /// was over.
     pub cancelled: u32,
+}
+
+impl Counts {
+    /// All of them: as many as the plan has servers' turns.
+    #[must_use]
+    pub const fn total(&self) -> u32 {
+        self.waiting + self.running + self.succeeded + self.failed + self.ignored + self.cancelled
+    }
 }
 
 /// Where a unit is on its way through the gate that every server passes before its first step.
@@ -146,6 +155,21 @@ pub enum Admission {
     Held(String),
     /// It may start.
     Admitted,
+}
+
+/// Where the taking back of a shift of traffic is. A shift is taken back when a person ends what it belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Undo {
+    /// Not asked for.
+    #[default]
+    None,
+    /// The weights before it are being set.
+    Due,
+    /// They are back.
+    Done,
+    /// They could not all be set.
+    Failed,
 }
 
 /// The weight of one server in one pool.
@@ -192,6 +216,13 @@ pub struct NodeProgress {
     /// Of a drain: the weights before the first attempt. Kept over retries, so that 0 is never taken for the old weight.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub remembered: Option<Vec<PoolWeight>>,
+    /// Of a shift: the weights before its first attempt, as the plan lists them: for each pool of the part, for each server
+    /// of the shift. Kept over retries. Numbers alone: a shift of a thousand servers stays one row.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shifted: Option<Vec<u32>>,
+    /// Of a shift in something that was ended: whether its weights are taken back.
+    #[serde(skip_serializing_if = "is_no_undo")]
+    pub undo: Undo,
     /// Of a unit: whether it may start.
     #[serde(skip_serializing_if = "is_none_admission")]
     pub admission: Admission,
@@ -210,6 +241,27 @@ pub struct NodeProgress {
     /// Of an inner node: a person asked to run it.
     #[serde(skip_serializing_if = "is_false")]
     pub opened: bool,
+}
+
+impl NodeProgress {
+    /// The state of a leaf: as it is kept, unless it is a shift whose weights are taken back.
+    #[must_use]
+    pub const fn leaf_state(&self) -> NodeState {
+        match self.undo {
+            Undo::None => self.state,
+            Undo::Due => NodeState::Cancelling,
+            Undo::Done => NodeState::Cancelled,
+            Undo::Failed => NodeState::Failed,
+        }
+    }
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature serde asks for"
+)]
+const fn is_no_undo(undo: &Undo) -> bool {
+    matches!(undo, Undo::None)
 }
 
 #[expect(
@@ -383,6 +435,10 @@ pub struct Progress {
     pub(crate) live: Vec<Live>,
     /// Units in which something is live.
     pub(crate) live_units: u32,
+    /// Nodes that are marked to be ended.
+    pub(crate) ended: u32,
+    /// The leaves that shift traffic, in the plan's order.
+    pub(crate) shifts: Vec<NodeIndex>,
 }
 
 /// What is live in a subtree: leaves that run, wait for a person or are being ended, and units whose admission is asked.
@@ -446,7 +502,16 @@ impl Progress {
             asked: 0,
             live: vec![Live::default(); count],
             live_units: 0,
+            ended: 0,
+            shifts: (0u32..)
+                .zip(&plan.nodes)
+                .filter(|(_, node)| {
+                    matches!(node.kind, NodeKind::Traffic(TrafficAction::Set { .. }))
+                })
+                .map(|(index, _)| index)
+                .collect(),
         };
+        progress.ended = progress.nodes.iter().map(|row| u32::from(row.cancel)).sum();
         progress.allowed_failures = plan
             .limits
             .max_failures
@@ -455,7 +520,7 @@ impl Progress {
         for index in (0..count).rev() {
             let node = &plan.nodes[index];
             let state = if node.kind.is_leaf() {
-                progress.nodes[index].state
+                progress.nodes[index].leaf_state()
             } else {
                 derive(&node.kind, &progress.nodes[index], &progress.tallies[index])
             };
@@ -522,7 +587,7 @@ impl Progress {
             let i = index as usize;
             let kind = &plan.nodes[i].kind;
             let state = if kind.is_leaf() {
-                self.nodes[i].state
+                self.nodes[i].leaf_state()
             } else {
                 derive(kind, &self.nodes[i], &self.tallies[i])
             };
@@ -598,6 +663,58 @@ impl Progress {
         self.units.troubled() > self.allowed_failures
     }
 
+    /// Whether all that is left to happen by itself waits for the safety envelope: nothing is under way, and every server
+    /// that was asked for is held. What holds them may be this order's own failed servers, so that it would never end.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.control == Control::Active
+            && self.asked > 0
+            && self.busy_leaves == 0
+            && self
+                .unit_nodes
+                .iter()
+                .all(|unit| self.node(*unit).admission != Admission::Asked)
+    }
+
+    /// Why the first server that the envelope holds is held.
+    #[must_use]
+    pub fn first_held(&self) -> Option<(NodeIndex, &str)> {
+        self.unit_nodes
+            .iter()
+            .find_map(|unit| match &self.node(*unit).admission {
+                Admission::Held(reason) => Some((*unit, reason.as_str())),
+                Admission::None | Admission::Asked | Admission::Admitted => None,
+            })
+    }
+
+    /// Whether something has to finish within the plan's progress deadline: something is under way, or waits for the
+    /// envelope. A person who takes time is no missing progress.
+    #[must_use]
+    pub fn owes_progress(&self) -> bool {
+        match self.order_state() {
+            OrderState::Running => true,
+            OrderState::Blocked => !self.stalled && self.is_held(),
+            OrderState::NotStarted
+            | OrderState::Initialising
+            | OrderState::Drifted
+            | OrderState::Unknown
+            | OrderState::AwaitingConfirmation
+            | OrderState::Cancelling
+            | OrderState::Succeeded
+            | OrderState::Failed
+            | OrderState::Cancelled
+            | OrderState::RollingBack
+            | OrderState::RolledBack => false,
+        }
+    }
+
+    /// Whether something waits for a person: a gate, or a judge that holds.
+    fn is_awaited(&self) -> bool {
+        self.live
+            .first()
+            .is_some_and(|root| root.count > self.busy_leaves + self.asked)
+    }
+
     /// The order's state: from the control flow, and while it is active from the root.
     #[must_use]
     pub fn order_state(&self) -> OrderState {
@@ -622,6 +739,10 @@ impl Progress {
                 {
                     OrderState::Blocked
                 }
+                NodeState::Running if self.is_held() && self.is_awaited() => {
+                    OrderState::AwaitingConfirmation
+                }
+                NodeState::Running if self.is_held() => OrderState::Blocked,
                 // Nothing is under way and no failure stops it: a group waits for being run. (Locks, drift and what is
                 // unknown show in the root's own state.)
                 NodeState::Running | NodeState::NotStarted if self.is_quiet() => {
@@ -639,15 +760,49 @@ impl Progress {
 
     /// Servers by state.
     #[must_use]
-    pub fn counts(&self, _plan: &Plan) -> Counts {
+    pub fn counts(&self, plan: &Plan) -> Counts {
         let of = |state| self.units.of(state);
+        let mut waiting = of(NodeState::NotStarted) + of(NodeState::Locked);
+        let mut running = self.units.active();
+        let mut never = 0;
+        if matches!(self.control, Control::Ended(_)) {
+            // Beside a tolerated failure an order can be over before all servers were reached.
+            never = std::mem::take(&mut waiting) + std::mem::take(&mut running);
+        } else if waiting > 0 && self.ended > 0 {
+            never = self.never_reached(plan);
+            waiting -= never;
+        }
         Counts {
-            waiting: of(NodeState::NotStarted) + of(NodeState::Locked),
-            running: self.units.active(),
+            waiting,
+            running,
             succeeded: of(NodeState::Succeeded),
             failed: self.units.troubled(),
             ignored: of(NodeState::Ignored),
-            cancelled: of(NodeState::Cancelled),
+            cancelled: of(NodeState::Cancelled) + never,
         }
+    }
+
+    /// Units that wait in something that was ended: they are never reached any more, and have no row that says so.
+    fn never_reached(&self, plan: &Plan) -> u32 {
+        let never = self.unit_nodes.iter().filter(|unit| {
+            matches!(
+                self.state(**unit),
+                NodeState::NotStarted | NodeState::Locked
+            ) && self.first_ended(plan, **unit).is_some()
+        });
+        u32::try_from(never.count()).unwrap_or(u32::MAX)
+    }
+
+    /// The outermost node around `node`, itself included, that is marked to be ended.
+    pub(crate) fn first_ended(&self, plan: &Plan, node: NodeIndex) -> Option<NodeIndex> {
+        let mut first = None;
+        let mut at = Some(node);
+        while let Some(index) = at {
+            if self.node(index).cancel {
+                first = Some(index);
+            }
+            at = plan.nodes[index as usize].parent;
+        }
+        first
     }
 }

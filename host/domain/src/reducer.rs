@@ -17,6 +17,7 @@
 //!            │             │         └── ignore ──► ignored
 //!            │             └─ cancel ─► cancelling ─► cancelled | succeeded | unknown
 //!            └─ gate: running is `awaiting confirmation`; a judge that holds waits likewise
+//!        a shift in what was ended: ─► cancelling (the weights before it are set) ─► cancelled | failed
 //! unit:  none ─► asked ─► (held) ─► admitted ─► its leaves, one after the other
 //!                  └─► drifted ── retry ──► none
 //! ```
@@ -95,6 +96,15 @@ pub enum Event {
         attempt: u32,
         /// The weights.
         weights: Vec<PoolWeight>,
+    },
+    /// The weights before a shift, in the order of [`NodeProgress::shifted`]. Kept before the first one is changed.
+    ShiftRemembered {
+        /// The leaf.
+        node: NodeIndex,
+        /// The attempt.
+        attempt: u32,
+        /// The weights.
+        weights: Vec<u32>,
     },
     /// Weights were set and read back.
     TrafficDone {
@@ -354,7 +364,7 @@ pub fn due(plan: &Plan, progress: &Progress) -> Vec<Effect> {
 /// The effect that a leaf in its state stands for.
 fn effect_of(kind: &NodeKind, node: NodeIndex, row: &NodeProgress) -> Option<Effect> {
     let attempt = row.attempt;
-    match (kind, row.state) {
+    match (kind, row.leaf_state()) {
         (NodeKind::Step { .. }, NodeState::Running) => Some(Effect::Dispatch { node, attempt }),
         (NodeKind::Step { .. }, NodeState::Cancelling) => Some(Effect::Revoke { node, attempt }),
         (NodeKind::Traffic(_), NodeState::Running | NodeState::Cancelling) => {
@@ -390,7 +400,10 @@ struct Turn<'a> {
 /// The tree: every change of a row goes through [`Turn::change`], which keeps states, tallies and the delta together.
 impl Turn<'_> {
     fn change(&mut self, node: NodeIndex, change: impl FnOnce(&mut NodeProgress)) {
-        change(&mut self.progress.nodes[node as usize]);
+        let row = &mut self.progress.nodes[node as usize];
+        let was_ended = row.cancel;
+        change(row);
+        self.progress.ended = self.progress.ended + u32::from(row.cancel) - u32::from(was_ended);
         self.delta.rows.push(node);
         let before = &mut self.before;
         self.progress.refresh(self.plan, node, |index, state| {

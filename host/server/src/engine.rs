@@ -24,6 +24,7 @@ mod executor;
 mod initialise;
 mod keeper;
 pub mod rows;
+mod shift;
 pub mod traffic;
 
 use std::{

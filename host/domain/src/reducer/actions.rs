@@ -261,6 +261,7 @@ impl Turn<'_> {
         if node == 0 {
             return match self.progress.control {
                 Control::NotStarted => {
+                    self.change(0, |row| row.cancel = true);
                     self.end(Ending::Cancelled);
                     Ok(())
                 }

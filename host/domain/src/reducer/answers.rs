@@ -4,10 +4,10 @@
 //! changes. What follows from an answer is the scheduler's (see `schedule`) or, in a node that is ended, `ending`'s.
 
 use crate::{
-    order::{Control, Ending, OrderState},
+    order::{Control, Ending},
     plan::{NodeIndex, NodeKind, StepTemplate, TrafficAction},
     plugin::{Judgement, OnFailure, Verdict},
-    progress::{Admission, NodeState},
+    progress::{Admission, NodeState, Undo},
     task::{Outcome, TaskResult},
 };
 
@@ -108,8 +108,25 @@ impl Turn<'_> {
                 });
                 Ok(())
             }
+            Event::ShiftRemembered {
+                node,
+                attempt,
+                weights,
+            } => {
+                self.current(node, attempt, |kind| {
+                    matches!(kind, NodeKind::Traffic(TrafficAction::Set { .. }))
+                })?;
+                self.change(node, |row| {
+                    row.shifted.get_or_insert(weights);
+                });
+                Ok(())
+            }
             Event::TrafficDone { node, attempt } => {
                 self.current(node, attempt, |kind| matches!(kind, NodeKind::Traffic(_)))?;
+                if self.progress.node(node).undo == Undo::Due {
+                    self.end_undo(node, Undo::Done, "taken back".to_owned());
+                    return Ok(());
+                }
                 self.end_leaf(node, NodeState::Succeeded, String::new());
                 Ok(())
             }
@@ -120,6 +137,14 @@ impl Turn<'_> {
                 repeat,
             } => {
                 self.current(node, attempt, |kind| matches!(kind, NodeKind::Traffic(_)))?;
+                if self.progress.node(node).undo == Undo::Due {
+                    if repeat && attempt % TRAFFIC_ATTEMPTS != 0 {
+                        self.start_undo(node, message);
+                    } else {
+                        self.end_undo(node, Undo::Failed, message);
+                    }
+                    return Ok(());
+                }
                 let restore = matches!(
                     self.plan.nodes[node as usize].kind,
                     NodeKind::Traffic(TrafficAction::Restore)
@@ -186,8 +211,7 @@ impl Turn<'_> {
             }
             Event::ProgressDeadline => {
                 self.expect_control(Control::Active, "progress deadline")?;
-                // A person who takes time is no missing progress.
-                if self.progress.order_state() != OrderState::Running {
+                if !self.progress.owes_progress() {
                     return Err(self.wrong_state("progress deadline"));
                 }
                 match self.plan.on_failure {
@@ -300,7 +324,7 @@ impl Turn<'_> {
         });
     }
 
-    fn after_leaf(&mut self, node: NodeIndex) {
+    pub(super) fn after_leaf(&mut self, node: NodeIndex) {
         if self.progress.state(node).needs_mending() {
             self.withdraw_held();
         }

@@ -1,19 +1,21 @@
 //! How nodes, and the order as a whole, come to their end.
 //!
 //! A node that is marked `cancel` starts nothing more; what is under way in it is ended, a bounded number of nodes a turn.
-//! A server that was drained and not changed gets its weight back on the way out. [`Turn::settle`] runs after every event
-//! and finds out whether the order is over or has to be rolled back.
+//! A server that was drained, and not changed or healthy with its new release, gets its weight back on the way out; one that
+//! was left broken stays without traffic. When all of it is at rest, the shifts of traffic in it are taken back, the latest
+//! first. (Not when the order rolls back: what its servers get then is the rollback's plan to say.)
+//! [`Turn::settle`] runs after every event and finds out whether the order is over or has to be rolled back.
 
 use crate::{
     order::{Control, Ending},
     plan::{NodeIndex, NodeKind, TrafficAction},
     plugin::OnFailure,
-    progress::{Admission, NodeState},
+    progress::{Admission, NodeState, Undo},
 };
 
 use super::{
     Effect, Turn,
-    unit::{is_as_before, restore_of_untouched},
+    unit::{is_as_before, restore_on_leaving},
 };
 
 impl Turn<'_> {
@@ -152,15 +154,15 @@ impl Turn<'_> {
         }
     }
 
-    /// Leaves a server whose turn a person ended: it gets its weight back if nothing on it changed, and is available
-    /// again when it is as it was.
+    /// Leaves a server whose turn a person ended: it gets its weight back if nothing on it changed or all on it is done, and
+    /// is available again when it is as it was.
     pub(super) fn leave_unit(&mut self, unit: NodeIndex) {
         let tally = self.progress.tally(unit);
         let busy = tally.of(NodeState::Running) + tally.of(NodeState::Cancelling) > 0;
         if busy || self.progress.node(unit).admission != Admission::Admitted {
             return;
         }
-        if let Some(restore) = restore_of_untouched(self.plan, self.progress, unit) {
+        if let Some(restore) = restore_on_leaving(self.plan, self.progress, unit) {
             self.start(restore);
         } else if is_as_before(self.plan, self.progress, unit) {
             self.withdraw(unit);
@@ -172,10 +174,65 @@ impl Turn<'_> {
         self.change(node, |row| row.cancel = true);
     }
 
+    /// Takes back the last shift that is left in what was ended and is at rest; says whether there is one. One after the
+    /// other: each remembers what the one before it had set.
+    pub(super) fn take_shifts_back(&mut self) -> bool {
+        if self.progress.ended == 0 {
+            return false;
+        }
+        let left = self.progress.shifts.iter().rev().copied().find(|leaf| {
+            let row = self.progress.node(*leaf);
+            row.shifted.is_some()
+                && row.undo == Undo::None
+                && self
+                    .progress
+                    .first_ended(self.plan, *leaf)
+                    .is_some_and(|around| self.progress.live[around as usize].count == 0)
+        });
+        let Some(leaf) = left else {
+            return false;
+        };
+        if self.budget == 0 {
+            self.delta.more = true;
+        } else {
+            self.start_undo(leaf, String::new());
+        }
+        true
+    }
+
+    /// A new attempt at setting the weights from before a shift.
+    pub(super) fn start_undo(&mut self, leaf: NodeIndex, message: String) {
+        self.budget = self.budget.saturating_sub(1);
+        let at = self.at;
+        self.change(leaf, |row| {
+            row.undo = Undo::Due;
+            row.attempt += 1;
+            row.started_at = Some(at);
+            row.finished_at = None;
+            row.message = message;
+        });
+        let attempt = self.progress.node(leaf).attempt;
+        self.delta.effects.push(Effect::Traffic {
+            node: leaf,
+            attempt,
+        });
+    }
+
+    pub(super) fn end_undo(&mut self, leaf: NodeIndex, undo: Undo, message: String) {
+        let at = self.at;
+        self.change(leaf, |row| {
+            row.undo = undo;
+            row.finished_at = Some(at);
+            row.message = message;
+        });
+        self.schedule_all();
+    }
+
     /// After every event: whether the order as a whole is over, or has to be rolled back.
     pub(super) fn settle(&mut self) {
         match self.progress.control {
             Control::Active => {
+                self.take_shifts_back();
                 if self.progress.state(0).is_settled() {
                     self.sweep();
                     let root = self.progress.state(0);
@@ -225,7 +282,7 @@ impl Turn<'_> {
                 }
                 if self.progress.control == Control::EndingForRollback {
                     self.delta.effects.push(Effect::StartRollback);
-                } else {
+                } else if !self.take_shifts_back() {
                     let failed = self.has_trouble();
                     self.end(if failed {
                         Ending::Failed

@@ -31,7 +31,10 @@ impl Turn<'_> {
 
     pub(super) fn schedule_all(&mut self) {
         match self.progress.control {
-            Control::Active => self.visit(0, false, self.progress.stalled),
+            Control::Active => {
+                self.take_shifts_back();
+                self.visit(0, false, self.progress.stalled);
+            }
             Control::Cancelling | Control::EndingForRollback => self.cancel_in(0),
             Control::NotStarted
             | Control::Initialising
@@ -52,7 +55,10 @@ impl Turn<'_> {
             return;
         }
         if row.cancel {
-            return self.cancel_in(node);
+            self.cancel_in(node);
+            // Before what stands behind it starts.
+            self.take_shifts_back();
+            return;
         }
         let opened = opened || row.opened;
         let locked = locked || row.locked.is_some();

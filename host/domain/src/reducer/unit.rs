@@ -49,30 +49,31 @@ fn is_disruptive(plan: &Plan, leaf: NodeIndex) -> bool {
     }
 }
 
-/// The restore leaf to run when a unit is ended that was drained but not changed: its weight would stay at 0 for nothing.
-pub(super) fn restore_of_untouched(
+/// The restore leaf to run when a unit is ended that was drained: where nothing on the server changed, or all that was to be
+/// done on it has succeeded, its weight would stay at 0 for nothing.
+pub(super) fn restore_on_leaving(
     plan: &Plan,
     progress: &Progress,
     unit: NodeIndex,
 ) -> Option<NodeIndex> {
-    if unit_state(plan, progress, unit) != UnitState::Untouched {
-        return None;
-    }
+    let leaves = progress.children(unit);
     let drained = |leaf: &NodeIndex| {
         matches!(
             plan.nodes[*leaf as usize].kind,
             NodeKind::Traffic(TrafficAction::Drain { .. })
         ) && progress.node(*leaf).remembered.is_some()
     };
-    let leaves = progress.children(unit);
-    leaves.iter().any(drained).then(|| {
-        leaves.iter().copied().find(|leaf| {
-            matches!(
-                plan.nodes[*leaf as usize].kind,
-                NodeKind::Traffic(TrafficAction::Restore)
-            ) && progress.state(*leaf) == NodeState::NotStarted
-        })
-    })?
+    let position = leaves.iter().position(|leaf| {
+        matches!(
+            plan.nodes[*leaf as usize].kind,
+            NodeKind::Traffic(TrafficAction::Restore)
+        ) && progress.state(*leaf) == NodeState::NotStarted
+    })?;
+    let untouched = unit_state(plan, progress, unit) == UnitState::Untouched;
+    let healthy = leaves[..position]
+        .iter()
+        .all(|leaf| progress.state(*leaf) == NodeState::Succeeded);
+    (leaves.iter().any(drained) && (untouched || healthy)).then(|| leaves[position])
 }
 
 /// Whether a server is as it was before its turn: nothing on it changed, and its weight was not taken or is back.

@@ -333,6 +333,7 @@ impl Actor {
             | Event::UnitHeld(..)
             | Event::UnitDrifted(..)
             | Event::TrafficRemembered { .. }
+            | Event::ShiftRemembered { .. }
             | Event::TrafficDone { .. }
             | Event::TrafficFailed { .. }
             | Event::PauseElapsed { .. }
@@ -417,6 +418,7 @@ impl Actor {
             | Event::UnitDrifted(..)
             | Event::StepFinished { .. }
             | Event::TrafficRemembered { .. }
+            | Event::ShiftRemembered { .. }
             | Event::TrafficDone { .. }
             | Event::TrafficFailed { .. }
             | Event::PauseElapsed { .. }
@@ -536,10 +538,11 @@ impl Actor {
             let state = self.progress.order_state();
             let was = std::mem::replace(&mut self.order.state, state);
             self.order.counts = self.progress.counts(&self.plan);
-            if state != was {
-                if state != OrderState::Failed {
-                    self.order.state_reason = self.reason(state);
-                }
+            let reason = self.reason(state);
+            // What holds it can change while it is held: then that is news, too.
+            let held_otherwise = self.progress.is_held() && reason != self.order.state_reason;
+            if state != was || held_otherwise {
+                self.order.state_reason = reason;
                 let reason = self.order.state_reason.clone();
                 self.note(&mut batch, at, "", Happened::Order { state, reason });
             }
@@ -671,6 +674,7 @@ impl Actor {
             OrderState::Blocked if self.progress.stalled => {
                 "nothing finished within the progress deadline".to_owned()
             }
+            OrderState::Blocked if self.progress.is_held() => self.held_because(),
             OrderState::Blocked | OrderState::RollingBack => {
                 let failed = told(first(|state| state == NodeState::Failed));
                 if !failed.is_empty() {
@@ -688,14 +692,30 @@ impl Actor {
                 told(first(|state| state == NodeState::AwaitingConfirmation))
             }
             OrderState::NotStarted => self.order.state_reason.clone(),
+            // A rollback that cannot be has said why.
+            OrderState::Failed if !self.order.state_reason.is_empty() => {
+                self.order.state_reason.clone()
+            }
+            OrderState::Failed => told(first(NodeState::needs_mending)),
             OrderState::Initialising
             | OrderState::Running
             | OrderState::Cancelling
             | OrderState::Succeeded
-            | OrderState::Failed
             | OrderState::Cancelled
             | OrderState::RolledBack => String::new(),
         }
+    }
+
+    /// What the safety envelope holds, and why.
+    fn held_because(&self) -> String {
+        let Some((node, reason)) = self.progress.first_held() else {
+            return String::new();
+        };
+        let server = dispatch::unit_of(&self.plan, node)
+            .map_or_else(String::new, |(_, _, unit)| {
+                format!("{}: ", unit.server_name)
+            });
+        format!("{server}{reason}")
     }
 
     // ------------------------------------------------------------------------------------------ effects
@@ -764,15 +784,13 @@ impl Actor {
 
     fn next_deadline(&self) -> Option<Timestamp> {
         let step = self.deadlines.first().map(|(at, ..)| *at);
-        let progress = match (
-            self.progress.order_state(),
-            self.plan.progress_deadline_ms,
-            self.order.last_progress_at,
-        ) {
-            (OrderState::Running, Some(deadline_ms), Some(last)) if !self.progress.stalled => {
+        let progress = match (self.plan.progress_deadline_ms, self.order.last_progress_at) {
+            (Some(deadline_ms), Some(last))
+                if self.progress.owes_progress() && !self.progress.stalled =>
+            {
                 Some(last.plus_ms(deadline_ms))
             }
-            _ => None,
+            (Some(_), Some(_)) | (None, _) | (_, None) => None,
         };
         step.into_iter().chain(progress).min()
     }
@@ -781,7 +799,7 @@ impl Actor {
         let now = clock::now();
         if let (Some(deadline_ms), Some(last)) =
             (self.plan.progress_deadline_ms, self.order.last_progress_at)
-            && self.progress.order_state() == OrderState::Running
+            && self.progress.owes_progress()
             && last.plus_ms(deadline_ms) <= now
         {
             self.fold(Command::internal(Event::ProgressDeadline), commands)

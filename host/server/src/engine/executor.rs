@@ -26,7 +26,7 @@ use super::{
     actor::Command,
     initialise,
     keeper::{Admission, Answer, Seat},
-    rows,
+    rows, shift,
     traffic::{TrafficError, set_and_read_back},
 };
 use crate::clock;
@@ -40,8 +40,10 @@ const AGAIN: Duration = Duration::from_millis(500);
 pub(crate) enum View {
     /// Nothing.
     Nothing,
-    /// Of a traffic leaf: weights that were remembered in its unit.
+    /// Of a server's traffic leaf: weights that were remembered in its unit.
     Remembered(Option<Vec<PoolWeight>>),
+    /// Of a shift.
+    Shift(shift::View),
     /// Everything.
     Whole(Box<Progress>),
 }
@@ -49,16 +51,28 @@ pub(crate) enum View {
 impl View {
     pub(crate) fn of(plan: &Plan, progress: &Progress, effect: Effect) -> Self {
         match effect {
-            Effect::Traffic { node, .. } => {
-                let unit = dispatch::unit_of(plan, node).map(|(unit, ..)| unit);
-                let remembered = unit.and_then(|unit| {
-                    progress
-                        .children(unit)
-                        .iter()
-                        .find_map(|leaf| progress.node(*leaf).remembered.clone())
-                });
-                Self::Remembered(remembered)
-            }
+            Effect::Traffic { node, .. } => match &plan.nodes[node as usize].kind {
+                NodeKind::Traffic(TrafficAction::Set { part, .. }) => {
+                    Self::Shift(shift::View::of(plan, progress, node, *part))
+                }
+                NodeKind::Traffic(TrafficAction::Drain { .. } | TrafficAction::Restore)
+                | NodeKind::Sequence
+                | NodeKind::Parallel { .. }
+                | NodeKind::Unit { .. }
+                | NodeKind::Step { .. }
+                | NodeKind::Gate { .. }
+                | NodeKind::Pause { .. }
+                | NodeKind::Judge { .. } => {
+                    let unit = dispatch::unit_of(plan, node).map(|(unit, ..)| unit);
+                    let remembered = unit.and_then(|unit| {
+                        progress
+                            .children(unit)
+                            .iter()
+                            .find_map(|leaf| progress.node(*leaf).remembered.clone())
+                    });
+                    Self::Remembered(remembered)
+                }
+            },
             Effect::Judge { .. } | Effect::StartRollback => Self::Whole(Box::new(progress.clone())),
             Effect::Initialise
             | Effect::Admit(_)
@@ -140,7 +154,12 @@ async fn admit(job: &Job, node: NodeIndex) {
     };
     let seat = seat(&job.plan, node);
     let changed = keeper.changed();
+    let name = |server| {
+        let planned = job.plan.units.iter().find(|unit| unit.server == server);
+        planned.map_or_else(|| server.to_string(), |unit| unit.server_name.clone())
+    };
     let mut told = String::new();
+    let asked_at = tokio::time::Instant::now();
     loop {
         let notified = changed.notified();
         match drift(job, &unit.reads).await {
@@ -174,8 +193,11 @@ async fn admit(job: &Job, node: NodeIndex) {
         };
         match keeper.admit(admission).await {
             Ok(Answer::Admitted) => return job.answer(Event::UnitAdmitted(node)).await,
-            Ok(Answer::Held(reason)) => {
-                hold(job, node, &mut told, reason).await;
+            Ok(Answer::Held(held)) => {
+                // One server's place is free a moment after its turn: what ends within this time is no news.
+                if asked_at.elapsed() >= AGAIN {
+                    hold(job, node, &mut told, held.told(job.order.id, name)).await;
+                }
                 // A server that comes back is not announced by the keeper.
                 drop(tokio::time::timeout(AGAIN, notified).await);
             }
@@ -292,9 +314,9 @@ async fn traffic(job: &Job, node: NodeIndex, attempt: u32) {
 }
 
 /// Why weights were not changed.
-struct Steering {
-    message: String,
-    repeat: bool,
+pub(super) struct Steering {
+    pub(super) message: String,
+    pub(super) repeat: bool,
 }
 
 impl From<TrafficError> for Steering {
@@ -314,7 +336,7 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
     };
     let remembered = match &job.view {
         View::Remembered(Some(weights)) => Some(weights),
-        View::Remembered(None) | View::Nothing | View::Whole(_) => None,
+        View::Remembered(None) | View::Nothing | View::Shift(_) | View::Whole(_) => None,
     };
     match action {
         TrafficAction::Drain { deadline_ms } => {
@@ -388,49 +410,18 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             }
             Ok(())
         }
-        TrafficAction::Set { part, weights } => {
-            let part = &job.plan.parts[*part as usize];
-            let members = shared
-                .planning
-                .members(part.instance)
-                .await
-                .map_err(|message| Steering {
-                    message,
-                    repeat: true,
-                })?;
-            let minimum = job.plan.limits.min_healthy_members;
-            for pool in &part.pools {
-                let mut serving = 0u32;
-                for (server, _) in &members {
-                    let set = weights
-                        .iter()
-                        .find(|(changed, _)| changed == server)
-                        .map(|(_, weight)| *weight);
-                    let weight = match set {
-                        Some(weight) => weight,
-                        None => pools.weight(*pool, *server).await?,
-                    };
-                    serving += u32::from(weight > 0 && shared.agents.is_online(*server));
-                }
-                if members.len() > 1 && serving < minimum {
-                    let message = format!(
-                        "min_healthy_members is {minimum}, and these weights would leave the pool {pool} with {serving} \
-                         healthy members with traffic: nothing was changed"
-                    );
-                    return Err(Steering {
-                        message,
-                        repeat: false,
-                    });
-                }
-                // Raise before lowering, so that the pool never has less than both states have.
-                let mut ordered = weights.clone();
-                ordered.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
-                for (server, weight) in ordered {
-                    set_and_read_back(pools, *pool, server, weight).await?;
-                }
+        TrafficAction::Set { part, weights } => match &job.view {
+            View::Shift(view) => {
+                let leaf = shift::Leaf {
+                    node,
+                    attempt,
+                    part: &job.plan.parts[*part as usize],
+                    weights,
+                };
+                shift::perform(job, leaf, view).await
             }
-            Ok(())
-        }
+            View::Nothing | View::Remembered(_) | View::Whole(_) => Ok(()),
+        },
     }
 }
 

@@ -3,7 +3,8 @@
 //! It owns the rows `unavailable/…`. A server is *unavailable* while an order works on it, after an order left it broken,
 //! and while its agent is not connected. Before a unit starts, the keeper counts the unavailable servers of its
 //! application in its cell, and the members with traffic that each of its pools would keep; it admits the unit by writing
-//! its row, or says what holds it. Admissions and releases that wait are answered with one commit, one keeper per store.
+//! its row, or says what holds it. A failed server stays unavailable, tolerated or ignored: it does not serve, and a limit
+//! that looked away would let a release take one server after the other. Admissions and releases that wait are answered with one commit, one keeper per store.
 //! Source: design, "Safety envelope".
 
 use std::{
@@ -52,8 +53,66 @@ pub(crate) struct Seat {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Answer {
     Admitted,
-    /// Not now, because of this.
-    Held(String),
+    /// Not now.
+    Held(Hold),
+}
+
+/// What stands against a server's turn, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Hold {
+    /// Which limit, and how far it is used.
+    pub(crate) limit: String,
+    /// Servers that use it up.
+    pub(crate) out: Vec<(ServerId, Out)>,
+    /// What can be done.
+    pub(crate) mend: String,
+}
+
+/// Why a server is unavailable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Out {
+    /// An order works on it, or left it broken. A person's going on without it does not change that: it is given back when
+    /// its turn succeeds after all (retried, or in a later order), or when it is as it was before.
+    Seated(OrderId),
+    /// Its agent is not connected.
+    Offline,
+}
+
+impl Hold {
+    fn because(limit: impl Into<String>) -> Self {
+        Self {
+            limit: limit.into(),
+            out: Vec::new(),
+            mend: "wait until that is over".to_owned(),
+        }
+    }
+
+    /// As it is shown; `name` tells the names of servers, `order` is the one that is held.
+    pub(crate) fn told(&self, order: OrderId, name: impl Fn(ServerId) -> String) -> String {
+        const SHOWN: usize = 5;
+        let shown = self.out.iter().take(SHOWN).map(|(server, out)| {
+            let server = name(*server);
+            match out {
+                Out::Seated(holder) if *holder == order => {
+                    format!("{server}: this order works on it or left it broken")
+                }
+                Out::Seated(holder) => {
+                    format!("{server}: the order {holder} works on it or left it broken")
+                }
+                Out::Offline => format!("{server}: its agent is not connected"),
+            }
+        });
+        let mut shown: Vec<String> = shown.collect();
+        if self.out.len() > SHOWN {
+            shown.push(format!("and {} more", self.out.len() - SHOWN));
+        }
+        let out = if shown.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", shown.join("; "))
+        };
+        format!("{}{out}: {}", self.limit, self.mend)
+    }
 }
 
 enum Request {
@@ -203,9 +262,9 @@ impl KeeperTask {
             drop(reply.send(Answer::Admitted));
         }
         for (_, reply) in deferred {
-            drop(reply.send(Answer::Held(
-                "another order has just started on this server".to_owned(),
-            )));
+            drop(reply.send(Answer::Held(Hold::because(
+                "another order has just started on this server",
+            ))));
         }
         if !released.is_empty() {
             self.changed.notify_waiters();
@@ -237,7 +296,7 @@ impl KeeperTask {
     }
 
     /// Why a unit may not start now.
-    async fn refusal(&self, admission: &Admission) -> Option<String> {
+    async fn refusal(&self, admission: &Admission) -> Option<Hold> {
         let Admission {
             seat,
             limits,
@@ -252,26 +311,34 @@ impl KeeperTask {
                 server,
             })
         };
-        let out = |server: ServerId, cell: &str| {
-            is_held(server, cell).is_some() || !self.agents.is_online(server)
+        let why_out = |server: ServerId, cell: &str| match is_held(server, cell) {
+            Some(holder) => Some(Out::Seated(*holder)),
+            None if self.agents.is_online(server) => None,
+            None => Some(Out::Offline),
         };
+        let out = |server: ServerId, cell: &str| why_out(server, cell).is_some();
         if is_held(seat.server, &seat.cell) == Some(order) {
             return None;
         }
         let in_cell = || members.iter().filter(|(_, cell)| *cell == seat.cell);
         let total = u32::try_from(in_cell().count()).unwrap_or(u32::MAX);
-        let others_out = in_cell()
-            .filter(|(server, cell)| *server != seat.server && out(*server, cell))
-            .count();
-        let others_out = u32::try_from(others_out).unwrap_or(u32::MAX);
+        let others: Vec<(ServerId, Out)> = in_cell()
+            .filter(|(server, _)| *server != seat.server)
+            .filter_map(|(server, cell)| Some((*server, why_out(*server, cell)?)))
+            .collect();
+        let others_out = u32::try_from(others.len()).unwrap_or(u32::MAX);
         let allowed = limits.unavailable_of(total);
         // A server that is out already makes nothing worse.
         if others_out >= allowed && !out(seat.server, &seat.cell) {
-            return Some(format!(
-                "max_unavailable is {} of {total} servers in cell {}, and {others_out} are unavailable: \
-                 wait until they are back, or raise the limit",
-                limits.max_unavailable, seat.cell
-            ));
+            return Some(Hold {
+                limit: format!(
+                    "max_unavailable is {} of {total} servers in cell {}, and {others_out} are unavailable",
+                    limits.max_unavailable, seat.cell
+                ),
+                out: others,
+                mend: "retry what failed, wait until they are back, or cancel and allow more"
+                    .to_owned(),
+            });
         }
         if members.len() > 1 && limits.min_healthy_members > 0 {
             for pool in pools {
@@ -280,16 +347,19 @@ impl KeeperTask {
                     if *server != seat.server && !out(*server, cell) {
                         match self.pools.weight(*pool, *server).await {
                             Ok(weight) => serving += u32::from(weight > 0),
-                            Err(error) => return Some(error.to_string()),
+                            Err(error) => return Some(Hold::because(error.to_string())),
                         }
                     }
                 }
                 if serving < limits.min_healthy_members {
-                    return Some(format!(
-                        "min_healthy_members is {}, and the pool {pool} would keep {serving} healthy members with traffic: \
-                         wait until others are back, or lower the limit",
-                        limits.min_healthy_members
-                    ));
+                    return Some(Hold {
+                        limit: format!(
+                            "min_healthy_members is {}, and the pool {pool} would keep {serving} healthy members with traffic",
+                            limits.min_healthy_members
+                        ),
+                        out: Vec::new(),
+                        mend: "wait until others are back, or lower the limit".to_owned(),
+                    });
                 }
             }
         }

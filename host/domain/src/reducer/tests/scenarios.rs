@@ -1,7 +1,7 @@
 //! The rules that matter, one readable example each.
 
 use super::{
-    plans::{Leaf, Tree, application, group, plan, server},
+    plans::{Leaf, Tree, application, build, group, plan, server},
     world::{World, result},
 };
 use crate::{
@@ -654,4 +654,201 @@ fn many_servers_start_and_end_in_bounded_turns() {
     world.settle();
     assert_eq!(world.order(), OrderState::Cancelled);
     assert!(world.most_rows <= MAX_ROWS);
+}
+
+#[test]
+fn servers_of_what_was_ended_before_they_were_reached_count_as_cancelled() {
+    let mut world = World::running(two_groups());
+    world.act(cancel(SECOND_GROUP)).unwrap();
+    let counts = world.progress.counts(&world.plan);
+    assert_eq!(
+        (counts.waiting, counts.running, counts.cancelled),
+        (0, 1, 2)
+    );
+    world.finish();
+    let counts = world.progress.counts(&world.plan);
+    assert_eq!(
+        (counts.succeeded, counts.cancelled, counts.total()),
+        (1, 2, 3)
+    );
+    // Never run at all.
+    let mut world = World::new(two_groups());
+    world.act(Action::Cancel { node: None }).unwrap();
+    let counts = world.progress.counts(&world.plan);
+    assert_eq!((counts.waiting, counts.cancelled), (0, 3));
+    // Ended in the middle.
+    let mut world = World::running(two_groups());
+    world.run_to(FIRST + STOP);
+    world.act(Action::Cancel { node: None }).unwrap();
+    world.finish();
+    let counts = world.progress.counts(&world.plan);
+    assert_eq!((counts.waiting, counts.cancelled), (0, 3));
+}
+
+#[test]
+fn an_order_that_only_the_envelope_holds_is_blocked_and_says_so() {
+    let mut tolerant = plan(vec![application(vec![Tree::Parallel(
+        Level::Group,
+        0,
+        1,
+        vec![server(); 2],
+    )])]);
+    tolerant.limits.max_failures = Amount::Count(1);
+    let mut world = World::running(tolerant);
+    let held = FIRST + SERVER;
+    let hold = Event::UnitHeld(held, "web-0 is unavailable".to_owned());
+    world.send(hold).unwrap();
+    assert_eq!(world.order(), OrderState::Running, "the other one goes on");
+    world.run_to(FIRST + CHECK);
+    world.finish_step(FIRST, Outcome::Failed);
+    // One failure is tolerated, but the failed server is unavailable: nothing would ever happen by itself.
+    assert_eq!(world.order(), OrderState::Blocked);
+    assert_eq!(
+        world.progress.first_held(),
+        Some((held, "web-0 is unavailable"))
+    );
+    let counts = world.progress.counts(&world.plan);
+    assert_eq!((counts.failed, counts.running), (1, 1));
+    // The progress deadline still stands above it.
+    let mut late = World::running(world.plan.clone());
+    late.progress = world.progress.clone();
+    assert!(late.progress.owes_progress());
+    // Going on without the failed one does not make it available: still blocked.
+    world.act(Action::Ignore { node: FIRST }).unwrap();
+    assert_eq!(world.order(), OrderState::Blocked);
+    assert!(
+        !due(&world.plan, &world.progress).contains(&Effect::Release(FIRST)),
+        "an ignored server that was changed keeps its seat"
+    );
+    // Mending it, or another server coming back, does.
+    world.send(Event::UnitAdmitted(held)).unwrap();
+    assert_eq!(world.order(), OrderState::Running);
+    world.finish();
+    assert_eq!(world.order(), OrderState::Succeeded);
+}
+
+#[test]
+fn a_held_order_that_waits_for_a_person_says_that() {
+    let mut world = World::running(build(&Tree::Parallel(
+        Level::Order,
+        0,
+        0,
+        vec![application(vec![group(1)]), Tree::Leaf(Leaf::Gate)],
+    )));
+    world
+        .send(Event::UnitHeld(FIRST, "not now".to_owned()))
+        .unwrap();
+    assert_eq!(world.order(), OrderState::AwaitingConfirmation);
+    world.act(Action::Confirm { node: None }).unwrap();
+    assert_eq!(world.order(), OrderState::Blocked);
+}
+
+/// order 0, application 1, shift 2, group 3 with server 4, shift 11.
+fn shifted() -> World {
+    let mut world = World::running(plan(vec![application(vec![
+        Tree::Leaf(Leaf::Set),
+        group(1),
+        Tree::Leaf(Leaf::Set),
+        Tree::Leaf(Leaf::Gate),
+    ])]));
+    while world.order() != OrderState::AwaitingConfirmation {
+        let effect = world.due()[0];
+        let answer = world.good_answer(effect).unwrap();
+        world.send(answer).unwrap();
+    }
+    world
+}
+
+#[test]
+fn shifts_are_taken_back_when_their_order_or_application_is_ended() {
+    for node in [None, Some(1)] {
+        let mut world = shifted();
+        assert_eq!(world.progress.node(2).shifted, Some(vec![1]));
+        world.act(Action::Cancel { node }).unwrap();
+        // The latest first, one at a time.
+        assert_eq!(
+            world.due(),
+            [Effect::Traffic {
+                node: 11,
+                attempt: 2
+            }]
+        );
+        assert_eq!(world.state(11), NodeState::Cancelling);
+        assert!(!world.is_over());
+        world
+            .send(Event::TrafficDone {
+                node: 11,
+                attempt: 2,
+            })
+            .unwrap();
+        assert_eq!(
+            world.due(),
+            [Effect::Traffic {
+                node: 2,
+                attempt: 2
+            }]
+        );
+        world.settle();
+        assert_eq!(
+            (world.state(2), world.state(11)),
+            (NodeState::Cancelled, NodeState::Cancelled)
+        );
+        assert_eq!(world.order(), OrderState::Cancelled);
+    }
+}
+
+#[test]
+fn an_order_whose_shift_cannot_be_taken_back_ends_as_failed() {
+    let mut world = shifted();
+    world.act(Action::Cancel { node: None }).unwrap();
+    let failed = |attempt, repeat| Event::TrafficFailed {
+        node: 11,
+        attempt,
+        message: "the pool is away".to_owned(),
+        repeat,
+    };
+    world.send(failed(2, true)).unwrap();
+    world.send(failed(3, true)).unwrap();
+    assert_eq!(world.state(11), NodeState::Failed);
+    world.settle();
+    assert_eq!(world.order(), OrderState::Failed);
+    assert_eq!(world.progress.node(11).message, "the pool is away");
+    assert_eq!(
+        world.state(2),
+        NodeState::Cancelled,
+        "the other one is back"
+    );
+}
+
+#[test]
+fn a_rollback_leaves_shifts_to_its_own_plan() {
+    let mut world = shifted();
+    world
+        .act(Action::RollBack {
+            reason: "bad".to_owned(),
+        })
+        .unwrap();
+    assert_eq!(world.due(), [Effect::StartRollback]);
+    assert_eq!(world.state(11), NodeState::Succeeded);
+}
+
+#[test]
+fn a_healthy_server_gets_its_weight_back_although_its_order_is_ended() {
+    let mut world = World::running(two_groups());
+    world.run_to(FIRST + CHECK);
+    world.act(Action::Cancel { node: None }).unwrap();
+    // Its check succeeds before the agent hears that it was to be ended.
+    let (node, attempt) = world.running_in(FIRST);
+    world
+        .send(Event::StepFinished {
+            node,
+            attempt,
+            result: result(Outcome::Succeeded),
+        })
+        .unwrap();
+    let restore = world.progress.node(FIRST + RESTORE);
+    assert_eq!((restore.state, restore.attempt), (NodeState::Running, 1));
+    world.settle();
+    assert_eq!(world.state(FIRST), NodeState::Succeeded);
+    assert_eq!(world.order(), OrderState::Cancelled);
 }

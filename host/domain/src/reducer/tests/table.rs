@@ -71,7 +71,12 @@ fn events(node: NodeIndex) -> Vec<Event> {
                 attempt,
                 weights: Vec::new(),
             }],
-            Event::TrafficRemembered { .. } => vec![Event::TrafficDone { node, attempt }],
+            Event::TrafficRemembered { .. } => vec![Event::ShiftRemembered {
+                node,
+                attempt,
+                weights: vec![7],
+            }],
+            Event::ShiftRemembered { .. } => vec![Event::TrafficDone { node, attempt }],
             Event::TrafficDone { .. } => vec![failed(true), failed(false)],
             Event::TrafficFailed { .. } => vec![Event::PauseElapsed { node, attempt }],
             Event::PauseElapsed { .. } => vec![
@@ -163,6 +168,7 @@ fn name(event: &Event) -> String {
         | Event::UnitHeld(..)
         | Event::UnitDrifted(..)
         | Event::TrafficRemembered { .. }
+        | Event::ShiftRemembered { .. }
         | Event::TrafficDone { .. }
         | Event::PauseElapsed { .. }
         | Event::ProgressDeadline
@@ -445,6 +451,9 @@ fn answers_to_another_attempt_or_kind_are_refused() {
                 }
                 Event::TrafficRemembered { .. } => {
                     matches!(kind, NodeKind::Traffic(TrafficAction::Drain { .. }))
+                }
+                Event::ShiftRemembered { .. } => {
+                    matches!(kind, NodeKind::Traffic(TrafficAction::Set { .. }))
                 }
                 Event::PauseElapsed { .. } => matches!(kind, NodeKind::Pause { .. }),
                 Event::Judged { .. } => matches!(kind, NodeKind::Judge { .. }),

@@ -163,7 +163,17 @@ impl World {
                     self.plan.nodes[node as usize].kind,
                     NodeKind::Traffic(TrafficAction::Drain { .. })
                 );
-                if drain && self.progress.node(node).remembered.is_none() {
+                let shift = matches!(
+                    self.plan.nodes[node as usize].kind,
+                    NodeKind::Traffic(TrafficAction::Set { .. })
+                );
+                if shift && self.progress.node(node).shifted.is_none() {
+                    Event::ShiftRemembered {
+                        node,
+                        attempt,
+                        weights: vec![attempt],
+                    }
+                } else if drain && self.progress.node(node).remembered.is_none() {
                     Event::TrafficRemembered {
                         node,
                         attempt,

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    order::Control,
+    order::{Control, Ending},
     plan::{NodeIndex, NodeKind, TrafficAction},
     plugin::UnitState,
-    progress::{Admission, NodeState, Progress},
+    progress::{Admission, NodeState, Progress, Undo},
     reducer::{Delta, Effect, Event, MAX_ROWS, due, unit_state},
 };
 
@@ -44,6 +44,14 @@ impl World {
             was.remembered.is_none() || was.remembered == is.remembered,
             "{event:?}: node {node} forgot its weights"
         );
+        assert!(
+            was.shifted.is_none() || was.shifted == is.shifted,
+            "{event:?}: node {node} forgot the weights before its shift"
+        );
+        assert!(
+            matches!(was.undo, Undo::None | Undo::Due) || was.undo == is.undo,
+            "{event:?}: node {node} was taken back twice"
+        );
         if planned.kind.is_leaf() {
             assert!(
                 !was.state.is_settled() || is.state == was.state,
@@ -56,7 +64,8 @@ impl World {
                 "{event:?}: attempts of {node}"
             );
             let restore = planned.kind == NodeKind::Traffic(TrafficAction::Restore);
-            if is.attempt > was.attempt && !restore {
+            let undone = is.undo == Undo::Due;
+            if is.attempt > was.attempt && !restore && !undone {
                 // A gate can open and, as nothing else is under way any more, be ended by a rollback in the same turn.
                 let ended_at_once = is.state == NodeState::Cancelled
                     || (is.state == NodeState::AwaitingConfirmation
@@ -236,6 +245,16 @@ impl World {
         assert_eq!(self.outstanding, expect, "after {event:?}");
     }
 
+    fn all_before_restore_succeeded(&self, unit: NodeIndex) -> bool {
+        self.progress
+            .children(unit)
+            .iter()
+            .take_while(|leaf| {
+                self.plan.nodes[**leaf as usize].kind != NodeKind::Traffic(TrafficAction::Restore)
+            })
+            .all(|leaf| self.progress.state(*leaf) == NodeState::Succeeded)
+    }
+
     /// Limits hold; whoever was drained for nothing gets its weight back.
     pub(super) fn check_limits(&self) {
         let ended = |node| self.ancestors(node).any(|row| row.cancel || row.ignored);
@@ -259,8 +278,26 @@ impl World {
                 );
             }
         }
+        let counts = self.progress.counts(&self.plan);
+        assert_eq!(counts.total() as usize, self.plan.units.len(), "{counts:?}");
+        if self.progress.order_state().is_terminal() {
+            assert_eq!((counts.waiting, counts.running), (0, 0), "{counts:?}");
+        }
         if self.more || !self.progress.is_quiet() {
             return;
+        }
+        let person_ended_it = matches!(
+            self.progress.control,
+            Control::Active | Control::Ended(Ending::Cancelled | Ending::Succeeded)
+        );
+        for shift in &self.progress.shifts {
+            let row = self.progress.node(*shift);
+            if person_ended_it && ended(*shift) && row.shifted.is_some() {
+                assert!(
+                    matches!(row.undo, Undo::Done | Undo::Failed),
+                    "the weights before the shift {shift} are not back"
+                );
+            }
         }
         for unit in &self.progress.unit_nodes {
             let leaf = |wanted: fn(&TrafficAction) -> bool| {
@@ -277,7 +314,8 @@ impl World {
             if let (Some(drain), Some(restore)) = (drain, restore)
                 && ended(*unit)
                 && drain.remembered.is_some()
-                && unit_state(&self.plan, &self.progress, *unit) == UnitState::Untouched
+                && (unit_state(&self.plan, &self.progress, *unit) == UnitState::Untouched
+                    || self.all_before_restore_succeeded(*unit))
             {
                 assert!(restore.attempt > 0, "unit {unit} was left without traffic");
             }
@@ -299,4 +337,5 @@ pub(super) fn assert_same(expect: &Progress, got: &Progress, what: &str) {
         (got.live_units, got.busy_leaves, got.asked),
         "{what}"
     );
+    assert_eq!(expect.ended, got.ended, "{what}");
 }
