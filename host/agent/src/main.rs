@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 use windlass_agent::{
     RunError,
     config::{DataDir, Policy},
-    register, shim, stop_all,
+    register, shim, stop_all, unpack,
 };
 
 /// Carries out the platform's tasks on this server.
@@ -46,6 +46,12 @@ enum Command {
     /// Become a process (started by a shim only).
     #[command(hide = true)]
     Exec,
+    /// Unpack a package as the application's user (started by the agent only).
+    #[command(hide = true)]
+    Unpack {
+        /// What to unpack, as JSON.
+        order: String,
+    },
 }
 
 #[derive(clap::Args)]
@@ -81,9 +87,10 @@ const DEREGISTERED: u8 = 79;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    // Before anything else is set up: these two have to stay small.
+    // Before anything else is set up: these have to stay small.
     match &arguments.command {
         Command::Exec => return shim::exec::run(),
+        Command::Unpack { order } => return unpack::child::run(order),
         Command::Shim { dir } => {
             return match shim::host::run(dir.clone()) {
                 Ok(()) => ExitCode::SUCCESS,
@@ -159,6 +166,6 @@ fn execute(command: Command) -> anyhow::Result<()> {
             )
             .context("no output")
         }
-        Command::Shim { .. } | Command::Exec => Ok(()),
+        Command::Shim { .. } | Command::Exec | Command::Unpack { .. } => Ok(()),
     }
 }

@@ -4,10 +4,11 @@
 //! Entries are created beneath that directory only (`openat2` with `RESOLVE_BENEATH` and `RESOLVE_NO_SYMLINKS`), each name once,
 //! never through a link. Refused, each with its own error: absolute paths, `..`, links that leave, writing through a link, devices
 //! and other special files, set-user-id and set-group-id bits, more bytes, entries or growth than the policy allows.
-//! Each entry is given to the application's user as it is made. The agent makes it itself rather than a process of that user: the
-//! fresh directory is nobody else's until all of it is good, so no other process can put a link into the way.
+//! Where the application's user is not the agent's own, all of it is done by a process of that user (see `child`): whatever an
+//! archive does to the programs that read it, it does with no more rights than the application has anyway.
 //! Source: design, "Agents", "Unpacking"; spec "Packages".
 
+pub mod child;
 mod tarball;
 mod tree;
 mod zipfile;
@@ -21,7 +22,6 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use rustix::fs::{Gid, Uid};
 use windlass_domain::task::{PackageFormat, PackageRef};
 
 use tarball::{inspect_tar, unpack_tar};
@@ -66,7 +66,9 @@ pub enum UnpackError {
     #[error("the package writes `{0}` through a link that it made before")]
     ThroughLink(String),
     /// A name twice.
-    #[error("the package holds `{0}` twice")]
+    #[error(
+        "the package holds `{0}` twice, and which of them is meant cannot be known: pack it again with each name once"
+    )]
     Twice(String),
     /// A device, FIFO or socket.
     #[error("`{path}` in the package is {what}; only files, directories and links are unpacked")]
@@ -129,6 +131,26 @@ pub enum UnpackError {
         #[source]
         source: io::Error,
     },
+    /// What the process that unpacks as the application's user says.
+    #[error("{0}")]
+    Child(String),
+    /// That process ended without a word.
+    #[error("the process that unpacks as `{user}` ended early ({status})")]
+    ChildDied {
+        /// The user.
+        user: String,
+        /// How it ended.
+        status: std::process::ExitStatus,
+    },
+    /// That process could not be started.
+    #[error("no process of the user `{user}` can be started to unpack")]
+    ChildStart {
+        /// The user.
+        user: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Its task ended first.
     #[error("unpacking was ended before it was done")]
     Cancelled,
@@ -137,7 +159,8 @@ pub enum UnpackError {
     File(#[from] FileError),
 }
 
-/// Unpacks the package at `source` into `target`, which must not exist; what it makes belongs to `user` where one is given. Blocks.
+/// Unpacks the package at `source` into `target`, which must not exist; as `user`, where one is given: only root can do that.
+/// Blocks.
 ///
 /// # Errors
 /// When anything about it is not right; then `target` does not exist and nothing is left beside it.
@@ -151,16 +174,17 @@ pub fn unpack(
 ) -> Result<(), UnpackError> {
     let name = format!(".new-{:016x}", u64::from_le_bytes(clock::random()));
     let fresh = target.with_file_name(name);
-    let unpacked = unpack_into(source, package, &fresh, user, policy, cancelled).and_then(|()| {
-        std::fs::rename(&fresh, target).map_err(|source| UnpackError::Write {
-            path: target.display().to_string(),
-            source,
-        })
-    });
+    let unpacked = unpack_into(source, package, &fresh, user, policy, cancelled)
+        .and_then(|()| std::fs::rename(&fresh, target).map_err(write_failed(target)));
     if unpacked.is_err() {
         remove_tree(&fresh)?;
     }
     unpacked
+}
+
+fn write_failed(path: &Path) -> impl FnOnce(io::Error) -> UnpackError {
+    let path = path.display().to_string();
+    move |source| UnpackError::Write { path, source }
 }
 
 fn unpack_into(
@@ -171,24 +195,30 @@ fn unpack_into(
     policy: &Policy,
     cancelled: &AtomicBool,
 ) -> Result<(), UnpackError> {
-    let at = |path: &Path| {
-        let path = path.display().to_string();
-        move |error: io::Error| UnpackError::Write {
-            path,
-            source: error,
-        }
-    };
-    // For the agent alone until all of it is good; the end opens it.
+    // For the one who fills it alone until all of it is good; the end opens it.
     std::fs::DirBuilder::new()
         .mode(0o700)
         .create(fresh)
-        .map_err(at(fresh))?;
-    let root = File::open(fresh).map_err(at(fresh))?;
-    let mut file = File::open(source).map_err(at(source))?;
-    let packed = file.metadata().map_err(at(source))?.len();
+        .map_err(write_failed(fresh))?;
+    let file = File::open(source).map_err(write_failed(source))?;
+    match user {
+        Some(user) => child::unpack_as(user, file, package, fresh, policy, cancelled),
+        None => fill(file, package, fresh, policy, cancelled),
+    }
+}
+
+/// Fills an empty directory of one's own with what a package holds.
+fn fill(
+    mut file: File,
+    package: &PackageRef,
+    fresh: &Path,
+    policy: &Policy,
+    cancelled: &AtomicBool,
+) -> Result<(), UnpackError> {
+    let root = File::open(fresh).map_err(write_failed(fresh))?;
+    let packed = file.metadata().map_err(write_failed(fresh))?.len();
     let mut tree = Tree {
         root: root.into(),
-        user: user.map(|user| (Uid::from_raw(user.uid), Gid::from_raw(user.gid))),
         budget: Budget {
             packed,
             bytes: 0,
@@ -203,7 +233,7 @@ fn unpack_into(
     match package.format {
         PackageFormat::TarGz => {
             inspect_tar(&file, &tree.budget)?;
-            file.rewind().map_err(at(source))?;
+            file.rewind().map_err(write_failed(fresh))?;
             unpack_tar(&file, &mut tree)?;
         }
         PackageFormat::Zip => unpack_zip(file, &mut tree)?,
@@ -217,7 +247,7 @@ fn unpack_into(
         }
     }
     tree.finish()?;
-    rustix::fs::syncfs(&tree.root).map_err(|error| at(fresh)(error.into()))
+    rustix::fs::syncfs(&tree.root).map_err(|error| write_failed(fresh)(error.into()))
 }
 
 /// What may still be unpacked.

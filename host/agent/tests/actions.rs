@@ -554,6 +554,99 @@ async fn an_ordinary_user_has_its_own_directory_and_processes_and_nobody_elses()
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_package_is_unpacked_by_its_user_with_no_more_rights() {
+    if !is_root() {
+        eprintln!("skipped: only root can become another user");
+        return;
+    }
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    // Room for the bomb's refusal, and a reason that names the agent's own limit.
+    agent.policy(|policy| policy.unpack_entries = 50);
+    agent.start();
+    let archive = |files: &[(String, &[u8])]| {
+        let mut builder = tar::Builder::new(flate2::write::GzEncoder::new(
+            Vec::new(),
+            flate2::Compression::fast(),
+        ));
+        for (path, content) in files {
+            let mut header = tar::Header::new_gnu();
+            // Past the builder's own checks.
+            header.as_old_mut().name[..path.len()].copy_from_slice(path.as_bytes());
+            header.set_size(content.len() as u64);
+            header.set_mode(0o750);
+            header.set_cksum();
+            builder.append(&header, *content).unwrap();
+        }
+        builder.into_inner().unwrap().finish().unwrap()
+    };
+    let mut order = Order::new();
+    let mut unpack = async |release: &str, files: &[(String, &[u8])]| {
+        let package = package(&gateway, archive(files), PackageFormat::TarGz, "app.tar.gz");
+        let mut fetch = order.task(Action::Fetch(package.clone()));
+        fetch.run_as = Some("nobody".into());
+        assert_eq!(gateway.run(fetch).await.outcome, Outcome::Succeeded);
+        let mut unpack = order.task(Action::Unpack {
+            package,
+            release: release.into(),
+        });
+        unpack.run_as = Some("nobody".into());
+        gateway.run(unpack).await
+    };
+    let good = [
+        ("bin/app".to_owned(), &b"#!/bin/sh\n"[..]),
+        ("conf".to_owned(), b"x"),
+    ];
+    let result = unpack("r1", &good).await;
+    assert_eq!(result.outcome, Outcome::Succeeded, "{result:?}");
+    let found = std::process::Command::new("find")
+        .arg(agent.data().join("instances"))
+        .args(["-path", "*/r1*", "-printf", "%u %m %P\\n"])
+        .output()
+        .unwrap();
+    let found = String::from_utf8(found.stdout).unwrap();
+    assert!(
+        found.contains("nobody 750 ") && found.contains("bin/app"),
+        "{found}"
+    );
+    assert!(
+        found.lines().all(|line| line.starts_with("nobody ")),
+        "{found}"
+    );
+    // What is refused is told in the same words, whoever unpacks.
+    let many: Vec<(String, &[u8])> = (0..60).map(|at| (format!("f{at}"), &b""[..])).collect();
+    for (files, says) in [
+        (
+            vec![("../out".to_owned(), &b"x"[..])],
+            "`../out`, which has `..`",
+        ),
+        (
+            vec![("a".to_owned(), b"x"), ("a".to_owned(), b"y")],
+            "holds `a` twice",
+        ),
+        (
+            many,
+            "more than 50 entries, the limit `policy.unpack_entries`",
+        ),
+    ] {
+        let result = unpack("r2", &files).await;
+        assert_eq!(result.outcome, Outcome::Failed, "{result:?}");
+        assert!(result.message.contains(says), "{}", result.message);
+    }
+    let left = std::process::Command::new("find")
+        .arg(agent.data().join("instances"))
+        .args(["-name", "r2", "-o", "-name", ".new-*", "-o", "-name", "out"])
+        .output()
+        .unwrap();
+    assert_eq!(
+        String::from_utf8(left.stdout).unwrap(),
+        "",
+        "something is left"
+    );
+    agent.stop_all();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_check_that_is_revoked_or_too_late_leaves_no_try_behind() {
     let gateway = Gateway::start().await;
     let mut agent = TestAgent::register(&gateway).await;

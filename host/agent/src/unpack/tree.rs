@@ -4,14 +4,13 @@ use std::{
     collections::BTreeSet,
     fs::File,
     io::{Read, Write as _},
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
 use rustix::{
     fs::{
-        AtFlags, Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, linkat, mkdirat, openat2,
-        statat, symlinkat,
+        AtFlags, Mode, OFlags, ResolveFlags, fchmod, linkat, mkdirat, openat2, statat, symlinkat,
     },
     io::Errno,
 };
@@ -22,7 +21,6 @@ use crate::files::chain;
 /// The directory that is filled.
 pub(super) struct Tree<'a> {
     pub(super) root: OwnedFd,
-    pub(super) user: Option<(Uid, Gid)>,
     pub(super) budget: Budget<'a>,
     /// Directories that exist, so that parents are made once.
     pub(super) made: BTreeSet<PathBuf>,
@@ -109,7 +107,6 @@ impl Tree<'_> {
         }
         let dir = open(&self.root, path).map_err(write_error(shown))?;
         fchmod(&dir, Mode::from_raw_mode(0o755)).map_err(write_error(shown))?;
-        self.own(&dir, shown)?;
         self.made.insert(path.to_owned());
         Ok(dir)
     }
@@ -119,13 +116,6 @@ impl Tree<'_> {
             return Err(UnpackError::Name(shown.into()));
         }
         self.dir(path.parent().unwrap_or(Path::new("")), shown)
-    }
-
-    fn own(&self, file: &OwnedFd, shown: &str) -> Result<(), UnpackError> {
-        match self.user {
-            Some((uid, gid)) => fchown(file, Some(uid), Some(gid)).map_err(write_error(shown)),
-            None => Ok(()),
-        }
     }
 
     pub(super) fn directory(
@@ -174,7 +164,6 @@ impl Tree<'_> {
                 })?;
         }
         let descriptor = OwnedFd::from(file);
-        self.own(&descriptor, shown)?;
         fchmod(&descriptor, Mode::from_raw_mode(mode)).map_err(write_error(shown))
     }
 
@@ -210,16 +199,6 @@ impl Tree<'_> {
             .file_name()
             .ok_or_else(|| UnpackError::Name(shown.into()))?;
         symlinkat(target, &parent, name).map_err(write_error(shown))?;
-        if let Some((uid, gid)) = self.user {
-            rustix::fs::chownat(
-                &parent,
-                name,
-                Some(uid),
-                Some(gid),
-                AtFlags::SYMLINK_NOFOLLOW,
-            )
-            .map_err(write_error(shown))?;
-        }
         self.links.push((path.to_owned(), target.to_owned()));
         Ok(())
     }
@@ -285,12 +264,6 @@ impl Tree<'_> {
             let dir = self.dir(&path, &shown)?;
             fchmod(&dir, Mode::from_raw_mode(mode)).map_err(write_error(&shown))?;
         }
-        fchmod(&self.root, Mode::from_raw_mode(0o755)).map_err(write_error("."))?;
-        match self.user {
-            Some((uid, gid)) => {
-                fchown(self.root.as_fd(), Some(uid), Some(gid)).map_err(write_error("."))
-            }
-            None => Ok(()),
-        }
+        fchmod(&self.root, Mode::from_raw_mode(0o755)).map_err(write_error("."))
     }
 }

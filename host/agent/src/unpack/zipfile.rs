@@ -1,6 +1,7 @@
 //! `.zip` archives.
 
 use std::{
+    collections::HashSet,
     fs::File,
     io::{self, BufReader, Read as _, Seek as _, SeekFrom},
 };
@@ -26,10 +27,14 @@ pub(super) fn unpack_zip(mut file: File, tree: &mut Tree<'_>) -> Result<(), Unpa
         )));
     }
     let mut archive =
-        zip::ZipArchive::new(BufReader::new(file)).map_err(|error| broken(chain(&error)))?;
+        zip::ZipArchive::new(BufReader::new(&file)).map_err(|error| broken(chain(&error)))?;
     let limit = tree.budget.policy.unpack_entries;
     if archive.len() as u64 > limit {
         return Err(UnpackError::TooMany { limit });
+    }
+    let start = archive.central_directory_start();
+    if let Some(name) = name_twice(&file, start).map_err(|error| broken(chain(&error)))? {
+        return Err(UnpackError::Twice(name));
     }
     for index in 0..archive.len() {
         let mut entry = archive
@@ -92,6 +97,37 @@ pub(super) fn unpack_zip(mut file: File, tree: &mut Tree<'_>) -> Result<(), Unpa
         }
     }
     Ok(())
+}
+
+/// The first file whose name stands twice in the table of contents, which starts at `start`. The crate keeps each name once
+/// and lets the last one win, where other programs take the first: what such an archive holds depends on who reads it.
+fn name_twice(file: &File, start: u64) -> io::Result<Option<String>> {
+    const HEADER: usize = 46;
+    let mut reader = BufReader::new(file);
+    reader.seek(SeekFrom::Start(start))?;
+    let mut seen = HashSet::new();
+    loop {
+        let mut header = [0; HEADER];
+        match reader.read_exact(&mut header) {
+            Ok(()) if header.starts_with(b"PK\x01\x02") => {}
+            Ok(()) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+            Err(error) => return Err(error),
+        }
+        let length = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+        let mut name = vec![0; usize::from(length(28))];
+        reader.read_exact(&mut name)?;
+        reader.seek_relative(i64::from(length(30)) + i64::from(length(32)))?;
+        // A directory twice is one directory.
+        if name.ends_with(b"/") {
+            continue;
+        }
+        if let Some(name) = seen.replace(name) {
+            return Ok(Some(
+                String::from_utf8_lossy(&name).chars().take(200).collect(),
+            ));
+        }
+    }
 }
 
 /// The size of a zip's table of contents, from the record at the file's end.
