@@ -1,8 +1,8 @@
 //! `windlass-agent stop-all`: ends everything that belongs to one data directory, and waits until it is gone.
 //!
 //! For the directory it is like switching the machine off: scripts that ran end as `unknown`; applications come back when an agent
-//! runs there again. Found are: the agent (by its lock), shims and trampolines (by their arguments), everything in the
-//! directory's cgroup subtree, and every process whose environment names an instance directory in it.
+//! runs there again. Found are: the agent (by its lock; one that is only starting by its arguments), shims and trampolines (by
+//! their arguments), everything in the directory's cgroup subtree, and every process whose environment names an instance directory in it.
 
 use std::{
     fs,
@@ -79,7 +79,9 @@ pub fn stop_all(data: &DataDir) -> Result<usize, StopError> {
     let mut seen = std::collections::BTreeSet::new();
     loop {
         let shims = shims(data.path());
-        let others = with_data_dir(data.path());
+        let mut others = with_data_dir(data.path());
+        // One that was started a moment ago does not hold the lock yet, and would live on when it is let go of here.
+        others.extend(starting(data.path()));
         seen.extend(shims.iter().chain(&others).map(|process| process.pid));
         let populated = subtree.as_ref().is_some_and(Cgroup::is_populated);
         if shims.is_empty() && others.is_empty() && !populated {
@@ -143,6 +145,34 @@ fn shims(data: &Path) -> Vec<ProcessId> {
                     && arguments.next().is_some_and(|dir| is_below(dir, data))
             })
         })
+        .filter_map(ProcessId::of)
+        .collect()
+}
+
+/// Agents that run, or are about to, in this directory.
+fn starting(data: &Path) -> Vec<ProcessId> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let names_data = |pid: u32| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let mut arguments = arguments.split(|byte| *byte == 0).skip(1);
+        if arguments.next() != Some(b"run") {
+            return None;
+        }
+        let given = loop {
+            let argument = arguments.next()?;
+            if argument == b"--data" {
+                break arguments.next()?;
+            }
+            if let Some(given) = argument.strip_prefix(b"--data=") {
+                break given;
+            }
+        };
+        let cwd = fs::read_link(format!("/proc/{pid}/cwd")).ok()?;
+        let given = cwd.join(std::ffi::OsStr::from_bytes(given));
+        (fs::canonicalize(given).ok()? == fs::canonicalize(data).ok()?).then_some(())
+    };
+    proc::all_pids()
+        .filter(|pid| *pid != std::process::id() && names_data(*pid).is_some())
         .filter_map(ProcessId::of)
         .collect()
 }

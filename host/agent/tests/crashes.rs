@@ -1,6 +1,8 @@
 //! The agent dies at every crash point; its journal is lost in every way; its disk is full.
 
-use std::{fs, os::unix::process::ExitStatusExt as _};
+use std::{fs, os::unix::process::ExitStatusExt as _, time::Duration};
+
+use tokio::signal::unix::{SignalKind, signal};
 
 use windlass_agent::clock;
 use windlass_domain::{
@@ -11,8 +13,8 @@ use windlass_protocol::JournalState;
 
 use crate::support::*;
 
-/// A whole small release. Each script leaves one line.
-async fn release(gateway: &Gateway, agent: &mut TestAgent, env: &[(&str, String)]) {
+/// A whole small release. Each script leaves one line. Says whether the agent died in it; it was started again then.
+async fn release(gateway: &Gateway, agent: &mut TestAgent, env: &[(&str, String)]) -> bool {
     let log = agent.open_file("runs.log");
     let mut order = Order::new();
     let package = package(
@@ -42,29 +44,34 @@ async fn release(gateway: &Gateway, agent: &mut TestAgent, env: &[(&str, String)
             windlass_domain::value::Value::Plain(log.display().to_string()),
         );
     }
+    // Wakes whoever waits when an agent ends, this one or another's.
+    let mut ended = signal(SignalKind::child()).unwrap();
     agent.start_with(env);
-    let mut crashed = false;
+    let mut crashed = None;
     for step in steps {
         let last = matches!(step.action, Action::StopSupervised { .. });
         let fails =
             matches!(&step.action, Action::Script(script) if script.text.contains("exit 3"));
         let id = gateway.push(step);
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let deadline = tokio::time::Instant::now() + DEADLINE;
         let result = loop {
-            assert!(
-                std::time::Instant::now() < deadline,
-                "{id} has no result {env:?}"
-            );
+            let changed = gateway.next_change();
             // Whoever crashed is started again, without the wish to.
             if let Some(status) = agent.ended() {
                 assert_eq!(status.signal(), Some(9), "{status}");
-                crashed = true;
+                crashed = Some(gateway.state().hellos.len());
                 agent.start();
             }
             if let Some(result) = gateway.state().results.get(&id).cloned() {
                 break result;
             }
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            tokio::select! {
+                () = changed => {}
+                _ = ended.recv() => {}
+                () = tokio::time::sleep_until(deadline) => {
+                    panic!("{id} has no result {env:?}; the agent's log:\n{}", agent.log())
+                }
+            }
         };
         let expect = if fails {
             Outcome::Failed
@@ -75,19 +82,31 @@ async fn release(gateway: &Gateway, agent: &mut TestAgent, env: &[(&str, String)
         if fails {
             assert_eq!(result.exit_code, Some(3), "{env:?}");
         }
-        if last && !crashed && !env.is_empty() {
+        if last && crashed.is_none() && !env.is_empty() {
             // The crash may be in what follows the last result.
-            let ended = tokio::time::timeout(std::time::Duration::from_millis(500), async {
+            let died = tokio::time::timeout(Duration::from_millis(500), async {
                 while agent.ended().is_none() {
-                    tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+                    ended.recv().await;
                 }
             });
-            ended.await.ok();
+            if died.await.is_ok() {
+                crashed = Some(gateway.state().hellos.len());
+                agent.start();
+            }
         }
+    }
+    if let Some(sessions) = crashed {
+        // An agent that has just been started may not have its lock yet, and is not to be left behind.
+        gateway
+            .until("session of the agent that was started again", |state| {
+                (state.hellos.len() > sessions).then_some(())
+            })
+            .await;
     }
     let mut ran = lines(&log);
     ran.sort();
     assert_eq!(ran, ["app", "check", "configure"], "{env:?}");
+    crashed.is_some()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -95,12 +114,13 @@ async fn nothing_is_doubled_or_lost_at_any_crash_point() {
     let gateway = Gateway::start().await;
     let mut agent = TestAgent::register(&gateway).await;
     let log = agent.dir.path().join("points");
-    release(
+    let died = release(
         &gateway,
         &mut agent,
         &[("WINDLASS_CRASH_LOG", log.display().to_string())],
     )
     .await;
+    assert!(!died);
     let points = lines(&log);
     drop(agent);
     assert!(points.len() > 60, "{points:?}");
@@ -123,11 +143,13 @@ async fn nothing_is_doubled_or_lost_at_any_crash_point() {
             "{name} is not passed"
         );
     }
-    // Four at a time: most of it is waiting for reconnects.
+    // Eight at a time: most of it is waiting for reconnects.
+    let began = std::time::Instant::now();
     let next = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(1));
+    let missed = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
     let mut workers = tokio::task::JoinSet::new();
-    for _ in 0..4 {
-        let (next, last) = (next.clone(), points.len());
+    for _ in 0..8 {
+        let (next, missed, last) = (next.clone(), missed.clone(), points.len());
         workers.spawn(async move {
             loop {
                 let point = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -136,18 +158,35 @@ async fn nothing_is_doubled_or_lost_at_any_crash_point() {
                 }
                 let gateway = Gateway::start().await;
                 let mut agent = TestAgent::register(&gateway).await;
-                release(
+                let died = release(
                     &gateway,
                     &mut agent,
                     &[("WINDLASS_CRASH_AT", point.to_string())],
                 )
                 .await;
+                if !died {
+                    missed.lock().unwrap().push(point);
+                }
+                // Ending everything blocks; the gateways of the others live on these threads.
+                tokio::task::block_in_place(|| drop(agent));
             }
         });
     }
     while let Some(done) = workers.join_next().await {
         done.unwrap();
     }
+    let missed = std::mem::take(&mut *missed.lock().unwrap());
+    eprintln!(
+        "{} points in {:?}, not reached: {missed:?}",
+        points.len(),
+        began.elapsed()
+    );
+    // How often the agent says how it is differs from run to run, so the last numbers may not be reached.
+    assert!(
+        missed.len() <= 3,
+        "points {missed:?} of {} were not reached",
+        points.len()
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -130,6 +130,13 @@ impl Gateway {
         done
     }
 
+    /// Ends with the next change of the state. Enabled from the start: what happens after this call is not missed.
+    pub(crate) fn next_change(&self) -> std::pin::Pin<Box<tokio::sync::futures::Notified<'_>>> {
+        let mut changed = Box::pin(self.changed.notified());
+        changed.as_mut().enable();
+        changed
+    }
+
     /// Waits until `look` finds something; panics with the last state otherwise.
     pub(crate) async fn until<T>(
         &self,
