@@ -11,6 +11,7 @@ use axum::{
     http::{HeaderMap, Method, StatusCode, header, request::Parts},
 };
 use serde::de::DeserializeOwned;
+use serde_path_to_error::Segment;
 use windlass_store::Revision;
 
 use super::problem::Problem;
@@ -70,11 +71,15 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
                 let text = text
                     .rsplit_once("query string: ")
                     .map_or(&*text, |(_, rest)| rest);
-                let problem = match unknown_field(text) {
-                    Some(field) => {
+                let problem = match (unknown_field(text), missing_field(text)) {
+                    (Some(field), _) => {
                         Problem::bad_request("unknown_parameter", cut(text)).field(field)
                     }
-                    None => {
+                    (None, Some(field)) => {
+                        let detail = format!("the parameter `{field}` is missing");
+                        Problem::bad_request("missing_parameter", detail).field(field)
+                    }
+                    (None, None) => {
                         let field = text
                             .split_once(':')
                             .map(|(field, _)| field)
@@ -161,52 +166,7 @@ pub(crate) async fn read_body(body: Body) -> Result<Bytes, Problem> {
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     let mut reader = serde_json::Deserializer::from_slice(body);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
-        let path = error.path().to_string();
-        let error = error.into_inner();
-        let text = error.to_string();
-        if !error.is_data() {
-            return Problem::bad_request(
-                "body_malformed",
-                format!("the body is not JSON: {}", cut(&text)),
-            )
-            .field("body")
-            .mend("send well-formed JSON");
-        }
-        let problem = |code| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, code, cut(&text));
-        let field = if path == "." { String::new() } else { path };
-        match (unknown_field(&text), missing_field(&text)) {
-            // The path of an unknown field ends with it already, or says nothing where fields were flattened.
-            (Some(unknown), _) => {
-                let field = if field.is_empty() {
-                    unknown.to_owned()
-                } else {
-                    field
-                };
-                problem("unknown_field")
-                    .field(field)
-                    .mend("leave it out, or correct its name")
-            }
-            (None, Some(missing)) => {
-                let field = if field.is_empty() {
-                    missing.to_owned()
-                } else {
-                    format!("{field}.{missing}")
-                };
-                problem("missing_field").field(field).mend("give it")
-            }
-            (None, None) => {
-                let field = if field.is_empty() {
-                    "body".to_owned()
-                } else {
-                    field
-                };
-                problem("invalid_value")
-                    .field(field)
-                    .mend("look the field up in /openapi.json")
-            }
-        }
-    })?;
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(refused)?;
     reader.end().map_err(|_| {
         Problem::bad_request(
             "body_malformed",
@@ -216,6 +176,73 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
         .mend("send one JSON value")
     })?;
     Ok(value)
+}
+
+/// A part of a body that was read as JSON already.
+pub(crate) fn read<T: DeserializeOwned>(json: serde_json::Value) -> Result<T, Problem> {
+    serde_path_to_error::deserialize(json).map_err(refused)
+}
+
+/// What is wrong with a body, and in which field.
+fn refused(error: serde_path_to_error::Error<serde_json::Error>) -> Problem {
+    let mut path = error
+        .path()
+        .iter()
+        .filter_map(|segment| match segment {
+            Segment::Seq { index } => Some(index.to_string()),
+            Segment::Map { key } => Some(key.clone()),
+            Segment::Enum { variant } => Some(variant.clone()),
+            Segment::Unknown => None,
+        })
+        .collect::<Vec<_>>();
+    let error = error.into_inner();
+    let text = error.to_string();
+    if !error.is_data() {
+        return Problem::bad_request(
+            "body_malformed",
+            format!("the body is not JSON: {}", cut(&text)),
+        )
+        .field("body")
+        .mend("send well-formed JSON");
+    }
+    // The field says where; the place in the text would only be there where the body was read in one piece.
+    let text = text
+        .rsplit_once(" at line ")
+        .map_or(&*text, |(text, _)| text);
+    let problem = |code| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, code, cut(text));
+    match (unknown_field(text), missing_field(text)) {
+        // The path of an unknown field ends with it already, or says nothing where fields were flattened.
+        (Some(unknown), _) => {
+            if path.is_empty() {
+                path.push(unknown.to_owned());
+            }
+            problem("unknown_field")
+                .field(pointer(&path))
+                .mend("leave it out, or correct its name")
+        }
+        (None, Some(missing)) => {
+            path.push(missing.to_owned());
+            problem("missing_field")
+                .field(pointer(&path))
+                .mend("give it")
+        }
+        (None, None) => {
+            if path.is_empty() {
+                path.push("body".to_owned());
+            }
+            problem("invalid_value")
+                .field(pointer(&path))
+                .mend("look the field up in /openapi.json")
+        }
+    }
+}
+
+/// A field of the body itself by its name; one further down as a JSON pointer, as services name it.
+fn pointer(path: &[String]) -> String {
+    match path {
+        [field] => field.clone(),
+        path => path.iter().flat_map(|segment| ["/", segment]).collect(),
+    }
 }
 
 fn unknown_field(text: &str) -> Option<&str> {

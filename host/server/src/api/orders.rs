@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use windlass_domain::{
-    Timestamp,
+    Digest, Timestamp,
     id::OrderId,
     order::{Action, Happened, Order, OrderEvent, OrderState, ReleaseSpec},
     progress::NodeProgress,
@@ -27,14 +27,14 @@ use windlass_domain::{
 
 use super::{
     Api,
-    extract::{Json, PageLimits, Path, Query, page_of},
+    extract::{Json, PageLimits, Path, Query, page_of, read},
     problem::Problem,
     reply::{self, Page, Reply},
 };
 use crate::{
     clock,
     service::{
-        Caller, ServiceError,
+        Caller, PageOf, ServiceError,
         orders::{CreateOrder, NodeView, OrderFilter, PlanView},
         tokens::Authenticated,
     },
@@ -106,6 +106,30 @@ impl<'de> Deserialize<'de> for AskedAction {
     }
 }
 
+/// The order that a body asks for. Flattening and refusing unknown fields do not go together in serde: what stands beside the
+/// release is taken out first, and the rest read as `preview` reads it, so that both name the same field when they refuse.
+fn asked_order(
+    mut fields: serde_json::Map<String, serde_json::Value>,
+) -> Result<CreateOrder, Problem> {
+    let mut own = serde_json::Map::new();
+    for name in ["plan_digest", "run"] {
+        own.extend(fields.remove_entry(name));
+    }
+    /// The fields of [`CreateOrder`] beside the release.
+    #[derive(Deserialize)]
+    struct Beside {
+        plan_digest: Option<Digest>,
+        #[serde(default)]
+        run: bool,
+    }
+    let Beside { plan_digest, run } = read(serde_json::Value::Object(own))?;
+    Ok(CreateOrder {
+        release: read(serde_json::Value::Object(fields))?,
+        plan_digest,
+        run,
+    })
+}
+
 /// One node with everything that is kept of it.
 #[derive(Debug, Clone, Serialize, utoipa::ToSchema)]
 struct NodeDetails {
@@ -137,9 +161,9 @@ async fn create_order(
     State(api): State<Api>,
     caller: Caller,
     Path(ws): Path<String>,
-    Json(body): Json<CreateOrder>,
+    Json(fields): Json<serde_json::Map<String, serde_json::Value>>,
 ) -> Reply {
-    let order = api.orders.create(caller, &ws, body).await?;
+    let order = api.orders.create(caller, &ws, asked_order(fields)?).await?;
     let location = format!("/v1/workspaces/{ws}/orders/{}", order.id);
     let mut response = reply::json(StatusCode::CREATED, &order);
     if let Ok(location) = HeaderValue::try_from(location) {
@@ -158,24 +182,15 @@ async fn list_orders(
 ) -> Reply {
     api.workspaces.get(&ws).await?;
     let page = page_of(query.page_size, query.cursor, PAGES)?;
-    let before = page
-        .cursor
-        .map(|cursor| cursor.parse::<OrderId>())
-        .transpose()
-        .map_err(|_| {
-            Problem::bad_request("cursor_invalid", "the cursor is not one of this list")
-                .field("cursor")
-                .mend("start again without a cursor")
-        })?;
-    let (items, next) = api
+    let PageOf { items, next } = api
         .orders
-        .list(&ws, &OrderFilter { state: query.state }, page.size, before)
+        .list(&ws, &OrderFilter { state: query.state }, &page)
         .await?;
     Ok(reply::json(
         StatusCode::OK,
         &Page {
             items,
-            next_cursor: next.map(|id| id.to_string()),
+            next_cursor: next,
         },
     ))
 }

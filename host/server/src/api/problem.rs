@@ -115,9 +115,14 @@ impl From<ServiceError> for Problem {
                 .mend("check the id, and the workspace it belongs to"),
             ServiceError::Invalid {
                 code, field, mend, ..
-            } => Self::new(StatusCode::UNPROCESSABLE_ENTITY, code, detail)
-                .field(field)
-                .mend(mend),
+            } => {
+                let status = match code {
+                    // A parameter of the query, like its neighbours, which the edge refuses.
+                    "cursor_invalid" => StatusCode::BAD_REQUEST,
+                    _ => StatusCode::UNPROCESSABLE_ENTITY,
+                };
+                Self::new(status, code, detail).field(field).mend(mend)
+            }
             ServiceError::Limit {
                 code,
                 field,

@@ -18,7 +18,7 @@ use windlass_domain::{
 };
 use windlass_store::{CommitError, Revision, Watch};
 
-use super::{Caller, ServiceError, planning::Planner, records};
+use super::{Caller, PageOf, PageRequest, ServiceError, planning::Planner, records};
 use crate::{
     clock,
     engine::{self, ActError, Engine, rows},
@@ -42,33 +42,6 @@ pub struct CreateOrder {
     pub plan_digest: Option<Digest>,
     /// Run it at once.
     pub run: bool,
-}
-
-impl<'de> Deserialize<'de> for CreateOrder {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        use serde::de::Error;
-        // Flattening and refusing unknown fields do not go together: take our own fields out first.
-        let mut fields = serde_json::Map::deserialize(deserializer)?;
-        let plan_digest = fields
-            .remove("plan_digest")
-            .filter(|value| !value.is_null());
-        let plan_digest = plan_digest
-            .map(serde_json::from_value)
-            .transpose()
-            .map_err(D::Error::custom)?;
-        let run = fields
-            .remove("run")
-            .map(serde_json::from_value)
-            .transpose()
-            .map_err(D::Error::custom)?;
-        let release = ReleaseSpec::deserialize(serde_json::Value::Object(fields))
-            .map_err(D::Error::custom)?;
-        Ok(Self {
-            release,
-            plan_digest,
-            run: run.unwrap_or(false),
-        })
-    }
 }
 
 /// A plan and the digest that names it.
@@ -265,27 +238,30 @@ impl Orders {
             .ok_or_else(|| no_such_order(id))
     }
 
-    /// Orders of a workspace, newest first. The cursor is the last order's id.
+    /// Orders of a workspace, newest first.
     ///
     /// # Errors
-    /// [`ServiceError`].
+    /// A cursor that this list did not give; [`ServiceError`].
     pub async fn list(
         &self,
         workspace: &str,
         filter: &OrderFilter,
-        size: usize,
-        before: Option<OrderId>,
-    ) -> Result<(Vec<Order>, Option<OrderId>), ServiceError> {
+        page: &PageRequest,
+    ) -> Result<PageOf<Order>, ServiceError> {
         let store = &*self.engine.shared.store;
         let prefix = rows::orders_of(workspace);
-        let mut before = before.map(|id| rows::order_of(workspace, id));
-        let mut found = Vec::new();
+        let mut before = page
+            .cursor
+            .as_deref()
+            .map(|cursor| records::position_of(&prefix, cursor))
+            .transpose()?;
+        let mut items: Vec<Order> = Vec::new();
         loop {
-            let page = store
+            let found = store
                 .scan_reverse(&prefix, before.as_ref(), MAX_PAGE)
                 .await
                 .map_err(|error| failed("list orders", error))?;
-            for entry in &page.entries {
+            for entry in &found.entries {
                 let Some(id) = entry
                     .key
                     .segments()
@@ -299,16 +275,19 @@ impl Orders {
                     .map_err(|error| failed("read an order", error))?;
                 let Some((order, _)) = order else { continue };
                 if filter.state.is_none_or(|state| state == order.state) {
-                    if found.len() == size {
-                        let last = found.last().map(|order: &Order| order.id);
-                        return Ok((found, last));
+                    // One more than the page proves that there is a next one.
+                    if items.len() == page.size {
+                        let next = items.last().map(|last| {
+                            records::cursor_of(&prefix, &rows::order_of(workspace, last.id))
+                        });
+                        return Ok(PageOf { items, next });
                     }
-                    found.push(order);
+                    items.push(order);
                 }
             }
-            before = page.entries.last().map(|entry| entry.key.clone());
-            if !page.more {
-                return Ok((found, None));
+            before = found.entries.last().map(|entry| entry.key.clone());
+            if !found.more {
+                return Ok(PageOf { items, next: None });
             }
         }
     }

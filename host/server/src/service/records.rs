@@ -7,7 +7,7 @@ use std::future::Future;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use windlass_domain::{
-    activation::ActivationCode, application::Application, instance::ServiceInstance,
+    Digest, activation::ActivationCode, application::Application, instance::ServiceInstance,
     package::Package, pool::Pool, server::Server, token::Token, workspace::Workspace,
 };
 use windlass_store::{CommitError, Entry, Key, Prefix, Revision, Store, Txn};
@@ -303,23 +303,43 @@ where
     }
 }
 
-fn cursor_of(prefix: &Prefix, key: &Key) -> String {
-    BASE64.encode(&key.as_bytes()[prefix.as_bytes().len()..])
+/// Bytes of a cursor's seal.
+const SEAL_BYTES: usize = 6;
+
+/// The digest's first bytes of the key a cursor stands for: a cursor that was never given out, or that is another list's, does
+/// not fit. It keeps mistakes out, not attackers: a cursor gives no right to anything.
+fn seal(key: &[u8]) -> [u8; SEAL_BYTES] {
+    let digest = Digest::of(key);
+    std::array::from_fn(|at| digest.as_bytes()[at])
 }
 
-fn position_of(prefix: &Prefix, cursor: &str) -> Result<Key, ServiceError> {
+/// The cursor behind a row of a list: the end of its key, sealed. It stays good when that row is deleted.
+pub(crate) fn cursor_of(prefix: &Prefix, key: &Key) -> String {
+    let mut bytes = seal(key.as_bytes()).to_vec();
+    bytes.extend_from_slice(&key.as_bytes()[prefix.as_bytes().len()..]);
+    BASE64.encode(bytes)
+}
+
+/// The key that a cursor stands for.
+pub(crate) fn position_of(prefix: &Prefix, cursor: &str) -> Result<Key, ServiceError> {
     let invalid = || {
         ServiceError::invalid(
             "cursor_invalid",
             "cursor",
-            "the cursor is not one of this list",
-            "start again without a cursor",
+            "the cursor is not one that this list gave",
+            "start again without a cursor, and give `next_cursor` back as it is",
         )
     };
-    let tail = BASE64.decode(cursor).map_err(|_| invalid())?;
-    let mut bytes = prefix.as_bytes().to_vec();
-    bytes.extend_from_slice(&tail);
-    Key::new(bytes).map_err(|_| invalid())
+    let bytes = BASE64.decode(cursor).map_err(|_| invalid())?;
+    let (sealed, tail) = bytes
+        .split_first_chunk::<SEAL_BYTES>()
+        .ok_or_else(invalid)?;
+    let mut key = prefix.as_bytes().to_vec();
+    key.extend_from_slice(tail);
+    if *sealed != seal(&key) {
+        return Err(invalid());
+    }
+    Key::new(key).map_err(|_| invalid())
 }
 
 fn row<R: Record>(record: &R) -> Result<(Key, Vec<u8>), ServiceError> {
@@ -556,12 +576,22 @@ pub(crate) mod tests {
     async fn page_sizes_and_cursors_are_checked() {
         let store = memory_store();
         let prefix = keys::records(Kind::Pool);
+        let id = pool(1).id_text();
+        // The row need not be there any more.
+        let given = cursor_of(&prefix, &keys::record(Kind::Pool, &id));
+        let others = keys::records(Kind::Server);
+        let of_another = cursor_of(&others, &keys::record(Kind::Server, &id));
         for (size, cursor, good) in [
             (1, None, true),
             (PAGE_MAX_SIZE, None, true),
             (0, None, false),
             (PAGE_MAX_SIZE + 1, None, false),
             (1, Some("!"), false),
+            (1, Some(""), false),
+            // What was never given out, though it decodes to a key.
+            (1, Some("cG9vbA"), false),
+            (1, Some(&of_another), false),
+            (1, Some(&given), true),
         ] {
             let page = PageRequest {
                 size,
