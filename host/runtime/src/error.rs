@@ -33,7 +33,7 @@ pub enum OpenError {
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, utoipa::ToSchema,
 )]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "snake_case")]
 pub enum RejectionCode {
     /// Not WebAssembly at all.
     NotWasm,
@@ -285,19 +285,19 @@ impl CallFailure {
     #[must_use]
     pub const fn code(&self) -> &'static str {
         match self {
-            Self::Refused { .. } => "plugin-refused",
-            Self::GuestTime { .. } => "plugin-time-limit",
-            Self::CallTime { .. } => "plugin-call-time-limit",
-            Self::HostCallTime { .. } => "plugin-host-call-time-limit",
-            Self::HostCalls { .. } => "plugin-host-call-limit",
-            Self::Memory { .. } => "plugin-memory-limit",
-            Self::Output { .. } => "plugin-output-limit",
-            Self::Trap { .. } => "plugin-trap",
-            Self::Mismatch { .. } => "plugin-mismatch",
-            Self::InvalidAnswer { .. } => "plugin-invalid-answer",
-            Self::InvalidInput { .. } => "plugin-invalid-input",
-            Self::WrongKind { .. } => "plugin-wrong-kind",
-            Self::NotStarted { .. } => "plugin-not-started",
+            Self::Refused { .. } => "plugin_refused",
+            Self::GuestTime { .. } => "plugin_time_limit",
+            Self::CallTime { .. } => "plugin_call_time_limit",
+            Self::HostCallTime { .. } => "plugin_host_call_time_limit",
+            Self::HostCalls { .. } => "plugin_host_call_limit",
+            Self::Memory { .. } => "plugin_memory_limit",
+            Self::Output { .. } => "plugin_output_limit",
+            Self::Trap { .. } => "plugin_trap",
+            Self::Mismatch { .. } => "plugin_mismatch",
+            Self::InvalidAnswer { .. } => "plugin_invalid_answer",
+            Self::InvalidInput { .. } => "plugin_invalid_input",
+            Self::WrongKind { .. } => "plugin_wrong_kind",
+            Self::NotStarted { .. } => "plugin_not_started",
         }
     }
 

@@ -173,7 +173,7 @@ impl CallSink for Figures {
                 };
                 let _full_then_the_next_failure_reports = self.reports.try_send(report);
             }
-        } else if failure.code == "plugin-refused" {
+        } else if failure.code == "plugin_refused" {
             counted.in_a_row.remove(&record.export);
         }
     }
@@ -328,7 +328,7 @@ mod tests {
         call(Export::Plan, trap());
         let report = failing.try_recv().unwrap();
         assert_eq!((report.export, report.failures), (Export::Plan, 5));
-        assert_eq!(report.failure.code, "plugin-trap");
+        assert_eq!(report.failure.code, "plugin_trap");
 
         call(Export::Plan, None);
         for _ in 0..4 {
@@ -341,8 +341,8 @@ mod tests {
 
         let seen = figures.of(plugin.digest);
         assert_eq!(seen.calls, 17);
-        assert_eq!(seen.failures["plugin-trap"], 15);
-        assert_eq!(seen.failures["plugin-refused"], 1);
+        assert_eq!(seen.failures["plugin_trap"], 15);
+        assert_eq!(seen.failures["plugin_refused"], 1);
         assert_eq!(seen.last_error.unwrap().export, Export::Plan);
         assert_eq!(figures.all().len(), 1);
     }

@@ -162,7 +162,7 @@ fn same_failure(before: &FailureReport, now: &FailureReport) -> bool {
 }
 
 /// [`CallFailure::Refused`].
-const REFUSED: &str = "plugin-refused";
+const REFUSED: &str = "plugin_refused";
 
 /// Replays in figures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]

@@ -263,17 +263,17 @@ async fn a_guest_that_misbehaves_gets_its_own_attributed_error() {
     let plugins = open_guests(&home).await;
     let stack = plugins.get("test-stack", None).unwrap();
     for (behave, code, text) in [
-        ("loop", "plugin-time-limit", "300 ms"),
-        ("allocate", "plugin-memory-limit", "67108864"),
-        ("trap", "plugin-trap", "unreachable"),
-        ("recurse", "plugin-trap", "stack"),
-        ("giant", "plugin-output-limit", "8388608"),
-        ("refuse", "plugin-refused", "is not to my liking"),
-        ("unknown-phase", "plugin-invalid-answer", "steps[0].phase"),
-        ("unknown-action", "plugin-invalid-answer", "teleport"),
+        ("loop", "plugin_time_limit", "300 ms"),
+        ("allocate", "plugin_memory_limit", "67108864"),
+        ("trap", "plugin_trap", "unreachable"),
+        ("recurse", "plugin_trap", "stack"),
+        ("giant", "plugin_output_limit", "8388608"),
+        ("refuse", "plugin_refused", "is not to my liking"),
+        ("unknown-phase", "plugin_invalid_answer", "steps[0].phase"),
+        ("unknown-action", "plugin_invalid_answer", "teleport"),
         (
             "same-server-twice",
-            "plugin-invalid-answer",
+            "plugin_invalid_answer",
             "server-env[1]",
         ),
     ] {
@@ -307,7 +307,7 @@ async fn a_guest_that_misbehaves_gets_its_own_attributed_error() {
             .plan(&release(json!({ "behave": behave }), 3))
             .await
             .unwrap_err();
-        assert_eq!(error.failure.code(), "plugin-invalid-answer", "{error}");
+        assert_eq!(error.failure.code(), "plugin_invalid_answer", "{error}");
         assert!(error.to_string().contains(text), "{error}");
     }
     let back = RollbackRequest {
@@ -328,7 +328,7 @@ async fn a_guest_that_misbehaves_gets_its_own_attributed_error() {
     let error = command.interpret(&run).await.unwrap_err();
     assert!(error.to_string().contains("`data` is not JSON"), "{error}");
     let error = command.plan(&release(json!({}), 1)).await.unwrap_err();
-    assert_eq!(error.failure.code(), "plugin-wrong-kind");
+    assert_eq!(error.failure.code(), "plugin_wrong_kind");
     plugins.close().await;
 }
 
@@ -417,7 +417,7 @@ async fn others_are_served_while_guests_loop_and_every_call_is_recorded() {
     }
     let records = std::mem::take(&mut *kept.0.lock().unwrap());
     let failed = records.iter().filter(
-        |record| matches!(&record.outcome, Err(failure) if failure.code == "plugin-time-limit"),
+        |record| matches!(&record.outcome, Err(failure) if failure.code == "plugin_time_limit"),
     );
     assert!(
         failed.clone().count() == 4

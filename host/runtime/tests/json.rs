@@ -95,7 +95,7 @@ async fn a_call_that_fails_says_so_in_json() {
         .await
         .unwrap();
     assert_eq!(call.output, None);
-    assert_eq!(call.failure.unwrap().code, "plugin-trap");
+    assert_eq!(call.failure.unwrap().code, "plugin_trap");
 }
 
 #[tokio::test]

@@ -117,7 +117,7 @@ async fn calls_are_found_again_by_what_they_are_across_a_restart() {
             (with(|filter| filter.export = Some(Export::Judge)), 50),
             (with(|filter| filter.outcome = Some("failed".into())), 10),
             (
-                with(|filter| filter.outcome = Some("plugin-trap".into())),
+                with(|filter| filter.outcome = Some("plugin_trap".into())),
                 10,
             ),
             (with(|filter| filter.outcome = Some("ok".into())), 90),
@@ -150,7 +150,7 @@ async fn calls_are_found_again_by_what_they_are_across_a_restart() {
         let call = journal.get(calls[0].id).await.unwrap().unwrap();
         assert_eq!(call.summary, calls[0]);
         assert_eq!(call.input["number"], 99);
-        assert_eq!(call.failure.unwrap().code, "plugin-trap");
+        assert_eq!(call.failure.unwrap().code, "plugin_trap");
         let unknown = CallId::from_uuid(Uuid::from_u128(7));
         assert_eq!(journal.get(unknown).await.unwrap(), None);
 
