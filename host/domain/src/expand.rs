@@ -231,6 +231,14 @@ pub enum BadPlan {
     },
     #[error("the tech stack of `{application}` returned two steps named `{step}` in one phase")]
     DuplicateStep { application: String, step: String },
+    #[error("the tech stack of `{application}` sets the variable `{name}` for {of}: {rule}")]
+    BadVariable {
+        application: String,
+        /// Which step or server.
+        of: String,
+        name: String,
+        rule: &'static str,
+    },
     #[error(
         "the environment of `{application}` on `{server}` has {bytes} bytes; the limit is {MAX_ENV_BYTES}: put large values into files of the package"
     )]

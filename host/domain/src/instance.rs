@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     id::{AppId, InstanceId, PackageId, PoolId, ServerId},
-    name::{CellName, InstanceName, InvalidValue, WorkspaceName, check_env_key, check_length},
+    name::{CellName, InstanceName, InvalidValue, WorkspaceName, check_length, check_variable},
     time::Timestamp,
-    value::Environment,
+    value::{Environment, Value},
 };
 
 /// A service instance. Which servers are bound to it stands with the servers.
@@ -61,8 +61,12 @@ impl ServiceInstance {
     pub fn validate(&self) -> Result<(), (&'static str, InvalidValue)> {
         check_length("the description", &self.description, 0, 500)
             .map_err(|error| ("description", error))?;
-        for key in self.env.keys() {
-            check_env_key(key).map_err(|error| ("env", error))?;
+        for (key, value) in &self.env {
+            let text = match value {
+                Value::Plain(text) => Some(text.as_str()),
+                Value::SecretRef(_) => None,
+            };
+            check_variable(key, text).map_err(|error| ("env", error))?;
         }
         Ok(())
     }
@@ -110,7 +114,7 @@ impl Binding {
             ));
         }
         for (key, value) in &self.variables {
-            check_env_key(key).map_err(|error| ("variables", error))?;
+            check_variable(key, Some(value)).map_err(|error| ("variables", error))?;
             check_length("the value of a variable", value, 0, MAX_VARIABLE_CHARS)
                 .map_err(|error| ("variables", error))?;
         }

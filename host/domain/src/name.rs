@@ -265,6 +265,29 @@ pub fn check_env_key(key: &str) -> Result<(), InvalidValue> {
     }
 }
 
+/// Names of environment variables that start so are the platform's own.
+pub const RESERVED_ENV_PREFIX: &str = "WINDLASS_";
+
+/// Checks a variable that a person gives: its key, that the key is none of the platform's own, and that an operating system
+/// can hand the value over (no zero byte). `value` is `None` for a reference to a secret.
+///
+/// # Errors
+/// [`InvalidValue`].
+pub fn check_variable(key: &str, value: Option<&str>) -> Result<(), InvalidValue> {
+    check_env_key(key)?;
+    if key.starts_with(RESERVED_ENV_PREFIX) {
+        return Err(InvalidValue::rule(format!(
+            "`{key}`: names that start with {RESERVED_ENV_PREFIX} are the platform's own"
+        )));
+    }
+    if value.is_some_and(|value| value.contains('\0')) {
+        return Err(InvalidValue::rule(format!(
+            "the value of `{key}` holds a zero byte, which no environment can hold"
+        )));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -339,6 +362,11 @@ mod tests {
         assert!(check_env_key(&"a".repeat(128)).is_ok());
         for key in ["", "a b", "a=b", &"a".repeat(129)] {
             assert!(check_env_key(key).is_err(), "{key}");
+        }
+        assert!(check_variable("A", Some("b\n")).is_ok());
+        assert!(check_variable("A", None).is_ok());
+        for (key, value) in [("A b", ""), ("WINDLASS_A", ""), ("A", "b\0c")] {
+            assert!(check_variable(key, Some(value)).is_err(), "{key}");
         }
     }
 }

@@ -30,7 +30,7 @@ const REPORTS: usize = 64;
 pub struct PluginFigures {
     /// Finished calls.
     pub calls: u64,
-    /// Failed calls, by the code of the failure; refusals (`plugin-refused`) are among them.
+    /// Failed calls, by the code of the failure; refusals (`plugin_refused`) are among them.
     pub failures: BTreeMap<String, u64>,
     /// Half of the calls took less time, in microseconds, with waiting; exact to 7 %.
     pub p50_us: u64,

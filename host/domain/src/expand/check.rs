@@ -8,11 +8,13 @@ use std::collections::{BTreeSet, HashMap};
 use crate::{
     id::ServerId,
     limits::Limits,
+    name::RESERVED_ENV_PREFIX,
     plan::{NodeKind, TrafficAction},
     plugin::{
         Phase, RestoreWeight, StackAction, StackStep, StrategyNode, StrategyNodeKind, StrategyPlan,
         StrategyUnit,
     },
+    value::{Environment, Value},
 };
 
 use super::{
@@ -372,6 +374,8 @@ pub(super) fn steps(part: &PartInput) -> Result<(), BadPlan> {
             json_bytes(step),
             MAX_STEP_BYTES as u64,
         )?;
+        let of = || format!("the step `{}`", cut(&step.name));
+        variables(part, &step.env, &Environment::new(), of)?;
         if !names.insert((step.phase, &step.name)) {
             return Err(BadPlan::DuplicateStep {
                 application: application(),
@@ -418,13 +422,11 @@ pub(super) fn steps(part: &PartInput) -> Result<(), BadPlan> {
     }
     for server in &part.servers {
         let mut env = part.part.env.clone();
-        env.extend(
-            part.steps
-                .server_env
-                .get(&server.id.to_string())
-                .cloned()
-                .unwrap_or_default(),
-        );
+        if let Some(given) = part.steps.server_env.get(&server.id.to_string()) {
+            let of = || format!("the server `{}`", server.name);
+            variables(part, given, &server.env, of)?;
+            env.extend(given.clone());
+        }
         env.extend(server.env.clone());
         if json_bytes(&env) > MAX_ENV_BYTES as u64 {
             return Err(BadPlan::EnvironmentTooLarge {
@@ -435,6 +437,51 @@ pub(super) fn steps(part: &PartInput) -> Result<(), BadPlan> {
         }
     }
     Ok(())
+}
+
+/// Longest name of a variable.
+const MAX_VARIABLE_BYTES: usize = 128;
+
+/// Checks the variables that a stack gives. What it hands back of the order's, the instance's or the server's own keeps the
+/// wider form that people may use there.
+fn variables(
+    part: &PartInput,
+    env: &Environment,
+    of_server: &Environment,
+    of: impl Fn() -> String,
+) -> Result<(), BadPlan> {
+    for (name, value) in env {
+        let handed_back = part.part.env.contains_key(name) || of_server.contains_key(name);
+        let rule = if name.starts_with(RESERVED_ENV_PREFIX) {
+            Some("names that start with WINDLASS_ are the platform's own")
+        } else if name.len() > MAX_VARIABLE_BYTES {
+            Some("a name has at most 128 characters")
+        } else if !handed_back && !is_variable(name) {
+            Some("a name holds letters, digits and `_`, and does not start with a digit")
+        } else if matches!(value, Value::Plain(text) if text.contains('\0')) {
+            Some("its value holds a zero byte, which no environment can hold")
+        } else {
+            None
+        };
+        if let Some(rule) = rule {
+            return Err(BadPlan::BadVariable {
+                application: part.part.key.clone(),
+                of: of(),
+                name: cut(name),
+                rule,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Whether every shell and operating system takes this as a variable's name.
+fn is_variable(name: &str) -> bool {
+    let mut bytes = name.bytes();
+    bytes
+        .next()
+        .is_some_and(|first| first.is_ascii_alphabetic() || first == b'_')
+        && bytes.all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
 }
 
 pub(super) fn json_bytes<T: serde::Serialize>(value: &T) -> u64 {

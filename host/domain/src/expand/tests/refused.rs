@@ -308,6 +308,41 @@ fn cases() -> Vec<(&'static str, BadPlan)> {
             }),
         ),
         (
+            "a variable of a step without a name",
+            with_step(StackStep {
+                env: env(&[("", "x")]),
+                ..step(Phase::Deploy, "odd", script(""))
+            }),
+        ),
+        (
+            "a variable of a step that no shell takes",
+            with_step(StackStep {
+                env: env(&[("A=B", "x")]),
+                ..step(Phase::Deploy, "odd", script(""))
+            }),
+        ),
+        (
+            "a variable that starts with a digit",
+            stack(|input| {
+                let server_env = &mut input.parts[0].steps.server_env;
+                server_env.insert(server_id(2).to_string(), env(&[("1A", "x")]));
+            }),
+        ),
+        (
+            "a variable of the platform's own",
+            stack(|input| {
+                let server_env = &mut input.parts[0].steps.server_env;
+                server_env.insert(server_id(1).to_string(), env(&[("WINDLASS_SERVER", "x")]));
+            }),
+        ),
+        (
+            "a variable with a zero byte",
+            stack(|input| {
+                let server_env = &mut input.parts[0].steps.server_env;
+                server_env.insert(server_id(1).to_string(), env(&[("A", "x\0")]));
+            }),
+        ),
+        (
             "nothing to start",
             stack(|input| {
                 let steps = &mut input.parts[0].steps.steps;
@@ -344,6 +379,7 @@ fn number(bad: &BadPlan) -> usize {
         BadPlan::EnvironmentTooLarge { .. } => 21,
         BadPlan::NoStart { .. } => 22,
         BadPlan::WeightTwice { .. } => 23,
+        BadPlan::BadVariable { .. } => 24,
     }
 }
 
@@ -351,7 +387,7 @@ fn number(bad: &BadPlan) -> usize {
 fn every_bad_plan_is_refused_with_its_node_and_rule() {
     let cases = cases();
     let seen: BTreeSet<usize> = cases.iter().map(|(_, bad)| number(bad)).collect();
-    assert_eq!(seen, (0..=23).collect(), "each variant has a case");
+    assert_eq!(seen, (0..=24).collect(), "each variant has a case");
     let messages: Vec<String> = cases
         .iter()
         .map(|(case, bad)| format!("{case}:\n    {bad}"))
@@ -397,6 +433,15 @@ fn what_is_within_the_limits_is_accepted() {
     accepted(|_, _| {});
     accepted(|_, plan| *plan = chain(MAX_DEPTH as u32 - 1));
     accepted(|_, plan| plan.nodes[1].name = sixty.to_owned());
+    // What a stack hands back of a person's own keeps the wider form.
+    accepted(|input, _| {
+        let part = &mut input.parts[0];
+        part.part.env = env(&[("a.b-c", "x")]);
+        let given = env(&[("a.b-c", "y"), ("_A1", "z")]);
+        part.steps
+            .server_env
+            .insert(server_id(1).to_string(), given);
+    });
     accepted(|_, plan| plan.nodes[1].name = "ü".repeat(60));
     accepted(|_, plan| plan.nodes.push(pause(MAX_TIMEOUT_MS)));
     accepted(|_, plan| plan.nodes.push(shift("shop", &[(1, 0), (2, 100)])));
