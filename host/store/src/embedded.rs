@@ -207,6 +207,22 @@ enum Request {
     },
 }
 
+impl Request {
+    /// Whether planning it has to know what a row is now.
+    fn looks_up(&self) -> bool {
+        match self {
+            Self::Commit { txn, .. } => {
+                !txn.preconditions().is_empty()
+                    || txn
+                        .operations()
+                        .iter()
+                        .any(|operation| matches!(operation.change, Change::Delete))
+            }
+            Self::EndLease { .. } | Self::Close { .. } => false,
+        }
+    }
+}
+
 /// An embedded store over some [`Rows`].
 pub(crate) struct Embedded<R: Rows> {
     rows: Arc<R>,
@@ -696,7 +712,8 @@ impl<R: Rows> Committer<R> {
         {
             self.break_store(&error);
         }
-        let needs_pending = requests.len() > 1;
+        // What the group itself wrote is kept only where a later one of the group asks for it.
+        let needs_pending = requests.iter().skip(1).any(Request::looks_up);
         for request in requests.drain(..) {
             match request {
                 Request::Commit { txn, answer, share } => {
@@ -861,8 +878,7 @@ impl<R: Rows> Committer<R> {
         }
         let revision = Revision(self.last.0 + 1);
         self.last = revision;
-        let shared = Arc::clone(&self.shared);
-        let mut leases = shared.leases();
+        let mut leases = self.shared.leases();
         let mut writes = Vec::with_capacity(operations.len());
         for operation in operations {
             let key = operation.key;
