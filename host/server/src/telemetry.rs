@@ -2,6 +2,8 @@
 //!
 //! `WINDLASS_LOG` filters them, for example `info,windlass::engine=debug`; `info` unless given.
 
+use std::io::IsTerminal as _;
+
 use tracing_subscriber::EnvFilter;
 
 /// Form of a line.
@@ -24,6 +26,8 @@ pub fn init(format: LogFormat, default: &str) {
     };
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // Colours are for people in front of a terminal, not for files.
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     let set = match format {
         LogFormat::Text => lines.try_init(),
