@@ -601,7 +601,7 @@ async fn a_package_is_unpacked_by_its_user_with_no_more_rights() {
     assert_eq!(result.outcome, Outcome::Succeeded, "{result:?}");
     let found = std::process::Command::new("find")
         .arg(agent.data().join("instances"))
-        .args(["-path", "*/r1*", "-printf", "%u %m %P\\n"])
+        .args(["-path", "*/r1/*", "-printf", "%u %m %P\\n"])
         .output()
         .unwrap();
     let found = String::from_utf8(found.stdout).unwrap();
