@@ -64,7 +64,7 @@ fn broken(plan: &Plan, progress: &Progress, part: u32) -> BTreeSet<ServerId> {
             | NodeKind::Judge { .. } => None,
         })
         .filter(|(node, unit)| {
-            unit.part == part && unit_state(plan, progress, *node) == UnitState::Failed
+            unit.part == Some(part) && unit_state(plan, progress, *node) == UnitState::Failed
         })
         .map(|(_, unit)| unit.server)
         .collect()
