@@ -669,6 +669,21 @@ async fn an_order_that_cannot_be_is_refused_with_its_field() {
 
     let many = Value::Array(vec![good["targets"][0].clone(); 101]);
     for (order, status, code, field, says) in [
+        // What a strategy refuses is the order's fault.
+        (
+            changed("/parameters", json!({ "grouping": "all-in-one" })),
+            422,
+            "plugin_refused",
+            json!("/parameters"),
+            "set it to 100%",
+        ),
+        (
+            changed("/environment", json!({ "A": "x\0y" })),
+            422,
+            "parameter_value_invalid",
+            json!("/environment/A"),
+            "zero byte",
+        ),
         (
             changed("/targets/0/instance", json!(format!("svc_{hex}"))),
             404,

@@ -221,7 +221,7 @@ impl Planner {
         let answer = strategy
             .plan(&request)
             .await
-            .map_err(|error| plugin_failed(&error))?;
+            .map_err(|error| plugin_failed("/parameters", &error))?;
         let input = PlanInput {
             strategy: Some(strategy.reference().clone()),
             limits: spec.limits.clone(),
@@ -386,10 +386,12 @@ impl Planner {
                 .map(|(server, binding)| facts(server, binding))
                 .collect(),
         };
-        let steps = stack
-            .lifecycle(&request)
-            .await
-            .map_err(|error| plugin_failed(&error))?;
+        let steps = stack.lifecycle(&request).await.map_err(|error| {
+            let mut targets = spec.targets.iter();
+            let index = targets.position(|target| target.instance == instance.id);
+            let index = index.unwrap_or_default();
+            plugin_failed(&format!("/targets/{index}/instance/parameters"), &error)
+        })?;
         let mine = [
             (instance_subject(app_name), read_instance(instance)),
             (package_subject(app_name), read_package(package)),

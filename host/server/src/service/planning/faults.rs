@@ -1,7 +1,11 @@
 //! What a request is refused for before anything is planned, and how plugins' failures are told.
 
-use windlass_domain::{order::ReleaseSpec, value::Environment};
-use windlass_runtime::Plugin;
+use windlass_domain::{
+    name::{RESERVED_ENV_PREFIX, check_env_key, check_variable},
+    order::ReleaseSpec,
+    value::{Environment, Value},
+};
+use windlass_runtime::{CallFailure, Plugin};
 
 use crate::service::ServiceError;
 
@@ -13,8 +17,8 @@ const MAX_DELIVERY_DEADLINE_MS: u64 = 7 * 24 * 3600 * 1000;
 const MAX_IN_FLIGHT: u64 = 10_000;
 
 pub(super) fn check_environment(field: &str, env: &Environment) -> Result<(), ServiceError> {
-    for key in env.keys() {
-        windlass_domain::name::check_env_key(key).map_err(|error| {
+    for (key, value) in env {
+        check_env_key(key).map_err(|error| {
             invalid(
                 "parameter_key_invalid",
                 format!("{field}/{key}"),
@@ -22,14 +26,26 @@ pub(super) fn check_environment(field: &str, env: &Environment) -> Result<(), Se
                 "rename the parameter",
             )
         })?;
-        if key.starts_with("WINDLASS_") {
+        if key.starts_with(RESERVED_ENV_PREFIX) {
             return Err(invalid(
                 "parameter_key_reserved",
                 format!("{field}/{key}"),
-                "names that start with WINDLASS_ are the platform's own".to_owned(),
+                format!("names that start with {RESERVED_ENV_PREFIX} are the platform's own"),
                 "rename the parameter",
             ));
         }
+        let text = match value {
+            Value::Plain(text) => Some(text.as_str()),
+            Value::SecretRef(_) => None,
+        };
+        check_variable(key, text).map_err(|error| {
+            invalid(
+                "parameter_value_invalid",
+                format!("{field}/{key}"),
+                error.message,
+                "change the value",
+            )
+        })?;
     }
     Ok(())
 }
@@ -71,13 +87,36 @@ pub(super) fn parameters_invalid(
     )
 }
 
-pub(super) fn plugin_failed(error: &windlass_runtime::CallError) -> ServiceError {
+/// A plugin's call that gave nothing. What it refused, it refused because of what it was asked: that is the order's fault, not
+/// the plugin's. `field` is where its parameters come from.
+pub(super) fn plugin_failed(field: &str, error: &windlass_runtime::CallError) -> ServiceError {
     let cause =
         std::error::Error::source(error).map_or_else(String::new, |source| format!(": {source}"));
-    ServiceError::Plugin {
-        code: "plugin_call_failed",
-        message: format!("{error}{cause}"),
-        mend: "mend the parameters where the plugin says so; otherwise choose another version of the plugin".to_owned(),
+    let message = format!("{error}{cause}");
+    match &error.failure {
+        CallFailure::Refused { field: within, .. } => invalid(
+            "plugin_refused",
+            format!("{field}{}", within.as_deref().unwrap_or_default()),
+            message,
+            "change what the plugin names",
+        ),
+        CallFailure::GuestTime { .. }
+        | CallFailure::CallTime { .. }
+        | CallFailure::HostCallTime { .. }
+        | CallFailure::HostCalls { .. }
+        | CallFailure::Memory { .. }
+        | CallFailure::Output { .. }
+        | CallFailure::Trap { .. }
+        | CallFailure::Mismatch { .. }
+        | CallFailure::InvalidAnswer { .. }
+        | CallFailure::InvalidInput { .. }
+        | CallFailure::WrongKind { .. }
+        | CallFailure::NotStarted { .. } => ServiceError::Plugin {
+            code: "plugin_call_failed",
+            message,
+            mend: "mend the plugin, or choose another version of it; its calls are recorded"
+                .to_owned(),
+        },
     }
 }
 
