@@ -1,8 +1,9 @@
 //! What a deployment strategy is asked and answers, with a builder of plans.
 
 pub use crate::bindings::deployment_strategy::exports::windlass::plugin::strategy::{
-    Application, JudgeRequest, Judgement, Limits, Node, NodeKind, Observation, ParallelLimits,
-    PlanRequest, ReleasePlan, ReleaseUnit, Server, TrafficShift, UnitProgress, Verdict, Weight,
+    Application, JudgeRequest, JudgeStage, Judgement, Limits, Node, NodeKind, Observation,
+    ParallelLimits, PlanRequest, ReleasePlan, ReleaseUnit, Server, TrafficShare, TrafficShift,
+    UnitProgress, Verdict, Weight,
 };
 
 /// A node of a plan that is being built: the place under which others are added.
@@ -18,6 +19,19 @@ pub enum Role {
     Application,
     /// A group of servers that people act on.
     Group,
+    /// A part of the order that can be rolled back by itself until it is done.
+    Stage,
+}
+
+/// What can be rolled back once a stage has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rollback {
+    /// The stage, and the order.
+    Order,
+    /// The stage alone.
+    Stage,
+    /// Nothing.
+    Nothing,
 }
 
 impl Role {
@@ -28,6 +42,7 @@ impl Role {
             Self::Plain => "plain",
             Self::Application => "application",
             Self::Group => "group",
+            Self::Stage => "stage",
         }
     }
 }
@@ -76,6 +91,20 @@ impl PlanBuilder {
         self.add(parent, name, role, NodeKind::Sequence)
     }
 
+    /// A part of the order, its children one after the other, and what can be rolled back once it has begun.
+    pub fn stage(&mut self, parent: Option<NodeRef>, name: &str, rollback: Rollback) -> NodeRef {
+        let node = self.add(parent, name, Role::Stage, NodeKind::Sequence);
+        let code = match rollback {
+            Rollback::Order => None,
+            Rollback::Stage => Some("stage"),
+            Rollback::Nothing => Some("none"),
+        };
+        if let (Some(code), Some(added)) = (code, self.plan.nodes.last_mut()) {
+            added.attributes.push(("rollback".into(), code.into()));
+        }
+        node
+    }
+
     /// Children side by side; 0 in flight: no limit of its own.
     pub fn parallel(
         &mut self,
@@ -92,9 +121,14 @@ impl PlanBuilder {
         self.add(parent, name, Role::Plain, NodeKind::Release(unit))
     }
 
-    /// Move traffic.
+    /// Set weights.
     pub fn shift(&mut self, parent: Option<NodeRef>, name: &str, shift: TrafficShift) -> NodeRef {
         self.add(parent, name, Role::Plain, NodeKind::Shift(shift))
+    }
+
+    /// Divide traffic: these servers together get a share of their application's, in percent.
+    pub fn share(&mut self, parent: Option<NodeRef>, name: &str, share: TrafficShare) -> NodeRef {
+        self.add(parent, name, Role::Plain, NodeKind::Share(share))
     }
 
     /// Wait until a person confirms.
@@ -107,9 +141,19 @@ impl PlanBuilder {
         self.add(parent, name, Role::Plain, NodeKind::Pause(duration_ms))
     }
 
-    /// Ask the strategy whether to go on.
-    pub fn judge(&mut self, parent: Option<NodeRef>, name: &str, stage: &str) -> NodeRef {
-        self.add(parent, name, Role::Plain, NodeKind::Judge(stage.into()))
+    /// Ask the strategy whether to go on, after figures were collected for so long.
+    pub fn judge(
+        &mut self,
+        parent: Option<NodeRef>,
+        name: &str,
+        stage: &str,
+        window_ms: u64,
+    ) -> NodeRef {
+        let judge = JudgeStage {
+            stage: stage.into(),
+            window_ms,
+        };
+        self.add(parent, name, Role::Plain, NodeKind::Judge(judge))
     }
 
     /// The plan.
@@ -162,6 +206,22 @@ impl PlanRequest {
             applications: Vec::new(),
             attributes: Vec::new(),
         }
+    }
+
+    /// Identifiers of the workspace's cells, in their order.
+    #[must_use]
+    pub fn cells(&self) -> Vec<&str> {
+        let cells = self.attributes.iter().find(|(key, _)| key == "cells");
+        cells.map_or_else(Vec::new, |(_, cells)| {
+            cells.split(',').filter(|cell| !cell.is_empty()).collect()
+        })
+    }
+
+    /// In a workspace with these cells; for tests.
+    #[must_use]
+    pub fn in_cells(mut self, cells: &str) -> Self {
+        self.attributes.push(("cells".into(), cells.into()));
+        self
     }
 
     /// With one more application.

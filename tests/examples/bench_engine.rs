@@ -14,8 +14,8 @@ use windlass_domain::{
     limits::{Amount, Limits},
     order::{Action, OrderState},
     plugin::{
-        NodeRole, OnFailure, RestoreWeight, StrategyNode, StrategyNodeKind, StrategyPlan,
-        StrategyUnit,
+        NodeRole, OnFailure, RestoreWeight, RollbackScope, StrategyNode, StrategyNodeKind,
+        StrategyPlan, StrategyUnit,
     },
     task::Outcome,
 };
@@ -42,6 +42,7 @@ async fn main() {
             .map(|number| (server(number), "cell-a".to_owned()))
             .collect(),
         rollback: None,
+        stage_rollbacks: BTreeMap::new(),
         blobs: blobs.clone(),
     };
     let fleet = Fleet::start(
@@ -94,12 +95,14 @@ fn all_at_once() -> StrategyPlan {
         parent: None,
         name: "all".to_owned(),
         role: NodeRole::Group,
+        rollback: RollbackScope::Order,
         kind: group,
     }];
     nodes.extend((1..=SERVERS).map(|number| StrategyNode {
         parent: Some(0),
         name: format!("server-{number}"),
         role: NodeRole::Plain,
+        rollback: RollbackScope::Order,
         kind: StrategyNodeKind::Unit(StrategyUnit {
             application: "app".to_owned(),
             server: server(number).to_string(),

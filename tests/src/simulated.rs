@@ -24,15 +24,18 @@ use windlass_domain::{
     limits::Limits,
     manifest::PluginRef,
     order::{Control, Order, OrderState, PlanRevision, Purpose},
-    plan::{Part, Plan, Read},
+    plan::{NodeIndex, Part, Plan, Read},
     plugin::{
-        Judgement, LifecyclePlan, OnFailure, Phase, StackAction, StackStep, StrategyPlan, Verdict,
-        Wishes,
+        Judgement, LifecyclePlan, Observation, OnFailure, Phase, StackAction, StackStep,
+        StrategyPlan, Verdict, Wishes,
     },
     progress::{Counts, Progress},
-    task::{Outcome, PackageFormat, PackageRef, Script, Task, TaskResult},
+    task::{Outcome, PackageFormat, PackageRef, Script, Task, TaskId, TaskResult},
 };
 use windlass_store::{Blobs, Store};
+
+/// What agents have executed, which survives the death of the server, as their journals do: how each task ended.
+pub type Journal = Arc<Mutex<HashMap<TaskId, Outcome>>>;
 
 /// Answers a task.
 pub type Answer = dyn Fn(ServerId, &Task) -> Outcome + Send + Sync;
@@ -100,6 +103,8 @@ pub struct GivenPlans {
     pub members: Vec<(ServerId, String)>,
     /// The rollback's plan; `None`: there is nothing to roll back to.
     pub rollback: Option<Plan>,
+    /// The rollbacks' plans of stages; a stage without one has nothing to bring back.
+    pub stage_rollbacks: BTreeMap<NodeIndex, Plan>,
     /// Where plans are kept.
     pub blobs: Blobs,
 }
@@ -126,7 +131,14 @@ impl Planning for GivenPlans {
         Ok(self.members.clone())
     }
 
-    async fn judge(&self, _: &Order, _: &Plan, _: &Progress, _: &str) -> Result<Judgement, String> {
+    async fn judge(
+        &self,
+        _: &Order,
+        _: &Plan,
+        _: &Progress,
+        _: &str,
+        _: Vec<Observation>,
+    ) -> Result<Judgement, String> {
         Ok(Judgement {
             verdict: Verdict::GoOn,
             reason: String::new(),
@@ -145,6 +157,7 @@ impl Planning for GivenPlans {
             of: of.id,
             reason: reason.to_owned(),
             core_plan_because: None,
+            stage: None,
         };
         let mut order = new_order(&self.blobs, &plan, purpose).await;
         order.lock_owner = of.lock_owner;
@@ -152,6 +165,30 @@ impl Planning for GivenPlans {
             order,
             plan: Arc::new(plan),
         })
+    }
+
+    async fn plan_stage_rollback(
+        &self,
+        of: &Order,
+        _: &Plan,
+        _: &Progress,
+        (stage, reason): (NodeIndex, &str),
+    ) -> Result<Option<PlannedRollback>, String> {
+        let Some(plan) = self.stage_rollbacks.get(&stage).cloned() else {
+            return Ok(None);
+        };
+        let purpose = Purpose::Rollback {
+            of: of.id,
+            reason: reason.to_owned(),
+            core_plan_because: None,
+            stage: Some(stage),
+        };
+        let mut order = new_order(&self.blobs, &plan, purpose).await;
+        order.lock_owner = of.lock_owner;
+        Ok(Some(PlannedRollback {
+            order,
+            plan: Arc::new(plan),
+        }))
     }
 }
 
@@ -184,11 +221,26 @@ impl Fleet {
         planning: GivenPlans,
         answer: Arc<Answer>,
     ) -> Self {
+        Self::resume(store, blobs, planning, answer, Journal::default()).await
+    }
+
+    /// Likewise, with agents that know what they have executed.
+    ///
+    /// # Panics
+    /// When the engine cannot start.
+    pub async fn resume(
+        store: Arc<dyn Store>,
+        blobs: Blobs,
+        planning: GivenPlans,
+        answer: Arc<Answer>,
+        journal: Journal,
+    ) -> Self {
         let (nudges, nudged) = mpsc::channel(100_000);
         let sessions = Arc::new(Sessions {
             offline: Mutex::default(),
             nudges,
         });
+        let members = planning.members.clone();
         let pools = Arc::new(SimulatedPools::new(store.clone()));
         let engine = Engine::new(EngineParts {
             store: store.clone(),
@@ -206,8 +258,13 @@ impl Fleet {
             answer,
             executed: executed.clone(),
             tasks: tasks.clone(),
-            seen: HashMap::new(),
+            journal,
+            reported: HashSet::new(),
         };
+        // What waits in inboxes is pushed when a session begins.
+        for (server, _) in &members {
+            sessions.nudge(*server);
+        }
         let stopped = stop.clone();
         tasks.spawn(async move {
             tokio::select! {
@@ -296,7 +353,8 @@ struct FleetTask {
     answer: Arc<Answer>,
     executed: Arc<Mutex<Vec<(ServerId, Task)>>>,
     tasks: TaskTracker,
-    seen: HashMap<ServerId, HashSet<windlass_domain::task::TaskId>>,
+    journal: Journal,
+    reported: HashSet<TaskId>,
 }
 
 impl FleetTask {
@@ -314,24 +372,36 @@ impl FleetTask {
         let prefix = windlass_store::Key::from_segments(["default", "inbox", &server.to_string()])
             .expect("a server id is a segment")
             .below();
-        let page = self
-            .store
-            .scan(&prefix, None, 100)
-            .await
-            .expect("the inbox is read");
+        // A server that died answers no more.
+        let Ok(page) = self.store.scan(&prefix, None, 100).await else {
+            return;
+        };
         for entry in page.entries {
             let entry: InboxEntry = serde_json::from_slice(&entry.value).expect("an inbox entry");
-            let outcome = if entry.revoked {
-                Outcome::Revoked
-            } else {
-                if !self.seen.entry(server).or_default().insert(entry.task.id) {
-                    continue;
+            let known = self
+                .journal
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .get(&entry.task.id)
+                .copied();
+            let outcome = match known {
+                // An execution ends as it does, revoked or not.
+                Some(_) if !self.reported.insert(entry.task.id) && !entry.revoked => continue,
+                Some(outcome) => outcome,
+                None if entry.revoked => Outcome::Revoked,
+                None => {
+                    self.reported.insert(entry.task.id);
+                    self.executed
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push((server, entry.task.clone()));
+                    let outcome = (self.answer)(server, &entry.task);
+                    self.journal
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .insert(entry.task.id, outcome);
+                    outcome
                 }
-                self.executed
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .push((server, entry.task.clone()));
-                (self.answer)(server, &entry.task)
             };
             let engine = self.engine.clone();
             let task = entry.task.id;
@@ -374,6 +444,19 @@ pub struct Release {
 /// When the strategy's plan is not accepted.
 #[must_use]
 pub fn plan(release: Release) -> Plan {
+    plan_in_cells(release, |_| "cell-a".to_owned(), |_| true)
+}
+
+/// Expands a simulated release over servers in the cells that are given; of those that are not released traffic alone is moved.
+///
+/// # Panics
+/// When the strategy's plan is not accepted.
+#[must_use]
+pub fn plan_in_cells(
+    release: Release,
+    cell: impl Fn(u32) -> String,
+    is_released: impl Fn(u32) -> bool,
+) -> Plan {
     let Release {
         servers,
         steps,
@@ -435,11 +518,16 @@ pub fn plan(release: Release) -> Plan {
                 server_env: BTreeMap::new(),
             },
             approved: Wishes::default(),
+            only_traffic: (1..=servers)
+                .filter(|number| !is_released(*number))
+                .map(server)
+                .collect(),
             servers: (1..=servers)
+                .filter(|number| is_released(*number))
                 .map(|number| ServerInput {
                     id: server(number),
                     name: format!("server-{number}"),
-                    cell: "cell-a".to_owned(),
+                    cell: cell(number),
                     env: BTreeMap::new(),
                     installed: None,
                     drained_by: None,

@@ -11,8 +11,8 @@ use windlass_domain::{
     order::{Action, OrderState},
     plan::Level,
     plugin::{
-        NodeRole, OnFailure, RestoreWeight, StrategyNode, StrategyNodeKind, StrategyPlan,
-        StrategyUnit,
+        NodeRole, OnFailure, RestoreWeight, RollbackScope, StrategyNode, StrategyNodeKind,
+        StrategyPlan, StrategyUnit,
     },
     progress::NodeState,
     task::Outcome,
@@ -28,6 +28,7 @@ fn node(parent: Option<u32>, name: &str, role: NodeRole, kind: StrategyNodeKind)
         parent,
         name: name.to_owned(),
         role,
+        rollback: RollbackScope::Order,
         kind,
     }
 }
@@ -106,6 +107,7 @@ async fn fleet(directory: &tempfile::TempDir, servers: u32, answer: Arc<Answer>)
             .map(|number| (server(number), "cell-a".to_owned()))
             .collect(),
         rollback: Some(plan(release(&[1]))),
+        stage_rollbacks: std::collections::BTreeMap::new(),
         blobs: blobs.clone(),
     };
     Fleet::start(

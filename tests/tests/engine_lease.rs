@@ -90,6 +90,7 @@ async fn an_engine_that_lost_its_lease_goes_on() {
         reads: Mutex::default(),
         members: vec![(server(1), "cell-a".to_owned())],
         rollback: None,
+        stage_rollbacks: std::collections::BTreeMap::new(),
         blobs: blobs.clone(),
     };
     let store = Arc::new(FirstLeaseIsShort {

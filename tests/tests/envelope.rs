@@ -63,7 +63,13 @@ async fn what_a_hostile_strategy_plans_is_refused_or_held() {
 async fn what_a_hostile_strategy_does_while_it_runs_is_stopped() {
     let (_plugins, host, scene) = ready().await;
     a_broken_health_check_blocks_whatever_the_judge_says(&host, &scene).await;
-    a_trap_in_rollback_leaves_the_rollback_to_the_core(&host, &scene).await;
+    for (behave, cause) in [
+        ("rollback-trap", "trap"),
+        ("rollback-missing", "this guest has no rollback"),
+        ("rollback-empty", "the strategy returned no nodes"),
+    ] {
+        without_a_rollback_the_core_rolls_back(&host, &scene, behave, cause).await;
+    }
     a_rollback_all_at_once_keeps_the_limit(&host, &scene).await;
     traffic_is_not_cut_one_server_after_the_other(&host, &scene).await;
 }
@@ -80,6 +86,13 @@ async fn plans_that_break_a_rule_are_refused(host: &TestHost, scene: &Scene) {
             "names the server `srv_nobody`, which is not a server of `scene`".to_owned(),
         ),
         ("duplicate-server", "stands in the plan twice".to_owned()),
+        ("twice-in-parallel", "stands in the plan twice".to_owned()),
+        ("empty", "the strategy returned no nodes".to_owned()),
+        ("bad-share", "gives a share of 101 %".to_owned()),
+        (
+            "late-parent",
+            "a parent stands before its children".to_owned(),
+        ),
         (
             "unknown-application",
             "names the application `nothing`".to_owned(),
@@ -360,19 +373,27 @@ async fn a_broken_health_check_blocks_whatever_the_judge_says(host: &TestHost, s
     scene.forget();
 }
 
-async fn a_trap_in_rollback_leaves_the_rollback_to_the_core(host: &TestHost, scene: &Scene) {
+async fn without_a_rollback_the_core_rolls_back(
+    host: &TestHost,
+    scene: &Scene,
+    behave: &str,
+    cause: &str,
+) {
     let order = host
-        .order(&hostile(scene, "rollback-trap", 2, json!({})))
+        .order(&hostile(scene, behave, 2, json!({})))
         .await
         .expect("an order");
     let ended = host.order_ended(&order).await;
     assert_eq!(ended["state"], "rolled_back", "{ended}");
     let rollback = host.order_ended(&text(&ended["rolled_back_by"])).await;
     let because = text(&rollback["purpose"]["core_plan_because"]);
-    assert!(
-        because.contains("hostile") && because.contains("rollback"),
-        "it names the plugin and the function: {because}"
-    );
+    assert!(because.contains(cause), "{behave}: {because}");
+    if behave == "rollback-trap" {
+        assert!(
+            because.contains("hostile") && because.contains("rollback"),
+            "it names the plugin and the function: {because}"
+        );
+    }
     assert_eq!(rollback["strategy"], "", "the plan is the core's own");
     assert_eq!(rollback["state"], "succeeded", "{rollback}");
     scene.check_serves(host, 0).await;

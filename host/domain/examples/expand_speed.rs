@@ -14,8 +14,8 @@ use windlass_domain::{
     manifest::{Manifest, PluginRef},
     plan::Part,
     plugin::{
-        LifecyclePlan, NodeRole, OnFailure, Phase, RestoreWeight, StackAction, StackStep,
-        StrategyNode, StrategyNodeKind, StrategyPlan, StrategyUnit, Wishes,
+        LifecyclePlan, NodeRole, OnFailure, Phase, RestoreWeight, RollbackScope, StackAction,
+        StackStep, StrategyNode, StrategyNodeKind, StrategyPlan, StrategyUnit, Wishes,
     },
     task::{PackageFormat, PackageRef, Script},
     value::{Environment, Value},
@@ -68,6 +68,7 @@ fn strategy(parts: &[PartInput]) -> StrategyPlan {
             parent: None,
             name: part.part.key.clone(),
             role: NodeRole::Group,
+            rollback: RollbackScope::Order,
             kind: StrategyNodeKind::Parallel {
                 max_in_flight: 0,
                 max_failures: 0,
@@ -77,6 +78,7 @@ fn strategy(parts: &[PartInput]) -> StrategyPlan {
             parent: Some(group),
             name: server.name.clone(),
             role: NodeRole::Plain,
+            rollback: RollbackScope::Order,
             kind: StrategyNodeKind::Unit(StrategyUnit {
                 application: part.part.key.clone(),
                 server: server.id.to_string(),
@@ -137,6 +139,7 @@ fn part(app: u32, servers: u32) -> PartInput {
             server_env: BTreeMap::new(),
         },
         approved: Wishes::default(),
+        only_traffic: Vec::new(),
         servers: (0..servers)
             .map(|server| ServerInput {
                 id: ServerId::from_uuid(Uuid::from_u128(u128::from(server))),

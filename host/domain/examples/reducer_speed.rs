@@ -15,7 +15,7 @@ use windlass_domain::{
     limits::{Amount, Limits},
     order::{Action, Control},
     plan::{Level, Node, NodeIndex, NodeKind, Plan, StepTemplate, Unit},
-    plugin::{OnFailure, Phase, RestoreWeight, StackAction, StackStep},
+    plugin::{OnFailure, Phase, RestoreWeight, RollbackScope, StackAction, StackStep},
     progress::Progress,
     reducer::{Effect, Event, apply},
     task::{Outcome, TaskResult},
@@ -71,6 +71,8 @@ fn run(servers: u32, in_flight: u32, cancel_after: Option<usize>) {
                 | Effect::Pause { .. }
                 | Effect::Judge { .. }
                 | Effect::StartRollback
+                | Effect::RollBackStage(_)
+                | Effect::ChangeTraffic { .. }
                 | Effect::Finish => {}
             }
         }
@@ -174,6 +176,7 @@ fn plan(servers: u32, in_flight: u32) -> Plan {
 fn node(parent: Option<NodeIndex>, level: Level, kind: NodeKind) -> Node {
     Node {
         parent,
+        rollback: RollbackScope::Order,
         level,
         name: String::new(),
         kind,

@@ -26,8 +26,8 @@ use crate::{
     manifest::{Manifest, PluginRef},
     plan::{NodeIndex, Part, Plan, Read},
     plugin::{
-        LifecyclePlan, NodeRole, OnFailure, Phase, RestoreWeight, StrategyNode, StrategyNodeKind,
-        StrategyPlan, StrategyUnit, Wishes,
+        LifecyclePlan, NodeRole, OnFailure, Phase, RestoreWeight, RollbackScope, StrategyNode,
+        StrategyNodeKind, StrategyPlan, StrategyUnit, Wishes,
     },
     value::Environment,
 };
@@ -58,8 +58,10 @@ pub struct PartInput {
     pub steps: LifecyclePlan,
     /// What an operator has approved of the stack's wishes.
     pub approved: Wishes,
-    /// Its servers.
+    /// Its servers: each stands in the plan once.
     pub servers: Vec<ServerInput>,
+    /// Further servers that can only be named where traffic is moved.
+    pub only_traffic: Vec<ServerId>,
 }
 
 /// One server of an application to be planned.
@@ -187,6 +189,12 @@ pub enum BadPlan {
         application: String,
         minimum: u32,
     },
+    #[error("node {node} (`{name}`) gives a share of {percent} %; the limit is 0 to 100")]
+    BadShare {
+        node: usize,
+        name: String,
+        percent: u32,
+    },
     #[error("node {node} (`{name}`) waits for {duration_ms} ms; the limit is a day")]
     PauseTooLong {
         node: usize,
@@ -259,7 +267,10 @@ pub enum BadPlan {
 /// [`BadPlan`] names the node or step and the rule.
 pub fn expand(input: PlanInput, strategy: &StrategyPlan) -> Result<Plan, BadPlan> {
     for part in &input.parts {
-        check::steps(part)?;
+        // What is not released has no steps.
+        if !part.servers.is_empty() {
+            check::steps(part)?;
+        }
     }
     let checked = check::nodes(&input, strategy)?;
     let tree = build::tree(&input, strategy, &checked);
@@ -313,6 +324,7 @@ pub fn one_by_one(servers: &[(String, ServerId)]) -> StrategyPlan {
         parent: None,
         name: cut(&format!("{application} on {server}")),
         role: NodeRole::Group,
+        rollback: RollbackScope::Order,
         kind: StrategyNodeKind::Unit(StrategyUnit {
             application: application.clone(),
             server: server.to_string(),

@@ -23,6 +23,7 @@ pub mod pool;
 pub mod progress;
 pub mod reducer;
 pub mod server;
+pub mod share;
 pub mod stages;
 pub mod task;
 pub mod time;

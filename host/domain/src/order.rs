@@ -20,7 +20,7 @@ use crate::{
     id::{InstanceId, OrderId, PackageId, ServerId},
     limits::Limits,
     operation::Operation,
-    progress::Counts,
+    progress::{Counts, ServerWeight},
     time::Timestamp,
     value::Environment,
 };
@@ -102,6 +102,9 @@ pub enum Purpose {
         reason: String,
         /// Whether the core's own plan runs because the strategy's was missing, failed, or broke a limit: the cause.
         core_plan_because: Option<String>,
+        /// The stage of that order that alone is rolled back; absent: all of it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stage: Option<u32>,
     },
     /// Do something to applications as they are installed.
     Operation {
@@ -131,6 +134,14 @@ pub struct Target {
     pub parameters: Environment,
 }
 
+/// One service instance that only takes part in moving traffic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ShiftTarget {
+    /// The service instance; its application runs on its servers already.
+    pub instance: InstanceId,
+}
+
 /// What was asked for: everything a plan is made from that a person chose.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -145,6 +156,9 @@ pub struct ReleaseSpec {
     pub parameters: serde_json::Value,
     /// What to release.
     pub targets: Vec<Target>,
+    /// What is not released and takes part where the strategy moves traffic.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shift_only: Vec<ShiftTarget>,
     /// Dependencies between applications in the short form: `a>b,c>d`, a depends on b.
     #[serde(default)]
     pub dependencies: String,
@@ -338,6 +352,36 @@ pub enum Action {
         /// Why.
         reason: String,
     },
+    /// Bring back what one stage changed that is not done: what is under way in it is ended, then a rollback order runs. Again
+    /// when that failed.
+    RollBackStage {
+        /// The stage.
+        node: u32,
+        /// Why.
+        reason: String,
+    },
+    /// Run a stage again that was rolled back.
+    RunAgain {
+        /// The stage.
+        node: u32,
+    },
+    /// Go on without a stage that was rolled back.
+    GoOn {
+        /// The stage.
+        node: u32,
+    },
+    /// Set weights of servers that this order has released; those that failed stay at 0. Possible until the order ends.
+    SetWeights {
+        /// Servers and their weights, 1 to 100 of them.
+        weights: Vec<ServerWeight>,
+    },
+    /// Give the servers of one cell, which this order has released, a share of the traffic of all its applications.
+    ShiftCell {
+        /// The cell's identifier.
+        cell: String,
+        /// The share, 0 to 50.
+        percent: u32,
+    },
 }
 
 /// One thing that happened to an order; what the event stream sends.
@@ -384,5 +428,12 @@ pub enum Happened {
     Action {
         /// What was done.
         did: Action,
+    },
+    /// A change of traffic that a person asked for was made, or not.
+    Traffic {
+        /// Which one, counted from 1.
+        edit: u32,
+        /// Why it was not made.
+        error: Option<String>,
     },
 }

@@ -26,7 +26,7 @@ use crate::{
     id::{AppId, InstanceId, PoolId, ServerId},
     limits::Limits,
     manifest::PluginRef,
-    plugin::{OnFailure, RestoreWeight, StackStep},
+    plugin::{OnFailure, RestoreWeight, RollbackScope, ShiftWeight, StackStep},
     task::{PackageRef, Script},
     value::Environment,
 };
@@ -168,6 +168,8 @@ pub enum Level {
     Application,
     /// A group of servers.
     Group,
+    /// A part of the order that can be rolled back by itself until it is done.
+    Stage,
     /// One server.
     Server,
     /// A leaf.
@@ -185,6 +187,9 @@ pub struct Node {
     pub level: Level,
     /// Name for people.
     pub name: String,
+    /// Of a stage: what can be rolled back once it has begun.
+    #[serde(default, skip_serializing_if = "RollbackScope::is_order")]
+    pub rollback: RollbackScope,
     /// What it is.
     pub kind: NodeKind,
 }
@@ -228,7 +233,18 @@ pub enum NodeKind {
     Judge {
         /// Its name for what is judged.
         stage: String,
+        /// For so long figures are collected before it is asked, in milliseconds.
+        #[serde(default, skip_serializing_if = "is_zero")]
+        window_ms: u64,
     },
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "the signature serde asks for"
+)]
+const fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// A change of weights behind the traffic seam.
@@ -247,7 +263,18 @@ pub enum TrafficAction {
         /// Index in [`Plan::parts`].
         part: u32,
         /// Server and weight, 0 to 100.
-        weights: Vec<(ServerId, u32)>,
+        weights: Vec<(ServerId, ShiftWeight)>,
+    },
+    /// Divide traffic: in each pool of the part these servers together get a share, its other servers the rest.
+    Share {
+        /// Index in [`Plan::parts`].
+        part: u32,
+        /// The servers.
+        servers: Vec<ServerId>,
+        /// The part's other servers.
+        rest: Vec<ServerId>,
+        /// The servers' share, 0 to 100.
+        percent: u32,
     },
 }
 
@@ -258,6 +285,26 @@ pub struct Read {
     pub digest: Digest,
     /// A short text of it for people: what `before` and `after` show when it drifted. Never a secret.
     pub shown: String,
+}
+
+impl TrafficAction {
+    /// The part and the servers whose weights a shift changes, in the order of
+    /// [`NodeProgress::shifted`](crate::progress::NodeProgress::shifted); `None` for what is a unit's own.
+    #[must_use]
+    pub fn shifts(&self) -> Option<(u32, Vec<ServerId>)> {
+        match self {
+            Self::Drain { .. } | Self::Restore => None,
+            Self::Set { part, weights } => {
+                Some((*part, weights.iter().map(|(server, _)| *server).collect()))
+            }
+            Self::Share {
+                part,
+                servers,
+                rest,
+                percent: _,
+            } => Some((*part, servers.iter().chain(rest).copied().collect())),
+        }
+    }
 }
 
 impl NodeKind {
@@ -282,7 +329,8 @@ impl Plan {
     /// | --- | --- |
     /// | 1 | releases of packages |
     /// | 2 | applications without a package, server work, commands as steps |
-    pub const SCHEMA: u32 = 2;
+    /// | 3 | shares of traffic, remembered weights in shifts, stages, windows of judgements |
+    pub const SCHEMA: u32 = 3;
 
     /// The lowest schema that can say what this plan says.
     #[must_use]
@@ -299,7 +347,29 @@ impl Plan {
             | StepTemplate::Stack(_) => true,
             StepTemplate::Script(_) => false,
         });
-        if released && of_applications && known_steps {
+        let known_nodes = self.nodes.iter().all(|node| {
+            node.level != Level::Stage
+                && match &node.kind {
+                    NodeKind::Traffic(TrafficAction::Share { .. }) => false,
+                    NodeKind::Traffic(TrafficAction::Set { part: _, weights }) => weights
+                        .iter()
+                        .all(|(_, weight)| matches!(weight, ShiftWeight::Exactly(_))),
+                    NodeKind::Judge {
+                        stage: _,
+                        window_ms,
+                    } => *window_ms == 0,
+                    NodeKind::Traffic(TrafficAction::Drain { .. } | TrafficAction::Restore)
+                    | NodeKind::Sequence
+                    | NodeKind::Parallel { .. }
+                    | NodeKind::Unit { .. }
+                    | NodeKind::Step { .. }
+                    | NodeKind::Gate { .. }
+                    | NodeKind::Pause { .. } => true,
+                }
+        });
+        if !known_nodes {
+            3
+        } else if released && of_applications && known_steps {
             1
         } else {
             2

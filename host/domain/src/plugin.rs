@@ -257,8 +257,22 @@ pub struct StrategyRequest {
     pub parameters: serde_json::Value,
     /// The order's limits, for information: the core enforces them whatever the strategy plans.
     pub limits: Limits,
+    /// Identifiers of the workspace's cells, in their order.
+    #[serde(default)]
+    pub cells: Vec<String>,
     /// Applications in the order of their stages.
     pub applications: Vec<StrategyApp>,
+}
+
+/// What an order does with one of its applications.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AppRole {
+    /// It is released.
+    #[default]
+    Release,
+    /// It only takes part in moving traffic.
+    ShiftOnly,
 }
 
 /// One application of an order.
@@ -268,9 +282,12 @@ pub struct StrategyApp {
     pub key: String,
     /// Stage, from 1; applications of a higher stage depend on ones of a lower.
     pub stage: u32,
+    /// What is done with it.
+    #[serde(default)]
+    pub role: AppRole,
     /// Whether its servers take traffic from pools.
     pub has_pools: bool,
-    /// Package version to release.
+    /// Package version to release; empty where it is not released.
     pub target_version: String,
     /// Its servers.
     pub servers: Vec<StrategyServer>,
@@ -324,6 +341,9 @@ pub struct StrategyNode {
     pub name: String,
     /// Whether it stands for a group of servers that people act on.
     pub role: NodeRole,
+    /// What can be rolled back once it has begun: of a stage.
+    #[serde(default)]
+    pub rollback: RollbackScope,
     /// What it is.
     pub kind: StrategyNodeKind,
 }
@@ -338,7 +358,83 @@ pub enum NodeRole {
     Application,
     /// A group of servers.
     Group,
+    /// A part of the order that can be rolled back by itself until it is done.
+    Stage,
 }
+
+/// What can be rolled back once a stage has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RollbackScope {
+    /// The stage, and the order.
+    #[default]
+    Order,
+    /// The stage alone.
+    Stage,
+    /// Nothing.
+    Nothing,
+}
+
+impl RollbackScope {
+    pub(crate) const fn is_order(&self) -> bool {
+        matches!(self, Self::Order)
+    }
+}
+
+/// A weight in a change of traffic. JSON: a number, 0 to 100, or `"remembered"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ShiftWeight {
+    /// This one.
+    Exactly(u32),
+    /// What it was before the order first touched it; a server that it did not touch keeps what it has.
+    Remembered,
+}
+
+impl Serialize for ShiftWeight {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Exactly(weight) => serializer.serialize_u32(*weight),
+            Self::Remembered => serializer.serialize_str("remembered"),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for ShiftWeight {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum Named {
+            Remembered,
+        }
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "expected a weight, or `remembered`")]
+        enum Form {
+            Exactly(u32),
+            Named(Named),
+        }
+        Ok(match Form::deserialize(deserializer)? {
+            Form::Exactly(weight) => Self::Exactly(weight),
+            Form::Named(Named::Remembered) => Self::Remembered,
+        })
+    }
+}
+
+impl utoipa::PartialSchema for ShiftWeight {
+    fn schema() -> utoipa::openapi::RefOr<utoipa::openapi::schema::Schema> {
+        use utoipa::openapi::schema::{ObjectBuilder, OneOfBuilder, Type};
+        let number = ObjectBuilder::new()
+            .schema_type(Type::Integer)
+            .minimum(Some(0))
+            .maximum(Some(100));
+        let named = ObjectBuilder::new()
+            .schema_type(Type::String)
+            .enum_values(Some(["remembered"]));
+        utoipa::openapi::schema::Schema::OneOf(OneOfBuilder::new().item(number).item(named).build())
+            .into()
+    }
+}
+
+impl utoipa::ToSchema for ShiftWeight {}
 
 /// The kinds of nodes a strategy can return; never steps.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -360,7 +456,16 @@ pub enum StrategyNodeKind {
         /// Key of the application.
         application: String,
         /// Server id and weight, 0 to 100.
-        weights: Vec<(String, u32)>,
+        weights: Vec<(String, ShiftWeight)>,
+    },
+    /// Divide the traffic of one application.
+    Share {
+        /// Key of the application.
+        application: String,
+        /// Servers that together get the share.
+        servers: Vec<String>,
+        /// The share, 0 to 100.
+        percent: u32,
     },
     /// Wait until a person confirms.
     Gate {
@@ -376,6 +481,8 @@ pub enum StrategyNodeKind {
     Judge {
         /// Its own name for what is judged.
         stage: String,
+        /// For so long figures are collected first, in milliseconds.
+        window_ms: u64,
     },
 }
 
@@ -456,7 +563,7 @@ pub struct Observation {
     pub application: String,
     /// Server id; empty for the application as a whole.
     pub server: String,
-    /// Name, for example `unit.failed`, `unit.released`, `weight`.
+    /// Name: one of those that the contract lists (`wit/deployment-strategy.wit`, `observation`).
     pub metric: String,
     /// Figure.
     pub value: f64,
@@ -483,6 +590,8 @@ pub enum Verdict {
     Hold,
     /// Roll the order back.
     RollBack,
+    /// Collect for another window, and ask again.
+    Extend,
 }
 
 // ---------------------------------------------------------------------------------------------- public commands, diagnostics

@@ -8,9 +8,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    id::PoolId,
+    id::{OrderId, PoolId, ServerId},
     order::{Control, Ending, OrderState},
-    plan::{NodeIndex, NodeKind, Plan, TrafficAction},
+    plan::{Level, NodeIndex, NodeKind, Plan, TrafficAction},
     task::TaskResult,
     time::Timestamp,
 };
@@ -181,6 +181,95 @@ pub struct PoolWeight {
     pub weight: u32,
 }
 
+/// Where the rollback of one stage is. While there is one, nothing starts in the stage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum StageRollback {
+    /// What is under way in the stage is being ended.
+    Ending {
+        /// Why it is rolled back.
+        reason: String,
+    },
+    /// Nothing is under way any more: its rollback order is to be made.
+    Due {
+        /// Why it is rolled back.
+        reason: String,
+    },
+    /// Its rollback order is under way.
+    Running {
+        /// That order.
+        order: OrderId,
+    },
+    /// It is as it was before. A person runs it again, or goes on without it.
+    Done,
+    /// It could not be brought back: a person tries again.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
+
+impl StageRollback {
+    /// Whether it goes on by itself.
+    #[must_use]
+    pub const fn is_under_way(&self) -> bool {
+        match self {
+            Self::Ending { .. } | Self::Due { .. } | Self::Running { .. } => true,
+            Self::Done | Self::Failed { .. } => false,
+        }
+    }
+}
+
+/// A server and its weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ServerWeight {
+    /// The server.
+    pub server: ServerId,
+    /// 0 to 100.
+    pub weight: u32,
+}
+
+/// What a person changes of an order's traffic.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum TrafficChange {
+    /// These servers get these weights in every pool of the applications that were released on them.
+    Weights(Vec<ServerWeight>),
+    /// The servers of one cell get a share of every pool's traffic.
+    Cell {
+        /// The cell's identifier.
+        cell: String,
+        /// The share, 0 to 50.
+        percent: u32,
+    },
+}
+
+/// The last change of traffic by a person.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct TrafficEdit {
+    /// Counts them, from 1.
+    pub number: u32,
+    /// The stage that it belongs to, whose rollback takes it back; 0: the order.
+    pub scope: NodeIndex,
+    /// What is changed.
+    pub change: TrafficChange,
+    /// How far it is.
+    pub state: EditState,
+}
+
+/// How far a change of traffic is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EditState {
+    /// Being made.
+    Due,
+    /// Made, and read back.
+    Done,
+    /// Refused by the safety envelope, or a pool failed: why.
+    Failed(String),
+}
+
 /// One difference between what was planned from and what is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Drift {
@@ -241,6 +330,43 @@ pub struct NodeProgress {
     /// Of an inner node: a person asked to run it.
     #[serde(skip_serializing_if = "is_false")]
     pub opened: bool,
+    /// Of a stage: where its rollback is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<StageRollback>,
+    /// Of a unit: it was rolled back with its stage and runs again, so that what is installed is another installation of the
+    /// same release.
+    #[serde(skip_serializing_if = "is_false")]
+    pub again: bool,
+    /// Of a judge: how many windows were collected and did not suffice.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub extended: u32,
+    /// Of the root: the last change of traffic by a person.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub edit: Option<TrafficEdit>,
+}
+
+impl NodeProgress {
+    /// Whether nothing more may start in it: it is being ended, or its stage is rolled back.
+    #[must_use]
+    pub(crate) const fn is_ended(&self) -> bool {
+        self.cancel || self.rollback.is_some()
+    }
+
+    /// Whether an effect is outstanding that is an inner node's own.
+    const fn is_waiting(&self) -> bool {
+        let rollback = match &self.rollback {
+            Some(rollback) => rollback.is_under_way(),
+            None => false,
+        };
+        let edit = matches!(
+            self.edit,
+            Some(TrafficEdit {
+                state: EditState::Due,
+                ..
+            })
+        );
+        rollback || edit || matches!(self.admission, Admission::Asked | Admission::Held(_))
+    }
 }
 
 impl NodeProgress {
@@ -326,6 +452,8 @@ impl Tally {
 ///
 /// The first rule that fits:
 ///
+/// 0. A stage that is rolled back, and that nobody went on without: `running` while it is, then `awaiting_confirmation`, or
+///    `failed`.
 /// 1. A person ignored it: `running` while something in it is (its server gets its weight back), else `ignored`.
 /// 2. All children are settled: `cancelled` when all of them are, or when it is marked to be ended and one of them is; else
 ///    `succeeded`.
@@ -347,6 +475,16 @@ pub fn derive(kind: &NodeKind, marks: &NodeProgress, tally: &Tally) -> NodeState
     let any = |state| tally.of(state) > 0;
     let total = tally.total();
     let busy = any(S::Running) || any(S::Cancelling);
+    match &marks.rollback {
+        Some(
+            StageRollback::Ending { .. }
+            | StageRollback::Due { .. }
+            | StageRollback::Running { .. },
+        ) => return S::Running,
+        Some(StageRollback::Failed { .. }) => return S::Failed,
+        Some(StageRollback::Done) if !marks.ignored => return S::AwaitingConfirmation,
+        Some(StageRollback::Done) | None => {}
+    }
     // An ignored server may still get its weight back.
     if marks.ignored {
         return if busy { S::Running } else { S::Ignored };
@@ -423,13 +561,16 @@ pub struct Progress {
     pub(crate) subtree_end: Vec<NodeIndex>,
     /// The nodes that are units.
     pub(crate) unit_nodes: Vec<NodeIndex>,
+    /// The nodes that are stages.
+    pub(crate) stage_nodes: Vec<NodeIndex>,
     /// The states of all units.
     pub(crate) units: Tally,
     /// Failed units that do not stop the order.
     pub(crate) allowed_failures: u32,
     /// Leaves that run or are being ended.
     pub(crate) busy_leaves: u32,
-    /// Units that were asked for and whose answer is outstanding.
+    /// Inner nodes with an effect of their own that is outstanding: units that were asked for, stages that are rolled back,
+    /// the order whose traffic a person changes.
     pub(crate) asked: u32,
     /// What is live in each subtree.
     pub(crate) live: Vec<Live>,
@@ -496,6 +637,11 @@ impl Progress {
                 .filter(|(_, node)| matches!(node.kind, NodeKind::Unit { .. }))
                 .map(|(index, _)| index)
                 .collect(),
+            stage_nodes: (0u32..)
+                .zip(&plan.nodes)
+                .filter(|(_, node)| node.level == Level::Stage)
+                .map(|(index, _)| index)
+                .collect(),
             units: Tally::default(),
             allowed_failures: 0,
             busy_leaves: 0,
@@ -506,12 +652,19 @@ impl Progress {
             shifts: (0u32..)
                 .zip(&plan.nodes)
                 .filter(|(_, node)| {
-                    matches!(node.kind, NodeKind::Traffic(TrafficAction::Set { .. }))
+                    matches!(
+                        node.kind,
+                        NodeKind::Traffic(TrafficAction::Set { .. } | TrafficAction::Share { .. })
+                    )
                 })
                 .map(|(index, _)| index)
                 .collect(),
         };
-        progress.ended = progress.nodes.iter().map(|row| u32::from(row.cancel)).sum();
+        progress.ended = progress
+            .nodes
+            .iter()
+            .map(|row| u32::from(row.is_ended()))
+            .sum();
         progress.allowed_failures = plan
             .limits
             .max_failures
@@ -568,7 +721,7 @@ impl Progress {
         &self.tallies[node as usize]
     }
 
-    /// Whether no leaf is under way and no server's admission is outstanding.
+    /// Whether no leaf is under way, no server's admission outstanding, no stage being rolled back and no traffic changed.
     #[must_use]
     pub const fn is_quiet(&self) -> bool {
         self.busy_leaves == 0 && self.asked == 0
@@ -628,10 +781,7 @@ impl Progress {
             let state = self.states[node as usize];
             state.is_busy() || state == NodeState::AwaitingConfirmation
         } else {
-            matches!(
-                self.nodes[node as usize].admission,
-                Admission::Asked | Admission::Held(_)
-            )
+            self.nodes[node as usize].is_waiting()
         };
         let was = std::mem::replace(&mut self.live[node as usize].own, is);
         if was == is {
@@ -658,6 +808,30 @@ impl Progress {
         }
     }
 
+    /// The outermost stage that a node is or belongs to; 0 where there is none.
+    #[must_use]
+    pub fn stage_of(&self, node: NodeIndex) -> NodeIndex {
+        let around =
+            |stage: &&NodeIndex| (**stage..self.subtree_end[**stage as usize]).contains(&node);
+        self.stage_nodes.iter().find(around).copied().unwrap_or(0)
+    }
+
+    /// The stage that is being rolled back, where there is one.
+    #[must_use]
+    pub fn stage_in_rollback(&self) -> Option<NodeIndex> {
+        let under_way = |stage: &&NodeIndex| {
+            let rollback = &self.nodes[**stage as usize].rollback;
+            rollback.as_ref().is_some_and(StageRollback::is_under_way)
+        };
+        self.stage_nodes.iter().find(under_way).copied()
+    }
+
+    /// Whether nothing is under way in a node; a stage's own rollback does not count.
+    pub(crate) fn is_at_rest(&self, node: NodeIndex) -> bool {
+        let live = &self.live[node as usize];
+        live.count == u32::from(live.own)
+    }
+
     /// Whether so many servers have failed, drifted or are unknown that no further one is started.
     pub(crate) const fn is_over_failures(&self) -> bool {
         self.units.troubled() > self.allowed_failures
@@ -670,10 +844,15 @@ impl Progress {
         self.control == Control::Active
             && self.asked > 0
             && self.busy_leaves == 0
-            && self
-                .unit_nodes
-                .iter()
-                .all(|unit| self.node(*unit).admission != Admission::Asked)
+            && self.asked == self.held_units()
+    }
+
+    fn held_units(&self) -> u32 {
+        let held = self
+            .unit_nodes
+            .iter()
+            .filter(|unit| matches!(self.node(**unit).admission, Admission::Held(_)));
+        u32::try_from(held.count()).unwrap_or(u32::MAX)
     }
 
     /// Why the first server that the envelope holds is held.
@@ -793,12 +972,12 @@ impl Progress {
         u32::try_from(never.count()).unwrap_or(u32::MAX)
     }
 
-    /// The outermost node around `node`, itself included, that is marked to be ended.
+    /// The outermost node around `node`, itself included, that is marked to be ended or a stage that is rolled back.
     pub(crate) fn first_ended(&self, plan: &Plan, node: NodeIndex) -> Option<NodeIndex> {
         let mut first = None;
         let mut at = Some(node);
         while let Some(index) = at {
-            if self.node(index).cancel {
+            if self.node(index).is_ended() {
                 first = Some(index);
             }
             at = plan.nodes[index as usize].parent;

@@ -18,6 +18,9 @@
 //!            │             └─ cancel ─► cancelling ─► cancelled | succeeded | unknown
 //!            └─ gate: running is `awaiting confirmation`; a judge that holds waits likewise
 //!        a shift in what was ended: ─► cancelling (the weights before it are set) ─► cancelled | failed
+//! stage: ─ roll back ─► ending ─► due ─► running ─► done ─ run again ─► (as before it began) | go on ─► ignored
+//!                          ▲               └─► failed ─ roll back ─┐
+//!                          └───────────────────────────────────────┘
 //! unit:  none ─► asked ─► (held) ─► admitted ─► its leaves, one after the other
 //!                  └─► drifted ── retry ──► none
 //! ```
@@ -27,9 +30,12 @@ mod answers;
 mod ending;
 mod refusals;
 mod schedule;
+mod stage;
 #[cfg(test)]
 mod tests;
+mod traffic;
 mod unit;
+mod weights;
 
 use std::collections::BTreeMap;
 
@@ -38,12 +44,17 @@ use crate::{
     order::{Action, Control, Ending, OrderState},
     plan::{Level, NodeIndex, NodeKind, Plan},
     plugin::Judgement,
-    progress::{Admission, Drift, NodeProgress, NodeState, PoolWeight, Progress},
+    progress::{
+        Admission, Drift, EditState, NodeProgress, NodeState, PoolWeight, Progress, StageRollback,
+    },
     task::TaskResult,
     time::Timestamp,
 };
 
+pub use stage::no_way_back;
+pub use traffic::{MAX_CELL_SHARE, MAX_WEIGHTS};
 pub use unit::unit_state;
+pub use weights::weights_before;
 
 /// How many nodes one call starts, ends or resets at most.
 pub const TURN_BUDGET: usize = 12;
@@ -151,6 +162,20 @@ pub enum Event {
         /// How.
         ending: Ending,
     },
+    /// The rollback of a stage went on: its order exists, it is done, or it failed.
+    StageRollback {
+        /// The stage.
+        node: NodeIndex,
+        /// Where it is now: `running`, `done` or `failed`.
+        now: StageRollback,
+    },
+    /// Traffic was changed as a person asked, or not.
+    TrafficChanged {
+        /// Which change.
+        number: u32,
+        /// Why it was not made.
+        error: Option<String>,
+    },
     /// Go on with what can be done.
     Advance,
 }
@@ -201,6 +226,13 @@ pub enum Effect {
     },
     /// Make the rollback order.
     StartRollback,
+    /// Make the rollback order of a stage.
+    RollBackStage(NodeIndex),
+    /// Change traffic as a person asked.
+    ChangeTraffic {
+        /// Which change.
+        number: u32,
+    },
     /// Give locks back, tell the parent, take the order out of the list of unfinished ones.
     Finish,
 }
@@ -217,7 +249,7 @@ pub struct Delta {
     /// Whether an [`Event::Advance`] would do more.
     pub more: bool,
     /// Whether the same event should be applied again, at once and before any other: it covers more nodes than one call
-    /// may change. Can be true of `Initialised`, and of the actions `confirm`, `retry` and `ignore`.
+    /// may change. Can be true of `Initialised`, and of the actions `confirm`, `retry`, `ignore` and `run again`.
     pub again: bool,
 }
 
@@ -270,6 +302,50 @@ pub enum Refused {
         node: NodeIndex,
         /// What it acts on.
         on: &'static str,
+    },
+    /// A stage is being rolled back.
+    #[error(
+        "the stage `{name}` is being rolled back: wait until its rollback order has ended, or end that order"
+    )]
+    StageRollsBack {
+        /// The stage.
+        node: NodeIndex,
+        /// Its name.
+        name: String,
+    },
+    /// A stage has begun after which there is no way back.
+    #[error("the stage `{name}` has begun: from there on it cannot be rolled back")]
+    NoWayBack {
+        /// The stage.
+        node: NodeIndex,
+        /// Its name.
+        name: String,
+    },
+    /// A person changes traffic already.
+    #[error("the change of traffic number {number} is still being made: try again")]
+    TrafficChanges {
+        /// Which one.
+        number: u32,
+    },
+    /// A server's weight is not this order's to change.
+    #[error("the weight of {server} cannot be changed: {why}")]
+    NotReleased {
+        /// The server: its name, or its id where the order does not know it.
+        server: String,
+        /// Why.
+        why: &'static str,
+    },
+    /// A figure is out of its range.
+    #[error("`{field}` is {found}: {min} to {max} are allowed")]
+    OutOfRange {
+        /// The field of the action.
+        field: &'static str,
+        /// As asked.
+        found: u32,
+        /// The least.
+        min: u32,
+        /// The most.
+        max: u32,
     },
     /// Something before it is not done.
     #[error("node {node} cannot run before node {before} (`{name}`) is done")]
@@ -342,8 +418,17 @@ pub fn due(plan: &Plan, progress: &Progress) -> Vec<Effect> {
         }
         Control::Active | Control::Cancelling | Control::EndingForRollback => {}
     }
+    if let Some(edit) = &progress.node(0).edit
+        && edit.state == EditState::Due
+    {
+        let number = edit.number;
+        effects.push(Effect::ChangeTraffic { number });
+    }
     for (node, planned) in (0u32..).zip(&plan.nodes) {
         let row = progress.node(node);
+        if matches!(row.rollback, Some(StageRollback::Due { .. })) {
+            effects.push(Effect::RollBackStage(node));
+        }
         match row.admission {
             Admission::Asked | Admission::Held(_) => effects.push(Effect::Admit(node)),
             Admission::None if matches!(planned.kind, NodeKind::Unit { .. }) => {
@@ -401,9 +486,10 @@ struct Turn<'a> {
 impl Turn<'_> {
     fn change(&mut self, node: NodeIndex, change: impl FnOnce(&mut NodeProgress)) {
         let row = &mut self.progress.nodes[node as usize];
-        let was_ended = row.cancel;
+        let was_ended = row.is_ended();
         change(row);
-        self.progress.ended = self.progress.ended + u32::from(row.cancel) - u32::from(was_ended);
+        self.progress.ended =
+            self.progress.ended + u32::from(row.is_ended()) - u32::from(was_ended);
         self.delta.rows.push(node);
         let before = &mut self.before;
         self.progress.refresh(self.plan, node, |index, state| {
@@ -443,7 +529,7 @@ impl Turn<'_> {
         let mut at = Some(node);
         while let Some(index) = at {
             let row = self.progress.node(index);
-            if row.ignored || row.cancel {
+            if row.ignored || row.is_ended() {
                 return true;
             }
             at = self.plan.nodes[index as usize].parent;
@@ -454,7 +540,7 @@ impl Turn<'_> {
     fn under_cancel(&self, node: NodeIndex) -> bool {
         let mut at = Some(node);
         while let Some(index) = at {
-            if self.progress.node(index).cancel {
+            if self.progress.node(index).is_ended() {
                 return true;
             }
             at = self.plan.nodes[index as usize].parent;

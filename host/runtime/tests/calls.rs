@@ -15,7 +15,7 @@ use support::{Home, guest, lifecycle, server, shipped};
 use windlass_domain::{
     limits::Limits,
     plugin::{
-        CommandOutcome, CommandRequest, CommandRun, DiagnosisRequest, DiagnosisSubject,
+        AppRole, CommandOutcome, CommandRequest, CommandRun, DiagnosisRequest, DiagnosisSubject,
         FindingState, JudgeRequest, PluginKind, RollbackRequest, StackAction, StrategyApp,
         StrategyNodeKind, StrategyRequest, StrategyServer, UnitProgress, UnitState, Verdict,
     },
@@ -32,9 +32,11 @@ fn release(parameters: serde_json::Value, servers: usize) -> StrategyRequest {
     StrategyRequest {
         parameters,
         limits: Limits::default(),
+        cells: vec!["a".into()],
         applications: vec![StrategyApp {
             key: "shop".into(),
             stage: 1,
+            role: AppRole::Release,
             has_pools: true,
             target_version: "2".into(),
             servers: (0..servers)

@@ -20,6 +20,7 @@ mod instances;
 pub(crate) mod listener;
 mod meta;
 mod metrics;
+mod order_traffic;
 mod orders;
 mod packages;
 mod plugins;
@@ -174,6 +175,7 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(pools::router())
         .merge(secrets::router())
         .merge(orders::router())
+        .merge(order_traffic::router())
         .merge(plugins::router())
         .merge(tokens::router())
 }

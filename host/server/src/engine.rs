@@ -14,6 +14,7 @@
 //! | --- | --- |
 //! | [`actor`] | one order: its header, rows, events, inbox slots |
 //! | `executor` | performing effects, each safe to repeat |
+//! | `figures` | what pools counted while a judgement's window was open |
 //! | `keeper` | the safety envelope across all orders |
 //! | [`traffic`] | the seam to load balancers |
 //! | [`rows`] | keys and JSON of the rows above |
@@ -21,6 +22,7 @@
 pub mod actor;
 mod batch;
 mod executor;
+mod figures;
 mod initialise;
 mod keeper;
 pub mod rows;
@@ -42,7 +44,7 @@ use windlass_domain::{
     manifest::Manifest,
     order::{Action, Control, Order},
     plan::{NodeIndex, Plan, Read},
-    plugin::Judgement,
+    plugin::{Judgement, Observation},
     progress::Progress,
     reducer::{Event, Refused},
     server::ReleaseState,
@@ -98,13 +100,14 @@ pub trait Planning: Send + Sync + 'static {
     /// The servers of a service instance, each with its cell's identifier.
     async fn members(&self, instance: InstanceId) -> Result<Vec<(ServerId, String)>, String>;
 
-    /// Asks the order's strategy.
+    /// Asks the order's strategy. `figures`: what pools counted, see `figures`.
     async fn judge(
         &self,
         order: &Order,
         plan: &Plan,
         progress: &Progress,
         stage: &str,
+        figures: Vec<Observation>,
     ) -> Result<Judgement, String>;
 
     /// Plans the rollback of an order. An error says why there is nothing to roll back to.
@@ -115,6 +118,15 @@ pub trait Planning: Send + Sync + 'static {
         progress: &Progress,
         reason: &str,
     ) -> Result<PlannedRollback, String>;
+
+    /// Plans the rollback of one stage: of what it released. `None` when that is nothing.
+    async fn plan_stage_rollback(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        stage: (NodeIndex, &str),
+    ) -> Result<Option<PlannedRollback>, String>;
 }
 
 /// Why an order did not take an action or a report.
@@ -185,6 +197,8 @@ pub(crate) struct Shared {
     pub(crate) planning: Arc<dyn Planning>,
     pub(crate) pools: Arc<dyn TrafficPools>,
     keeper: OnceLock<Keeper>,
+    /// Held while weights are weighed and set: two changes never count on each other's members.
+    pub(crate) weighing: tokio::sync::Mutex<()>,
     lease: Mutex<Option<Lease>>,
     /// Names this engine in the rows of orders that it drives.
     pub(crate) name: String,
@@ -231,6 +245,7 @@ impl Engine {
             planning,
             pools,
             keeper: OnceLock::new(),
+            weighing: tokio::sync::Mutex::new(()),
             lease: Mutex::new(None),
             name: crate::ids::new_uuid().to_string(),
             actors: Mutex::default(),

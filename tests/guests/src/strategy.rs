@@ -3,7 +3,7 @@
 //! `behave` is one of those that all kinds share, or `all-at-once` (every server of every application in one group),
 //! `skip-servers` (leaves out every second server), `cut-traffic` (sets every weight to 0 first), `judge-all-good` (a judge
 //! after every server, answered with go on whatever was seen), `judge-roll-back`, `unknown-server`, `duplicate-server`,
-//! `unknown-application`, `bad-parent`, `bad-weight`, `unknown-node`, `endless-gates`, `rollback-trap`, `rollback-all-at-once`.
+//! `unknown-application`, `bad-parent`, `empty`, `late-parent`, `twice-in-parallel`, `rollback-empty`, `bad-share`, `bad-weight`, `unknown-node`, `endless-gates`, `rollback-trap`, `rollback-all-at-once`.
 //! Shifts that go wrong before the servers' turns: `cut-slowly` (a weight of 0, one server after the other), `cut-twice` (the
 //! same, each hidden behind a weight of 100), `shift-bad-weight`, `shift-unknown-server`.
 
@@ -11,7 +11,7 @@ use windlass_sdk::{
     DeploymentStrategy, Descriptor, Extension, PluginError,
     strategy::{
         JudgeRequest, Judgement, NodeKind, ParallelLimits, PlanBuilder, PlanRequest, ReleasePlan,
-        ReleaseUnit, Role, TrafficShift, UnitProgress, Verdict, Weight,
+        ReleaseUnit, Role, TrafficShare, TrafficShift, UnitProgress, Verdict, Weight,
     },
 };
 
@@ -38,6 +38,8 @@ impl DeploymentStrategy for Strategy {
         let how = how(&request.parameters);
         behave(&how);
         let mut plan = match how.as_str() {
+            "empty" => PlanBuilder::new().build(),
+            "twice-in-parallel" => twice_in_parallel(&request),
             "all-at-once" => all_at_once(&request),
             "cut-traffic" => cut_traffic(&request),
             "cut-slowly" | "cut-twice" | "shift-bad-weight" | "shift-unknown-server" => {
@@ -51,6 +53,26 @@ impl DeploymentStrategy for Strategy {
                     node.parent = Some(0);
                 }
             }
+            // Two nodes that stand above each other.
+            "late-parent" => {
+                if let Some(node) = plan.nodes.first_mut() {
+                    node.parent = Some(1);
+                }
+            }
+            "bad-share" => {
+                let mut builder = PlanBuilder::new();
+                let application = request.applications.first();
+                builder.share(
+                    None,
+                    "too much",
+                    TrafficShare {
+                        application: application.map(|app| app.key.clone()).unwrap_or_default(),
+                        servers: Vec::new(),
+                        percent: 101,
+                    },
+                );
+                plan.nodes.extend(builder.build().nodes);
+            }
             "unknown-node" => {
                 if let Some(node) = plan.nodes.last_mut() {
                     node.kind = NodeKind::Extension(Extension {
@@ -59,7 +81,11 @@ impl DeploymentStrategy for Strategy {
                     });
                 }
             }
-            "auto-rollback" | "rollback-trap" | "rollback-all-at-once" => {
+            "auto-rollback"
+            | "rollback-trap"
+            | "rollback-all-at-once"
+            | "rollback-missing"
+            | "rollback-empty" => {
                 plan.on_failure = "roll-back".into();
             }
             _ => {}
@@ -71,8 +97,22 @@ impl DeploymentStrategy for Strategy {
         request: PlanRequest,
         progress: Vec<UnitProgress>,
     ) -> Result<ReleasePlan, PluginError> {
-        drop(progress);
+        // What is to be brought back; the others stand there for their traffic.
+        let mut request = request;
+        for application in &mut request.applications {
+            let key = application.key.clone();
+            application.servers.retain(|server| {
+                progress.iter().any(|unit| {
+                    unit.application == key && unit.server == server.id && unit.state != "untouched"
+                })
+            });
+        }
+        request
+            .applications
+            .retain(|application| !application.servers.is_empty());
         match how(&request.parameters).as_str() {
+            "rollback-missing" => Err(PluginError::unsupported("this guest has no rollback")),
+            "rollback-empty" => Ok(PlanBuilder::new().build()),
             "rollback-trap" => panic!("this guest traps in rollback on purpose"),
             "rollback-all-at-once" => Ok(all_at_once(&request)),
             _ => Ok(one_by_one(&request, "")),
@@ -103,6 +143,17 @@ fn all_at_once(request: &PlanRequest) -> ReleasePlan {
         }
     }
     plan.build()
+}
+
+fn twice_in_parallel(request: &PlanRequest) -> ReleasePlan {
+    let mut plan = all_at_once(request);
+    let again = all_at_once(request);
+    let offset = u32::try_from(plan.nodes.len()).unwrap_or(u32::MAX);
+    plan.nodes.extend(again.nodes.into_iter().map(|mut node| {
+        node.parent = node.parent.map(|parent| parent + offset);
+        node
+    }));
+    plan
 }
 
 fn cut_traffic(request: &PlanRequest) -> ReleasePlan {
@@ -187,7 +238,7 @@ fn one_by_one(request: &PlanRequest, how: &str) -> ReleasePlan {
             }
             plan.release(Some(parent), &server.name, unit);
             if how.starts_with("judge-") {
-                plan.judge(Some(parent), "judge", &server.name);
+                plan.judge(Some(parent), "judge", &server.name, 0);
             }
         }
     }

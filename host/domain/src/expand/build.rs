@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use crate::{
     manifest::Manifest,
     plan::{Level, Node, NodeIndex, NodeKind, StepTemplate, TrafficAction, Unit},
-    plugin::{NodeRole, Phase, StackAction, StackStep, StrategyPlan, StrategyUnit},
+    plugin::{NodeRole, Phase, RollbackScope, StackAction, StackStep, StrategyPlan, StrategyUnit},
 };
 
 use super::{MAX_NODES, MAX_TIMEOUT_MS, PlanInput, check::Checked};
@@ -53,6 +53,7 @@ pub(super) fn tree(input: &PlanInput, strategy: &StrategyPlan, checked: &[Checke
                 parent: None,
                 level: Level::Order,
                 name: "order".to_owned(),
+                rollback: RollbackScope::Order,
                 kind: NodeKind::Sequence,
             }],
         },
@@ -115,6 +116,7 @@ impl Builder<'_> {
             parent: Some(parent),
             level,
             name: name.to_owned(),
+            rollback: RollbackScope::Order,
             kind,
         });
         index
@@ -130,10 +132,12 @@ impl Builder<'_> {
             NodeRole::Plain => Level::Plain,
             NodeRole::Application => Level::Application,
             NodeRole::Group => Level::Group,
+            NodeRole::Stage => Level::Stage,
         };
         match &checked[at] {
             Checked::Inner(kind) => {
                 let index = self.push(parent, level, &planned.name, kind.clone());
+                self.tree.nodes[index as usize].rollback = planned.rollback;
                 for child in std::mem::take(&mut self.children[at]) {
                     self.node(child, index);
                 }

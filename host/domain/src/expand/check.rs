@@ -3,7 +3,7 @@
 //! Builds no tree. Everything here is written against a plugin that means harm: what it returned is either refused, with
 //! the node or step and the rule, or safe to expand.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::{
     id::ServerId,
@@ -11,8 +11,8 @@ use crate::{
     name::RESERVED_ENV_PREFIX,
     plan::{NodeKind, TrafficAction},
     plugin::{
-        Phase, RestoreWeight, StackAction, StackStep, StrategyNode, StrategyNodeKind, StrategyPlan,
-        StrategyUnit,
+        Phase, RestoreWeight, ShiftWeight, StackAction, StackStep, StrategyNode, StrategyNodeKind,
+        StrategyPlan, StrategyUnit,
     },
     value::{Environment, Value},
 };
@@ -40,57 +40,103 @@ pub(super) enum Checked<'a> {
     },
 }
 
+/// One application of an order as a strategy's nodes name it.
+struct Place {
+    /// Its index.
+    part: usize,
+    /// The servers that stand in the plan, with their indices.
+    servers: HashMap<ServerId, usize>,
+    /// These, and those that can only be named where traffic is moved.
+    members: HashSet<ServerId>,
+}
+
 /// Applications and servers of an order by the texts that a strategy names them with.
-struct Places<'a>(HashMap<&'a str, (usize, HashMap<ServerId, usize>)>);
+struct Places<'a>(HashMap<&'a str, Place>);
 
 impl<'a> Places<'a> {
     fn of(parts: &'a [PartInput]) -> Self {
-        let servers = |part: &PartInput| {
-            let ids = part.servers.iter().map(|server| server.id);
-            ids.zip(0..).collect()
+        let place = |(index, part): (usize, &'a PartInput)| {
+            let servers: HashMap<ServerId, usize> = part
+                .servers
+                .iter()
+                .map(|server| server.id)
+                .zip(0..)
+                .collect();
+            let place = Place {
+                part: index,
+                members: servers.keys().chain(&part.only_traffic).copied().collect(),
+                servers,
+            };
+            (part.part.key.as_str(), place)
         };
-        let parts = parts.iter().enumerate();
-        Self(
-            parts
-                .map(|(index, part)| (part.part.key.as_str(), (index, servers(part))))
-                .collect(),
-        )
+        Self(parts.iter().enumerate().map(place).collect())
     }
 
-    /// The application's index, and its servers'.
-    fn part(
-        &self,
-        node: Named<'_>,
-        application: &str,
-    ) -> Result<(usize, &HashMap<ServerId, usize>), BadPlan> {
-        match self.0.get(application) {
-            Some((index, servers)) => Ok((*index, servers)),
-            None => Err(BadPlan::UnknownApplication {
+    fn place(&self, node: Named<'_>, application: &str) -> Result<&Place, BadPlan> {
+        self.0
+            .get(application)
+            .ok_or_else(|| BadPlan::UnknownApplication {
                 node: node.index,
                 name: node.name(),
                 application: cut(application),
-            }),
-        }
+            })
     }
 
-    /// The indices of the application and the server, and the server's id.
+    /// The application's index, and of how many servers its traffic can be moved.
+    fn part(&self, node: Named<'_>, application: &str) -> Result<(usize, usize), BadPlan> {
+        let place = self.place(node, application)?;
+        Ok((place.part, place.members.len()))
+    }
+
+    /// A server whose traffic is moved.
+    fn member(
+        &self,
+        node: Named<'_>,
+        application: &str,
+        server: &str,
+    ) -> Result<ServerId, BadPlan> {
+        let place = self.place(node, application)?;
+        server
+            .parse::<ServerId>()
+            .ok()
+            .filter(|id| place.members.contains(id))
+            .ok_or_else(|| unknown_server(node, application, server))
+    }
+
+    /// The application's servers that are not among these, by id.
+    fn others(
+        &self,
+        node: Named<'_>,
+        application: &str,
+        chosen: &BTreeSet<ServerId>,
+    ) -> Result<Vec<ServerId>, BadPlan> {
+        let all = self.place(node, application)?.members.iter().copied();
+        let others: BTreeSet<ServerId> = all.filter(|id| !chosen.contains(id)).collect();
+        Ok(others.into_iter().collect())
+    }
+
+    /// The indices of the application and the server.
     fn server(
         &self,
         node: Named<'_>,
         application: &str,
         server: &str,
-    ) -> Result<(usize, usize, ServerId), BadPlan> {
-        let (part, servers) = self.part(node, application)?;
+    ) -> Result<(usize, usize), BadPlan> {
+        let place = self.place(node, application)?;
         server
             .parse::<ServerId>()
             .ok()
-            .and_then(|id| Some((part, *servers.get(&id)?, id)))
-            .ok_or_else(|| BadPlan::UnknownServer {
-                node: node.index,
-                name: node.name(),
-                application: cut(application),
-                server: cut(server),
-            })
+            .and_then(|id| Some((place.part, *place.servers.get(&id)?)))
+            .ok_or_else(|| unknown_server(node, application, server))
+    }
+}
+
+fn unknown_server(node: Named<'_>, application: &str, server: &str) -> BadPlan {
+    BadPlan::UnknownServer {
+        node: node.index,
+        name: node.name(),
+        application: cut(application),
+        server: cut(server),
     }
 }
 
@@ -114,6 +160,25 @@ impl Named<'_> {
             node: self.index,
             name: self.name(),
             weight,
+        })
+    }
+
+    /// Refuses what would leave an application without any traffic.
+    fn keeps_traffic(
+        self,
+        limits: &Limits,
+        application: &str,
+        somebody: bool,
+    ) -> Result<(), BadPlan> {
+        let minimum = limits.min_healthy_members;
+        if minimum == 0 || somebody {
+            return Ok(());
+        }
+        Err(BadPlan::CutsTraffic {
+            node: self.index,
+            name: self.name(),
+            application: cut(application),
+            minimum,
         })
     }
 
@@ -241,6 +306,7 @@ fn level_of(
         StrategyNodeKind::Sequence | StrategyNodeKind::Parallel { .. } => Ok(*level),
         StrategyNodeKind::Unit(_)
         | StrategyNodeKind::Shift { .. }
+        | StrategyNodeKind::Share { .. }
         | StrategyNodeKind::Gate { .. }
         | StrategyNodeKind::Pause { .. }
         | StrategyNodeKind::Judge { .. } => Err(BadPlan::LeafParent {
@@ -270,7 +336,7 @@ fn check_node<'a>(
             max_failures: (*max_failures).min(allowed_failures),
         }),
         StrategyNodeKind::Unit(unit) => {
-            let (part, server, _) = places.server(named, &unit.application, &unit.server)?;
+            let (part, server) = places.server(named, &unit.application, &unit.server)?;
             match unit.restore {
                 RestoreWeight::Override(weight) => named.weight(weight)?,
                 RestoreWeight::Remembered | RestoreWeight::KeepZero => {}
@@ -284,12 +350,14 @@ fn check_node<'a>(
             weights,
         } => {
             let (part, all) = places.part(named, application)?;
-            let mut set: Vec<(ServerId, u32)> = Vec::with_capacity(weights.len());
+            let mut set: Vec<(ServerId, ShiftWeight)> = Vec::with_capacity(weights.len());
             let mut seen = BTreeSet::new();
             let mut without_traffic = BTreeSet::new();
             for (server, weight) in weights {
-                let (_, _, id) = places.server(named, application, server)?;
-                named.weight(*weight)?;
+                let id = places.member(named, application, server)?;
+                if let ShiftWeight::Exactly(weight) = weight {
+                    named.weight(*weight)?;
+                }
                 // A second weight would hide the first from whoever counts what serves.
                 if !seen.insert(id) {
                     return Err(BadPlan::WeightTwice {
@@ -298,23 +366,51 @@ fn check_node<'a>(
                         server: cut(server),
                     });
                 }
-                if *weight == 0 {
+                if *weight == ShiftWeight::Exactly(0) {
                     without_traffic.insert(id);
                 }
                 set.push((id, *weight));
             }
-            let minimum = limits.min_healthy_members;
-            if minimum > 0 && without_traffic.len() == all.len() {
-                return Err(BadPlan::CutsTraffic {
-                    node: named.index,
-                    name: named.name(),
-                    application: cut(application),
-                    minimum,
-                });
-            }
+            named.keeps_traffic(limits, application, without_traffic.len() < all)?;
             Checked::Leaf(NodeKind::Traffic(TrafficAction::Set {
                 part: u32::try_from(part).unwrap_or(u32::MAX),
                 weights: set,
+            }))
+        }
+        StrategyNodeKind::Share {
+            application,
+            servers,
+            percent,
+        } => {
+            let (part, all) = places.part(named, application)?;
+            let mut chosen = BTreeSet::new();
+            for server in servers {
+                if !chosen.insert(places.member(named, application, server)?) {
+                    return Err(BadPlan::WeightTwice {
+                        node: named.index,
+                        name: named.name(),
+                        server: cut(server),
+                    });
+                }
+            }
+            if *percent > 100 {
+                return Err(BadPlan::BadShare {
+                    node: named.index,
+                    name: named.name(),
+                    percent: *percent,
+                });
+            }
+            let somebody = match percent {
+                0 => chosen.len() < all,
+                100 => !chosen.is_empty(),
+                _ => true,
+            };
+            named.keeps_traffic(limits, application, somebody)?;
+            Checked::Leaf(NodeKind::Traffic(TrafficAction::Share {
+                part: u32::try_from(part).unwrap_or(u32::MAX),
+                rest: places.others(named, application, &chosen)?,
+                servers: chosen.into_iter().collect(),
+                percent: *percent,
             }))
         }
         StrategyNodeKind::Gate { message } => Checked::Leaf(NodeKind::Gate {
@@ -326,9 +422,13 @@ fn check_node<'a>(
                 duration_ms: *duration_ms,
             })
         }
-        StrategyNodeKind::Judge { stage } => Checked::Leaf(NodeKind::Judge {
-            stage: stage.clone(),
-        }),
+        StrategyNodeKind::Judge { stage, window_ms } => {
+            named.wait(*window_ms)?;
+            Checked::Leaf(NodeKind::Judge {
+                stage: stage.clone(),
+                window_ms: *window_ms,
+            })
+        }
     })
 }
 

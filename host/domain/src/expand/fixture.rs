@@ -11,8 +11,8 @@ use crate::{
     manifest::{Manifest, PluginRef},
     plan::{Part, Read},
     plugin::{
-        LifecyclePlan, NodeRole, OnFailure, Phase, RestoreWeight, StackAction, StackStep,
-        StrategyNode, StrategyNodeKind, StrategyPlan, StrategyUnit, Wishes,
+        LifecyclePlan, NodeRole, OnFailure, Phase, RestoreWeight, RollbackScope, StackAction,
+        StackStep, StrategyNode, StrategyNodeKind, StrategyPlan, StrategyUnit, Wishes,
     },
     task::{Check, PackageFormat, PackageRef, Probe, Restart, Script, Supervise},
     value::{Environment, Value},
@@ -162,6 +162,7 @@ pub(crate) fn part(key: &str, servers: Vec<ServerInput>) -> PartInput {
             path_roots: vec!["/etc/shop/".to_owned(), "/srv/www".to_owned()],
         },
         servers,
+        only_traffic: Vec::new(),
     }
 }
 
@@ -190,6 +191,7 @@ pub(crate) fn node(parent: Option<u32>, name: &str, kind: StrategyNodeKind) -> S
         parent,
         name: name.to_owned(),
         role: NodeRole::Plain,
+        rollback: RollbackScope::Order,
         kind,
     }
 }

@@ -9,7 +9,7 @@ use crate::{
     id::ServerId,
     limits::Limits,
     plan::{Level, Node, NodeIndex, NodeKind, Plan, ScriptStep, StepTemplate, Unit},
-    plugin::{OnFailure, RestoreWeight},
+    plugin::{OnFailure, RestoreWeight, RollbackScope},
 };
 
 use super::{
@@ -92,6 +92,7 @@ pub fn server_work(work: ServerWork) -> Result<Plan, BadServerWork> {
         parent,
         level,
         name: name.to_owned(),
+        rollback: RollbackScope::Order,
         kind,
     };
     let group = NodeKind::Parallel {
@@ -344,7 +345,9 @@ mod tests {
                 | Effect::Traffic { .. }
                 | Effect::Pause { .. }
                 | Effect::Judge { .. }
-                | Effect::StartRollback => panic!("{effect:?}"),
+                | Effect::StartRollback
+                | Effect::RollBackStage(_)
+                | Effect::ChangeTraffic { .. } => panic!("{effect:?}"),
             };
             effects.extend(
                 reducer::apply(&plan, &mut progress, event, at)

@@ -100,6 +100,8 @@ impl Turn<'_> {
             }
             Action::RollBack { .. } => match self.progress.control {
                 Control::Active => {
+                    self.expect_no_stage_rollback()?;
+                    self.expect_way_back()?;
                     self.end_for_rollback();
                     Ok(())
                 }
@@ -110,6 +112,11 @@ impl Turn<'_> {
                 | Control::RollingBack
                 | Control::Ended(_) => Err(self.wrong_state("roll back")),
             },
+            Action::RollBackStage { node, reason } => self.roll_back_stage(*node, reason),
+            Action::RunAgain { node } => self.run_again(*node),
+            Action::GoOn { node } => self.go_on(*node),
+            Action::SetWeights { weights } => self.set_weights(weights),
+            Action::ShiftCell { cell, percent } => self.shift_cell(cell, *percent),
         }
     }
 
@@ -124,12 +131,15 @@ impl Turn<'_> {
             | Control::Ended(_) => return Err(self.wrong_state("run")),
         }
         let level = self.plan.nodes[node as usize].level;
-        if !matches!(level, Level::Group | Level::Application | Level::Server) {
+        if !matches!(
+            level,
+            Level::Stage | Level::Group | Level::Application | Level::Server
+        ) {
             return Err(Refused::WrongLevel {
                 action: "run",
                 node,
                 level,
-                choose: "an application, group or server",
+                choose: "a stage, application, group or server",
             });
         }
         if self.progress.state(node).is_settled()
@@ -266,6 +276,7 @@ impl Turn<'_> {
                     Ok(())
                 }
                 Control::Initialising | Control::Active => {
+                    self.expect_no_stage_rollback()?;
                     self.progress.control = Control::Cancelling;
                     self.change(0, |row| row.cancel = true);
                     self.cancel_in(0);
@@ -279,15 +290,18 @@ impl Turn<'_> {
         }
         self.expect_active("cancel")?;
         let level = self.plan.nodes[node as usize].level;
-        if !matches!(level, Level::Group | Level::Application | Level::Server) {
+        if !matches!(
+            level,
+            Level::Stage | Level::Group | Level::Application | Level::Server
+        ) {
             return Err(Refused::WrongLevel {
                 action: "cancel",
                 node,
                 level,
-                choose: "the order, an application, group or server",
+                choose: "the order, a stage, application, group or server",
             });
         }
-        if self.progress.state(node).is_settled() || self.progress.node(node).cancel {
+        if self.progress.state(node).is_settled() || self.in_dead_end(node) {
             return Err(Refused::Nothing {
                 action: "cancel",
                 node,

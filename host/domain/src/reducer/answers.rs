@@ -114,7 +114,10 @@ impl Turn<'_> {
                 weights,
             } => {
                 self.current(node, attempt, |kind| {
-                    matches!(kind, NodeKind::Traffic(TrafficAction::Set { .. }))
+                    matches!(
+                        kind,
+                        NodeKind::Traffic(TrafficAction::Set { .. } | TrafficAction::Share { .. })
+                    )
                 })?;
                 self.change(node, |row| {
                     row.shifted.get_or_insert(weights);
@@ -193,6 +196,14 @@ impl Turn<'_> {
                             row.message = reason;
                         });
                     }
+                    // It goes on to be asked: the effect is still due.
+                    Ok(Judgement {
+                        verdict: Verdict::Extend,
+                        reason,
+                    }) => self.change(node, |row| {
+                        row.extended += 1;
+                        row.message = reason;
+                    }),
                     Ok(Judgement {
                         verdict: Verdict::RollBack,
                         reason,
@@ -211,12 +222,13 @@ impl Turn<'_> {
             }
             Event::ProgressDeadline => {
                 self.expect_control(Control::Active, "progress deadline")?;
-                if !self.progress.owes_progress() {
+                // A stage's rollback order has a deadline of its own.
+                if !self.progress.owes_progress() || self.progress.stage_in_rollback().is_some() {
                     return Err(self.wrong_state("progress deadline"));
                 }
                 match self.plan.on_failure {
-                    OnFailure::RollBack => self.end_for_rollback(),
-                    OnFailure::Block => {
+                    OnFailure::RollBack if self.no_way_back().is_none() => self.end_for_rollback(),
+                    OnFailure::RollBack | OnFailure::Block => {
                         self.progress.stalled = true;
                         self.withdraw_held();
                     }
@@ -241,6 +253,8 @@ impl Turn<'_> {
                 });
                 Ok(())
             }
+            Event::StageRollback { node, now } => self.stage_rollback_went_on(node, now),
+            Event::TrafficChanged { number, error } => self.traffic_changed(number, error),
             Event::Advance => {
                 self.sweep();
                 self.withdraw_held();

@@ -3,14 +3,14 @@
 //! A node that is marked `cancel` starts nothing more; what is under way in it is ended, a bounded number of nodes a turn.
 //! A server that was drained, and not changed or healthy with its new release, gets its weight back on the way out; one that
 //! was left broken stays without traffic. When all of it is at rest, the shifts of traffic in it are taken back, the latest
-//! first. (Not when the order rolls back: what its servers get then is the rollback's plan to say.)
+//! first. So are those of a stage that is rolled back. (Not when the order rolls back: what its servers get then is the rollback's plan to say.)
 //! [`Turn::settle`] runs after every event and finds out whether the order is over or has to be rolled back.
 
 use crate::{
     order::{Control, Ending},
     plan::{NodeIndex, NodeKind, TrafficAction},
     plugin::OnFailure,
-    progress::{Admission, NodeState, Undo},
+    progress::{Admission, NodeState, StageRollback, Undo},
 };
 
 use super::{
@@ -20,7 +20,11 @@ use super::{
 
 impl Turn<'_> {
     pub(super) fn end_for_rollback(&mut self) {
-        if self.progress.control == Control::Active {
+        // While a stage is rolled back, what failed waits for a person.
+        if self.progress.control == Control::Active
+            && self.no_way_back().is_none()
+            && self.progress.stage_in_rollback().is_none()
+        {
             self.progress.control = Control::EndingForRollback;
             self.change(0, |row| row.cancel = true);
             self.cancel_in(0);
@@ -36,7 +40,9 @@ impl Turn<'_> {
     pub(super) fn sweep(&mut self) {
         let mut index = 0;
         while index < self.end_of(0) {
-            if self.progress.node(index).cancel {
+            let row = self.progress.node(index);
+            let ends = row.cancel || matches!(row.rollback, Some(StageRollback::Ending { .. }));
+            if ends {
                 self.cancel_in(index);
                 index = self.end_of(index);
             } else {
@@ -62,7 +68,8 @@ impl Turn<'_> {
                         index = self.end_of(index);
                         continue;
                     }
-                    if !row.cancel && !state.is_settled() {
+                    // A stage that is rolled back is ended by that mark.
+                    if !row.is_ended() && !state.is_settled() {
                         self.mark_cancelled(index);
                     }
                     index += 1;
@@ -106,7 +113,11 @@ impl Turn<'_> {
             }
             // A restore gives a healthy or untouched server its weight back: it ends by itself.
             NodeKind::Traffic(TrafficAction::Restore) => {}
-            NodeKind::Traffic(TrafficAction::Drain { .. } | TrafficAction::Set { .. }) => {
+            NodeKind::Traffic(
+                TrafficAction::Drain { .. }
+                | TrafficAction::Set { .. }
+                | TrafficAction::Share { .. },
+            ) => {
                 if state == NodeState::Running {
                     self.budget = self.budget.saturating_sub(1);
                     self.change(leaf, |row| row.state = NodeState::Cancelling);
@@ -187,7 +198,7 @@ impl Turn<'_> {
                 && self
                     .progress
                     .first_ended(self.plan, *leaf)
-                    .is_some_and(|around| self.progress.live[around as usize].count == 0)
+                    .is_some_and(|around| self.progress.is_at_rest(around))
         });
         let Some(leaf) = left else {
             return false;
@@ -230,6 +241,7 @@ impl Turn<'_> {
 
     /// After every event: whether the order as a whole is over, or has to be rolled back.
     pub(super) fn settle(&mut self) {
+        self.settle_stages();
         match self.progress.control {
             Control::Active => {
                 self.take_shifts_back();
@@ -241,7 +253,9 @@ impl Turn<'_> {
                     }
                     // A strategy can tolerate more failures than the order does: then it is not over.
                     if self.progress.is_over_failures() {
-                        if self.plan.on_failure == OnFailure::RollBack {
+                        if self.plan.on_failure == OnFailure::RollBack
+                            && self.no_way_back().is_none()
+                        {
                             self.end_for_rollback();
                             self.settle();
                         }
@@ -267,6 +281,7 @@ impl Turn<'_> {
                     && !self.delta.again
                     && self.progress.is_quiet()
                     && self.is_stopped_by_failure()
+                    && self.no_way_back().is_none()
                 {
                     self.end_for_rollback();
                     self.settle();

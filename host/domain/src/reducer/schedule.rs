@@ -6,7 +6,7 @@
 use crate::{
     order::Control,
     plan::{NodeIndex, NodeKind},
-    progress::{Admission, NodeState},
+    progress::{Admission, NodeState, StageRollback},
 };
 
 use super::{Effect, Turn, effect_of};
@@ -53,6 +53,16 @@ impl Turn<'_> {
         let row = self.progress.node(node);
         if row.ignored {
             return;
+        }
+        match &row.rollback {
+            Some(StageRollback::Ending { .. }) => return self.cancel_in(node),
+            Some(
+                StageRollback::Due { .. }
+                | StageRollback::Running { .. }
+                | StageRollback::Done
+                | StageRollback::Failed { .. },
+            ) => return,
+            None => {}
         }
         if row.cancel {
             self.cancel_in(node);
@@ -143,7 +153,7 @@ impl Turn<'_> {
                 continue;
             }
             prefix = false;
-            if !self.progress.node(child).cancel {
+            if !self.progress.node(child).is_ended() {
                 let unit = matches!(self.plan.nodes[child as usize].kind, NodeKind::Unit { .. });
                 let live = self.progress.live[child as usize].count > 0;
                 if unit && live {

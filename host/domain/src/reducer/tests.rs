@@ -3,5 +3,6 @@
 mod plans;
 mod properties;
 mod scenarios;
+mod stages;
 mod table;
 mod world;

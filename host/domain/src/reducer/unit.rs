@@ -5,12 +5,17 @@
 use crate::{
     plan::{NodeIndex, NodeKind, Plan, StepTemplate, TrafficAction},
     plugin::{Phase, UnitState},
-    progress::{NodeState, Progress},
+    progress::{NodeState, Progress, StageRollback},
 };
 
 /// How far a unit got: what a rollback is planned from.
 #[must_use]
 pub fn unit_state(plan: &Plan, progress: &Progress, unit: NodeIndex) -> UnitState {
+    let stage = progress.stage_of(unit);
+    if progress.node(stage).rollback == Some(StageRollback::Done) {
+        // Brought back with its stage.
+        return UnitState::Untouched;
+    }
     if progress.state(unit) == NodeState::Succeeded {
         return UnitState::Released;
     }

@@ -1,8 +1,9 @@
 //! Deployment strategies.
 
 use windlass_domain::plugin::{
-    JudgeRequest, Judgement, NodeRole, OnFailure, RestoreWeight, StrategyNode, StrategyNodeKind,
-    StrategyPlan, StrategyRequest, StrategyUnit, UnitProgress, UnitState, Verdict,
+    AppRole, JudgeRequest, Judgement, NodeRole, OnFailure, RestoreWeight, RollbackScope,
+    ShiftWeight, StrategyNode, StrategyNodeKind, StrategyPlan, StrategyRequest, StrategyUnit,
+    UnitProgress, UnitState, Verdict,
 };
 
 use crate::{
@@ -26,7 +27,11 @@ pub(crate) fn request_to_guest(request: &StrategyRequest) -> wit::PlanRequest {
             .map(|app| wit::Application {
                 key: app.key.clone(),
                 stage: app.stage,
-                role: "release".to_owned(),
+                role: match app.role {
+                    AppRole::Release => "release",
+                    AppRole::ShiftOnly => "shift-only",
+                }
+                .to_owned(),
                 has_pools: app.has_pools,
                 target_version: app.target_version.clone(),
                 servers: app
@@ -45,7 +50,7 @@ pub(crate) fn request_to_guest(request: &StrategyRequest) -> wit::PlanRequest {
                 attributes: Vec::new(),
             })
             .collect(),
-        attributes: Vec::new(),
+        attributes: vec![("cells".to_owned(), request.cells.join(","))],
     }
 }
 
@@ -116,11 +121,11 @@ fn node_from_guest(index: usize, node: wit::Node) -> Result<StrategyNode, CallFa
             let mut weights = Vec::with_capacity(shift.weights.len());
             for (server, weight) in shift.weights {
                 let weight = match weight {
-                    wit::Weight::Exactly(weight) => weight_in(&format!("{field}.weights"), weight)?,
-                    wit::Weight::KeepZero => 0,
-                    wit::Weight::Remembered => {
-                        return Err(unknown_code(&format!("{field}.weights"), "remembered"));
+                    wit::Weight::Exactly(weight) => {
+                        ShiftWeight::Exactly(weight_in(&format!("{field}.weights"), weight)?)
                     }
+                    wit::Weight::KeepZero => ShiftWeight::Exactly(0),
+                    wit::Weight::Remembered => ShiftWeight::Remembered,
                 };
                 weights.push((server, weight));
             }
@@ -129,12 +134,27 @@ fn node_from_guest(index: usize, node: wit::Node) -> Result<StrategyNode, CallFa
                 weights,
             }
         }
+        wit::NodeKind::Share(share) => StrategyNodeKind::Share {
+            application: share.application,
+            servers: share.servers,
+            percent: share.percent,
+        },
         wit::NodeKind::Gate(message) => StrategyNodeKind::Gate { message },
         wit::NodeKind::Pause(duration_ms) => StrategyNodeKind::Pause { duration_ms },
-        wit::NodeKind::Judge(stage) => StrategyNodeKind::Judge { stage },
+        wit::NodeKind::Judge(judge) => StrategyNodeKind::Judge {
+            stage: judge.stage,
+            window_ms: judge.window_ms,
+        },
         wit::NodeKind::Extension(extension) => {
             return Err(unknown_code(&format!("{field}.kind"), &extension.code));
         }
+    };
+    let rollback = node.attributes.iter().find(|(key, _)| key == "rollback");
+    let rollback = match rollback.map(|(_, code)| code.as_str()) {
+        None => RollbackScope::Order,
+        Some("stage") => RollbackScope::Stage,
+        Some("none") => RollbackScope::Nothing,
+        Some(other) => return Err(unknown_code(&format!("{field}.attributes.rollback"), other)),
     };
     Ok(StrategyNode {
         parent: node.parent,
@@ -142,9 +162,11 @@ fn node_from_guest(index: usize, node: wit::Node) -> Result<StrategyNode, CallFa
         role: match node.role.as_str() {
             "application" => NodeRole::Application,
             "group" => NodeRole::Group,
+            "stage" => NodeRole::Stage,
             // The contract: any other code counts as plain.
             _ => NodeRole::Plain,
         },
+        rollback,
         kind,
     })
 }
@@ -184,6 +206,7 @@ pub(crate) fn judgement_from_guest(judgement: wit::Judgement) -> Judgement {
             wit::Verdict::GoOn => Verdict::GoOn,
             wit::Verdict::Hold => Verdict::Hold,
             wit::Verdict::RollBack => Verdict::RollBack,
+            wit::Verdict::Extend => Verdict::Extend,
         },
         reason: judgement.reason,
     }

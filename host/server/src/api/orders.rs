@@ -384,6 +384,7 @@ fn frame(event: &OrderEvent) -> String {
         Happened::Order { .. } => "order",
         Happened::Node { .. } => "node",
         Happened::Action { .. } => "action",
+        Happened::Traffic { .. } => "traffic",
     };
     let data = serde_json::to_string(event).expect("events have string keys");
     format!("id: {}\nevent: {name}\ndata: {data}\n\n", event.seq)

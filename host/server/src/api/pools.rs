@@ -19,7 +19,7 @@ use super::{
     workspaces::Confirm,
 };
 use crate::{
-    engine::traffic::PoolFault,
+    engine::traffic::{PoolFault, SimulatedTraffic},
     service::{Caller, pools::CreatePool},
 };
 
@@ -34,6 +34,7 @@ pub(super) fn router() -> OpenApiRouter<Api> {
         .routes(routes!(get_pool, delete_pool))
         .routes(routes!(get_pool_weights))
         .routes(routes!(get_pool_fault, set_pool_fault))
+        .routes(routes!(set_pool_traffic))
 }
 
 /// A member's weight.
@@ -134,5 +135,18 @@ async fn set_pool_fault(
 ) -> Reply {
     api.pools.get(&ws, id).await?;
     api.traffic.set_fault(id, body).await?;
+    Ok(reply::json(StatusCode::OK, &body))
+}
+
+#[utoipa::path(put, path = "/v1/workspaces/{ws}/pools/{id}/traffic", operation_id = "set_pool_traffic", tag = "pools",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PoolId, Path, description = "The pool's id.")),
+    request_body = SimulatedTraffic, responses((status = 200, description = "From now on the simulated pool counts as if its members answered so.", body = SimulatedTraffic)))]
+async fn set_pool_traffic(
+    State(api): State<Api>,
+    Path((ws, id)): Path<(String, PoolId)>,
+    Json(body): Json<SimulatedTraffic>,
+) -> Reply {
+    api.pools.get(&ws, id).await?;
+    api.traffic.set_traffic(id, body.clone()).await?;
     Ok(reply::json(StatusCode::OK, &body))
 }

@@ -30,8 +30,8 @@ use windlass_domain::{
     inbox::InboxEntry,
     manifest::Manifest,
     order::{Control, Happened, Order, OrderEvent, OrderState},
-    plan::{NodeIndex, NodeKind, Plan, StepTemplate},
-    progress::{NodeState, Progress},
+    plan::{Level, NodeIndex, NodeKind, Plan, StepTemplate},
+    progress::{NodeProgress, NodeState, Progress, StageRollback},
     reducer::{self, Effect, Event, Refused},
     task::{Outcome, TaskId, TaskResult},
 };
@@ -342,6 +342,8 @@ impl Actor {
             | Event::RollbackStarted(_)
             | Event::RollbackImpossible(_)
             | Event::RollbackEnded { .. }
+            | Event::StageRollback { .. }
+            | Event::TrafficChanged { .. }
             | Event::Advance => None,
         };
         let control = self.progress.control;
@@ -364,6 +366,13 @@ impl Actor {
                     did: action.clone(),
                 },
             );
+        }
+        if let Event::TrafficChanged { number, error } = &repeat {
+            let what = Happened::Traffic {
+                edit: *number,
+                error: error.clone(),
+            };
+            self.note(batch, at, "", what);
         }
         self.header_follows(batch, &repeat, control, at);
         if let Some((node, outcome, bytes)) = finished {
@@ -425,6 +434,8 @@ impl Actor {
             | Event::Judged { .. }
             | Event::ProgressDeadline
             | Event::RollbackEnded { .. }
+            | Event::StageRollback { .. }
+            | Event::TrafficChanged { .. }
             | Event::Advance => {}
         }
         if before == Control::NotStarted && control == Control::Initialising {
@@ -502,6 +513,8 @@ impl Actor {
             | Effect::Pause { .. }
             | Effect::Judge { .. }
             | Effect::StartRollback
+            | Effect::RollBackStage(_)
+            | Effect::ChangeTraffic { .. }
             | Effect::Finish => batch.effects.push(effect),
         }
     }
@@ -675,6 +688,9 @@ impl Actor {
                 "nothing finished within the progress deadline".to_owned()
             }
             OrderState::Blocked if self.progress.is_held() => self.held_because(),
+            OrderState::Blocked if self.failed_stage_rollback().is_some() => {
+                self.failed_stage_rollback().unwrap_or_default()
+            }
             OrderState::Blocked | OrderState::RollingBack => {
                 let failed = told(first(|state| state == NodeState::Failed));
                 if !failed.is_empty() {
@@ -688,9 +704,12 @@ impl Actor {
             }
             OrderState::Drifted => told(first(|state| state == NodeState::Drifted)),
             OrderState::Unknown => told(first(|state| state == NodeState::Unknown)),
-            OrderState::AwaitingConfirmation => {
-                told(first(|state| state == NodeState::AwaitingConfirmation))
-            }
+            OrderState::AwaitingConfirmation => match self.rolled_back_stage() {
+                Some(stage) => {
+                    format!("{stage} was rolled back: run it again, or go on without it")
+                }
+                None => told(first(|state| state == NodeState::AwaitingConfirmation)),
+            },
             OrderState::NotStarted => self.order.state_reason.clone(),
             // A rollback that cannot be has said why.
             OrderState::Failed if !self.order.state_reason.is_empty() => {
@@ -704,6 +723,38 @@ impl Actor {
             | OrderState::Cancelled
             | OrderState::RolledBack => String::new(),
         }
+    }
+
+    fn stage_rollbacks(&self) -> impl Iterator<Item = (&str, &NodeProgress)> {
+        let nodes = (0u32..).zip(&self.plan.nodes);
+        nodes
+            .filter(|(_, planned)| planned.level == Level::Stage)
+            .map(|(node, planned)| (planned.name.as_str(), self.progress.node(node)))
+    }
+
+    /// A stage that was rolled back and waits for a person.
+    fn rolled_back_stage(&self) -> Option<&str> {
+        let mut stages = self.stage_rollbacks();
+        stages
+            .find(|(_, row)| row.rollback == Some(StageRollback::Done) && !row.ignored)
+            .map(|(name, _)| name)
+    }
+
+    /// A stage whose rollback failed, and why.
+    fn failed_stage_rollback(&self) -> Option<String> {
+        self.stage_rollbacks()
+            .find_map(|(name, row)| match &row.rollback {
+                Some(StageRollback::Failed { message }) => {
+                    Some(format!("{name} could not be rolled back: {message}"))
+                }
+                Some(
+                    StageRollback::Ending { .. }
+                    | StageRollback::Due { .. }
+                    | StageRollback::Running { .. }
+                    | StageRollback::Done,
+                )
+                | None => None,
+            })
     }
 
     /// What the safety envelope holds, and why.
@@ -737,6 +788,8 @@ impl Actor {
                 | Effect::Pause { .. }
                 | Effect::Judge { .. }
                 | Effect::StartRollback
+                | Effect::RollBackStage(_)
+                | Effect::ChangeTraffic { .. }
                 | Effect::Finish => {}
             }
             if self.performing.contains_key(&effect) {

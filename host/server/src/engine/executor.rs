@@ -14,8 +14,8 @@ use windlass_domain::{
     inbox::InboxEntry,
     order::{Action, Control, Ending, Order, Purpose},
     plan::{NodeIndex, NodeKind, Plan, TrafficAction, Unit},
-    plugin::RestoreWeight,
-    progress::{Drift, NodeProgress, PoolWeight, Progress},
+    plugin::{Judgement, RestoreWeight, Verdict},
+    progress::{Drift, NodeProgress, PoolWeight, Progress, StageRollback},
     reducer::{self, Effect, Event},
     task::{Outcome, TaskResult},
 };
@@ -24,7 +24,7 @@ use windlass_store::{Txn, crash::crash_point};
 use super::{
     Engine,
     actor::Command,
-    initialise,
+    figures, initialise,
     keeper::{Admission, Answer, Seat},
     rows, shift,
     traffic::{TrafficError, set_and_read_back},
@@ -34,7 +34,7 @@ use crate::clock;
 /// Between two looks at something that nobody announces.
 const POLL: Duration = Duration::from_millis(200);
 /// Before an effect that failed for reasons of the store is tried again.
-const AGAIN: Duration = Duration::from_millis(500);
+pub(super) const AGAIN: Duration = Duration::from_millis(500);
 
 /// What an effect needs to know of the progress at the time it fell due.
 pub(crate) enum View {
@@ -44,6 +44,8 @@ pub(crate) enum View {
     Remembered(Option<Vec<PoolWeight>>),
     /// Of a shift.
     Shift(shift::View),
+    /// Of a unit: it was rolled back with its stage and runs again.
+    Again(bool),
     /// Everything.
     Whole(Box<Progress>),
 }
@@ -52,9 +54,9 @@ impl View {
     pub(crate) fn of(plan: &Plan, progress: &Progress, effect: Effect) -> Self {
         match effect {
             Effect::Traffic { node, .. } => match &plan.nodes[node as usize].kind {
-                NodeKind::Traffic(TrafficAction::Set { part, .. }) => {
-                    Self::Shift(shift::View::of(plan, progress, node, *part))
-                }
+                NodeKind::Traffic(
+                    TrafficAction::Set { part, .. } | TrafficAction::Share { part, .. },
+                ) => Self::Shift(shift::View::of(plan, progress, node, *part)),
                 NodeKind::Traffic(TrafficAction::Drain { .. } | TrafficAction::Restore)
                 | NodeKind::Sequence
                 | NodeKind::Parallel { .. }
@@ -73,9 +75,12 @@ impl View {
                     Self::Remembered(remembered)
                 }
             },
-            Effect::Judge { .. } | Effect::StartRollback => Self::Whole(Box::new(progress.clone())),
+            Effect::Judge { .. }
+            | Effect::StartRollback
+            | Effect::RollBackStage(_)
+            | Effect::ChangeTraffic { .. } => Self::Whole(Box::new(progress.clone())),
+            Effect::Admit(node) => Self::Again(progress.node(node).again),
             Effect::Initialise
-            | Effect::Admit(_)
             | Effect::Release(_)
             | Effect::Dispatch { .. }
             | Effect::Revoke { .. }
@@ -96,7 +101,7 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    async fn answer(&self, event: Event) {
+    pub(super) async fn answer(&self, event: Event) {
         self.answer_with(event, Txn::new()).await;
     }
 
@@ -125,6 +130,12 @@ pub(crate) async fn perform(job: Job) {
         Effect::Pause { node, attempt } => pause(&job, node, attempt).await,
         Effect::Judge { node, attempt } => judge(&job, node, attempt).await,
         Effect::StartRollback => start_rollback(&job).await,
+        Effect::RollBackStage(node) => roll_back_stage(&job, node).await,
+        Effect::ChangeTraffic { number } => {
+            if let View::Whole(progress) = &job.view {
+                shift::change_by_hand(&job, progress, number).await;
+            }
+        }
         Effect::Finish => finish(&job).await,
     }
     crash_point("executor.after_effect");
@@ -158,11 +169,19 @@ async fn admit(job: &Job, node: NodeIndex) {
         let planned = job.plan.units.iter().find(|unit| unit.server == server);
         planned.map_or_else(|| server.to_string(), |unit| unit.server_name.clone())
     };
+    // What is installed is another installation of the same release: its stage was rolled back.
+    let again = matches!(job.view, View::Again(true));
+    let subjects: Vec<String> = unit
+        .reads
+        .iter()
+        .filter(|subject| !again || !subject.starts_with("installed "))
+        .cloned()
+        .collect();
     let mut told = String::new();
     let asked_at = tokio::time::Instant::now();
     loop {
         let notified = changed.notified();
-        match drift(job, &unit.reads).await {
+        match drift(job, &subjects).await {
             Ok(drift) if !drift.is_empty() => {
                 return job.answer(Event::UnitDrifted(node, drift)).await;
             }
@@ -336,7 +355,11 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
     };
     let remembered = match &job.view {
         View::Remembered(Some(weights)) => Some(weights),
-        View::Remembered(None) | View::Nothing | View::Shift(_) | View::Whole(_) => None,
+        View::Remembered(None)
+        | View::Nothing
+        | View::Shift(_)
+        | View::Again(_)
+        | View::Whole(_) => None,
     };
     match action {
         TrafficAction::Drain { deadline_ms } => {
@@ -410,17 +433,16 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             }
             Ok(())
         }
-        TrafficAction::Set { part, weights } => match &job.view {
+        TrafficAction::Set { .. } | TrafficAction::Share { .. } => match &job.view {
             View::Shift(view) => {
                 let leaf = shift::Leaf {
                     node,
                     attempt,
-                    part: &job.plan.parts[*part as usize],
-                    weights,
+                    action,
                 };
                 shift::perform(job, leaf, view).await
             }
-            View::Nothing | View::Remembered(_) | View::Whole(_) => Ok(()),
+            View::Nothing | View::Remembered(_) | View::Again(_) | View::Whole(_) => Ok(()),
         },
     }
 }
@@ -468,23 +490,50 @@ async fn pause(job: &Job, node: NodeIndex, attempt: u32) {
 }
 
 async fn judge(job: &Job, node: NodeIndex, attempt: u32) {
-    let (NodeKind::Judge { stage }, View::Whole(progress)) =
+    let (NodeKind::Judge { stage, window_ms }, View::Whole(progress)) =
         (&job.plan.nodes[node as usize].kind, &job.view)
     else {
         return;
     };
-    let judgement = job
-        .engine
-        .shared
-        .planning
-        .judge(&job.order, &job.plan, progress, stage)
-        .await;
-    job.answer(Event::Judged {
-        node,
-        attempt,
-        judgement,
-    })
-    .await;
+    let mut extended = progress.node(node).extended;
+    loop {
+        let judgement = match figures::collect(job, (node, attempt), *window_ms, extended).await {
+            Ok(figures) => {
+                let planning = &job.engine.shared.planning;
+                planning
+                    .judge(&job.order, &job.plan, progress, stage, figures)
+                    .await
+            }
+            Err(message) => Err(message),
+        };
+        let judgement = judgement.map(|judgement| match judgement.verdict {
+            // There is nothing to wait for.
+            Verdict::Extend if *window_ms == 0 => Judgement {
+                verdict: Verdict::Hold,
+                ..judgement
+            },
+            Verdict::Extend | Verdict::GoOn | Verdict::Hold | Verdict::RollBack => judgement,
+        });
+        let extends = judgement
+            .as_ref()
+            .is_ok_and(|judgement| judgement.verdict == Verdict::Extend);
+        let event = Event::Judged {
+            node,
+            attempt,
+            judgement,
+        };
+        if !extends {
+            return job.answer(event).await;
+        }
+        // Durable before the next window: it is not collected twice after a crash.
+        let kept = job
+            .engine
+            .send(job.order.id, event, String::new(), Txn::new());
+        if kept.await.is_err() {
+            return;
+        }
+        extended += 1;
+    }
 }
 
 // ---------------------------------------------------------------------------------------------- the order as a whole
@@ -522,6 +571,46 @@ async fn start_rollback(job: &Job) {
         Ok(()) => drop(job.engine.take_up(id)),
         Err(error) => {
             tracing::info!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "the rollback order was not made now")
+        }
+    }
+}
+
+/// Makes the rollback order of a stage whose traffic is taken back; where nothing was released in it, it is done.
+async fn roll_back_stage(job: &Job, node: NodeIndex) {
+    let View::Whole(progress) = &job.view else {
+        return;
+    };
+    let Some(StageRollback::Due { reason }) = &progress.node(node).rollback else {
+        return;
+    };
+    let planned = job
+        .engine
+        .shared
+        .planning
+        .plan_stage_rollback(&job.order, &job.plan, progress, (node, reason))
+        .await;
+    let planned = match planned {
+        Ok(Some(planned)) => planned,
+        Ok(None) => {
+            let now = StageRollback::Done;
+            return job.answer(Event::StageRollback { node, now }).await;
+        }
+        Err(message) => {
+            let now = StageRollback::Failed { message };
+            return job.answer(Event::StageRollback { node, now }).await;
+        }
+    };
+    let (order, with) = new_order_running(planned.order, &planned.plan);
+    let now = StageRollback::Running { order };
+    let event = Event::StageRollback { node, now };
+    match job
+        .engine
+        .send(job.order.id, event, String::new(), with)
+        .await
+    {
+        Ok(()) => drop(job.engine.take_up(order)),
+        Err(error) => {
+            tracing::info!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "the rollback order of a stage was not made now")
         }
     }
 }
@@ -573,7 +662,7 @@ async fn finish(job: &Job) {
 async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let shared = &job.engine.shared;
     let order = &job.order;
-    if let Purpose::Rollback { of, .. } = &order.purpose {
+    if let Purpose::Rollback { of, stage, .. } = &order.purpose {
         let ending = match order.control {
             Control::Ended(ending) => ending,
             Control::NotStarted
@@ -583,16 +672,21 @@ async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + 
             | Control::EndingForRollback
             | Control::RollingBack => Ending::Failed,
         };
-        match job
-            .engine
-            .send(
-                *of,
-                Event::RollbackEnded { ending },
-                String::new(),
-                Txn::new(),
-            )
-            .await
-        {
+        let told = match stage {
+            None => Event::RollbackEnded { ending },
+            Some(node) => Event::StageRollback {
+                node: *node,
+                now: match ending {
+                    Ending::Succeeded => StageRollback::Done,
+                    Ending::Failed | Ending::Cancelled | Ending::RolledBack => {
+                        StageRollback::Failed {
+                            message: format!("the rollback order {} did not succeed", order.id),
+                        }
+                    }
+                },
+            },
+        };
+        match job.engine.send(*of, told, String::new(), Txn::new()).await {
             // Told already, or rolled back after it had ended.
             Ok(()) | Err(super::ActError::Refused(_) | super::ActError::NoSuchOrder(_)) => {}
             Err(error) => return Err(error.into()),

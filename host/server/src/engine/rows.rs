@@ -7,6 +7,7 @@
 //! | `invocation-of/{workspace}/{id}` | empty: invocations of a workspace, by age |
 //! | `order-node/{id}/{node}` | [`NodeProgress`]; absent: not started |
 //! | `order-event/{id}/{first seq}` | the [`OrderEvent`]s of one commit |
+//! | `order-sample/{id}/{node}/{chunk}` | what pools had counted when a judgement's window began |
 //! | `order-active/{id}` | empty: the order still has effects to perform; recovery starts here |
 //! | `order-owner/{id}` | which server's engine drives it; hangs on a lease |
 //! | `lock/{server}` | [`ServerLock`] |
@@ -123,6 +124,23 @@ pub(crate) fn events(id: OrderId) -> Prefix {
     prefix(["order-event", &id.to_string()])
 }
 
+pub(crate) fn sample(id: OrderId, node: NodeIndex, chunk: u64) -> Key {
+    key([
+        "order-sample",
+        &id.to_string(),
+        &sortable(u64::from(node)),
+        &sortable(chunk),
+    ])
+}
+
+pub(crate) fn samples_of(id: OrderId, node: NodeIndex) -> Prefix {
+    prefix(["order-sample", &id.to_string(), &sortable(u64::from(node))])
+}
+
+pub(crate) fn samples(id: OrderId) -> Prefix {
+    prefix(["order-sample", &id.to_string()])
+}
+
 pub(crate) fn active(id: OrderId) -> Key {
     key(["order-active", &id.to_string()])
 }
@@ -187,6 +205,10 @@ pub(crate) fn pool_weights(pool: &str) -> Prefix {
 
 pub(crate) fn pool_fault(pool: &str) -> Key {
     key(["pool-fault", pool])
+}
+
+pub(crate) fn pool_traffic(pool: &str) -> Key {
+    key(["pool-traffic", pool])
 }
 
 /// The node index at the end of a node's key.

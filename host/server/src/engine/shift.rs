@@ -1,101 +1,252 @@
-//! Shifts of traffic: the weights that a strategy sets, and their taking back.
+//! Changes of weights that are not one server's turn: shifts that a strategy plans, their taking back, and what a person
+//! changes by hand.
 //!
-//! Before the first weight changes, all that the shift changes are remembered in the leaf's row, so that after a crash, or
-//! when a person ends the order, what was before is known. Taking back sets them again, for servers that this order left
-//! broken only as far as it takes traffic from them. Both raise before they lower, and lower nothing that would leave a
-//! pool with fewer healthy members with traffic than `min_healthy_members`.
+//! Before the first weight of a shift changes, all that it changes are remembered in the leaf's row, so that after a crash,
+//! or when a person ends the order, what was before is known. Taking back sets them again, for servers that this order left
+//! broken only as far as it takes traffic from them. A change by hand is kept in the root's row until it is made. All raise
+//! before they lower, lower nothing that would leave a pool with fewer healthy members with traffic than
+//! `min_healthy_members`, and leave servers alone that an order works on or left broken. One is made at a time, whatever
+//! order it is of, so that two do not count on each other's members.
 //!
 //! | step | when it fails |
 //! | --- | --- |
 //! | remember | nothing was changed: tried again |
 //! | set, read back | tried again from the start: weights are absolute |
 //! | take back | tried again, then the leaf is `failed` and the order ends so |
+//! | change by hand | tried again while the pool fails, a few times; then the person is told |
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use windlass_domain::{
-    id::{PoolId, ServerId},
-    plan::{NodeIndex, NodeKind, Part, Plan},
-    plugin::UnitState,
-    progress::{Progress, Undo},
-    reducer::{Event, unit_state},
+    id::{OrderId, PoolId, ServerId},
+    order::Purpose,
+    plan::{NodeIndex, NodeKind, Part, Plan, TrafficAction},
+    plugin::{ShiftWeight, UnitState},
+    progress::{NodeState, Progress, ServerWeight, TrafficChange, Undo},
+    reducer::{Event, unit_state, weights_before},
+    share::{self, Side},
 };
 use windlass_store::Txn;
 
 use super::{
     executor::{Job, Steering},
+    rows,
     traffic::set_and_read_back,
 };
 
+/// The weights of members of pools.
+type Weights = BTreeMap<(PoolId, ServerId), u32>;
+
+/// How often a change by hand is tried while a pool fails.
+const EDIT_ATTEMPTS: u32 = 3;
+
 /// What performing a shift needs to know of the progress.
 pub(crate) struct View {
-    /// The weights before it, once they are remembered.
+    /// The weights before this leaf's first attempt, once they are remembered.
     before: Option<Vec<u32>>,
-    /// It is to be taken back; these servers were left broken.
-    take_back: Option<BTreeSet<ServerId>>,
+    /// It is to be taken back.
+    takes_back: bool,
+    /// The weights before the order touched them.
+    before_order: Weights,
+    /// Servers of the part that the order works on, or left broken.
+    out: Out,
+}
+
+/// Servers that a change of weights leaves alone.
+#[derive(Default)]
+struct Out {
+    /// Changed, and not healthy.
+    broken: BTreeSet<ServerId>,
+    /// Their turn is under way.
+    busy: BTreeSet<ServerId>,
+    /// Released, and healthy: whatever seat is still theirs.
+    released: BTreeSet<ServerId>,
+}
+
+impl Out {
+    fn of(plan: &Plan, progress: &Progress, part: u32) -> Self {
+        let mut out = Self::default();
+        for (node, planned) in (0u32..).zip(&plan.nodes) {
+            let NodeKind::Unit { unit } = planned.kind else {
+                continue;
+            };
+            let unit = plan.units.get(unit as usize);
+            let Some(unit) = unit.filter(|unit| unit.part == Some(part)) else {
+                continue;
+            };
+            match unit_state(plan, progress, node) {
+                UnitState::Failed if progress.state(node) == NodeState::Running => {
+                    out.busy.insert(unit.server);
+                }
+                UnitState::Failed => {
+                    out.broken.insert(unit.server);
+                }
+                UnitState::Released => {
+                    out.released.insert(unit.server);
+                }
+                UnitState::Untouched if progress.state(node).is_busy() => {
+                    out.busy.insert(unit.server);
+                }
+                UnitState::Untouched => {}
+            }
+        }
+        out
+    }
+
+    fn has(&self, server: ServerId) -> bool {
+        self.broken.contains(&server) || self.busy.contains(&server)
+    }
 }
 
 impl View {
     pub(crate) fn of(plan: &Plan, progress: &Progress, leaf: NodeIndex, part: u32) -> Self {
         let row = progress.node(leaf);
-        let take_back = match row.undo {
-            Undo::Due => Some(broken(plan, progress, part)),
-            Undo::None | Undo::Done | Undo::Failed => None,
-        };
         Self {
             before: row.shifted.clone(),
-            take_back,
+            takes_back: row.undo == Undo::Due,
+            before_order: weights_before(plan, progress, 0),
+            out: Out::of(plan, progress, part),
         }
     }
-}
-
-/// The servers of a part that the order changed and did not finish.
-fn broken(plan: &Plan, progress: &Progress, part: u32) -> BTreeSet<ServerId> {
-    (0u32..)
-        .zip(&plan.nodes)
-        .filter_map(|(node, planned)| match planned.kind {
-            NodeKind::Unit { unit } => Some((node, plan.units.get(unit as usize)?)),
-            NodeKind::Sequence
-            | NodeKind::Parallel { .. }
-            | NodeKind::Step { .. }
-            | NodeKind::Traffic(_)
-            | NodeKind::Gate { .. }
-            | NodeKind::Pause { .. }
-            | NodeKind::Judge { .. } => None,
-        })
-        .filter(|(node, unit)| {
-            unit.part == Some(part) && unit_state(plan, progress, *node) == UnitState::Failed
-        })
-        .map(|(_, unit)| unit.server)
-        .collect()
 }
 
 /// A shift as it stands in the plan.
 pub(super) struct Leaf<'a> {
     pub(super) node: NodeIndex,
     pub(super) attempt: u32,
-    pub(super) part: &'a Part,
-    pub(super) weights: &'a [(ServerId, u32)],
+    pub(super) action: &'a TrafficAction,
 }
 
 /// Sets the weights of a shift, or those from before it.
 pub(super) async fn perform(job: &Job, leaf: Leaf<'_>, view: &View) -> Result<(), Steering> {
-    match (&view.take_back, &view.before) {
-        (Some(broken), Some(before)) => take_back(job, &leaf, before, broken).await,
+    let Some((part, servers)) = leaf.action.shifts() else {
+        return Ok(());
+    };
+    let part = &job.plan.parts[part as usize];
+    let _one_at_a_time = job.engine.shared.weighing.lock().await;
+    match (view.takes_back, &view.before) {
+        (true, Some(before)) => take_back(job, part, &servers, before, &view.out).await,
         // Nothing was changed.
-        (Some(_), None) => Ok(()),
-        (None, before) => shift(job, &leaf, before.is_some()).await,
+        (true, None) => Ok(()),
+        (false, before) => {
+            let remembered = before.is_some();
+            shift(job, &leaf, (part, &servers), view, remembered).await
+        }
     }
 }
 
-async fn shift(job: &Job, leaf: &Leaf<'_>, remembered: bool) -> Result<(), Steering> {
+async fn shift(
+    job: &Job,
+    leaf: &Leaf<'_>,
+    (part, servers): (&Part, &[ServerId]),
+    view: &View,
+    remembered: bool,
+) -> Result<(), Steering> {
+    let before_order = match &job.order.purpose {
+        Purpose::Release | Purpose::Operation { .. } | Purpose::Invocation { .. } => None,
+        Purpose::Rollback { of, stage, .. } => {
+            Some(before_parent(job, *of, stage.unwrap_or(0)).await?)
+        }
+    };
+    let before_order = before_order.as_ref().unwrap_or(&view.before_order);
+    let mut planned = Vec::with_capacity(part.pools.len());
+    let mut seen = Vec::with_capacity(part.pools.len() * servers.len());
+    for pool in &part.pools {
+        let now = Members::read(job, part, *pool, &view.out).await?;
+        let mut shown = BTreeMap::new();
+        for server in servers {
+            let weight = match now.weights.get(server) {
+                Some(member) => member.weight,
+                None => job.engine.shared.pools.weight(*pool, *server).await?,
+            };
+            shown.insert(*server, weight);
+            seen.push(weight);
+        }
+        let wanted = wanted(leaf.action, *pool, before_order, &shown, &view.out);
+        planned.push((*pool, now, wanted));
+    }
+    keeps_minimum(job, &planned)?;
+    if !remembered {
+        // Durable before the first weight changes.
+        let event = Event::ShiftRemembered {
+            node: leaf.node,
+            attempt: leaf.attempt,
+            weights: seen,
+        };
+        let kept = job
+            .engine
+            .send(job.order.id, event, String::new(), Txn::new());
+        kept.await.map_err(|error| Steering {
+            message: error.to_string(),
+            repeat: true,
+        })?;
+    }
+    set(job, planned).await
+}
+
+/// What a shift sets in one pool: of servers that are out nothing.
+fn wanted(
+    action: &TrafficAction,
+    pool: PoolId,
+    before: &Weights,
+    now: &BTreeMap<ServerId, u32>,
+    out: &Out,
+) -> Vec<(ServerId, u32)> {
+    let before = |server: ServerId| before.get(&(pool, server)).copied();
+    let mut wanted: Vec<(ServerId, u32)> = match action {
+        TrafficAction::Drain { .. } | TrafficAction::Restore => Vec::new(),
+        TrafficAction::Set { part: _, weights } => weights
+            .iter()
+            .filter_map(|(server, weight)| match weight {
+                ShiftWeight::Exactly(weight) => Some((*server, *weight)),
+                ShiftWeight::Remembered => Some((*server, before(*server)?)),
+            })
+            .collect(),
+        TrafficAction::Share {
+            part: _,
+            servers,
+            rest,
+            percent,
+        } => {
+            let side = |side: Side, servers: &[ServerId]| {
+                let mine = servers.iter().filter(|server| !out.has(**server));
+                mine.map(|server| share::Member {
+                    server: *server,
+                    before: before(*server)
+                        .or_else(|| now.get(server).copied())
+                        .unwrap_or(share::MAX_WEIGHT),
+                    side,
+                })
+                .collect::<Vec<_>>()
+            };
+            let mut members = side(Side::Share, servers);
+            members.extend(side(Side::Rest, rest));
+            share::divide(&members, *percent)
+        }
+    };
+    wanted.retain(|(server, _)| !out.has(*server));
+    wanted
+}
+
+/// Of a rollback: what the order that is rolled back, or its stage, remembered.
+async fn before_parent(job: &Job, of: OrderId, scope: NodeIndex) -> Result<Weights, Steering> {
+    let found = job.engine.progress(of).await.map_err(|error| Steering {
+        message: error.to_string(),
+        repeat: true,
+    })?;
+    Ok(found.map_or_else(Weights::new, |(_, plan, progress)| {
+        weights_before(&plan, &progress, scope)
+    }))
+}
+
+/// Refuses before anything is changed what would leave a pool with too few members.
+fn keeps_minimum(
+    job: &Job,
+    planned: &[(PoolId, Members, Vec<(ServerId, u32)>)],
+) -> Result<(), Steering> {
     let minimum = job.plan.limits.min_healthy_members;
-    let wanted: BTreeMap<ServerId, u32> = leaf.weights.iter().copied().collect();
-    let nobody = BTreeSet::new();
-    let mut seen = BTreeMap::new();
-    for pool in &leaf.part.pools {
-        let now = Members::read(job, leaf.part, *pool, &nobody).await?;
-        let serving = now.serving_with(&wanted);
+    for (pool, now, wanted) in planned {
+        let serving = now.serving_with(&wanted.iter().copied().collect());
         if now.weights.len() > 1 && serving < minimum {
             return Err(Steering {
                 message: format!(
@@ -105,75 +256,40 @@ async fn shift(job: &Job, leaf: &Leaf<'_>, remembered: bool) -> Result<(), Steer
                 repeat: false,
             });
         }
-        seen.insert(*pool, now);
     }
-    if !remembered {
-        remember(job, leaf, &seen).await?;
-    }
-    for pool in &leaf.part.pools {
+    Ok(())
+}
+
+async fn set(
+    job: &Job,
+    planned: Vec<(PoolId, Members, Vec<(ServerId, u32)>)>,
+) -> Result<(), Steering> {
+    for (pool, _, mut wanted) in planned {
         // Raise before lowering, so that the pool never has less than both states have.
-        let mut ordered = leaf.weights.to_vec();
-        ordered.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
-        for (server, weight) in ordered {
-            set_and_read_back(&*job.engine.shared.pools, *pool, server, weight).await?;
+        wanted.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
+        for (server, weight) in wanted {
+            set_and_read_back(&*job.engine.shared.pools, pool, server, weight).await?;
         }
     }
     Ok(())
 }
 
-/// Durable before the first weight changes.
-async fn remember(
-    job: &Job,
-    leaf: &Leaf<'_>,
-    seen: &BTreeMap<PoolId, Members>,
-) -> Result<(), Steering> {
-    let pools = &*job.engine.shared.pools;
-    let mut before = Vec::with_capacity(leaf.part.pools.len() * leaf.weights.len());
-    for pool in &leaf.part.pools {
-        for (server, _) in leaf.weights {
-            let known = seen.get(pool).and_then(|now| now.weights.get(server));
-            before.push(match known {
-                Some(member) => member.weight,
-                None => pools.weight(*pool, *server).await?,
-            });
-        }
-    }
-    let event = Event::ShiftRemembered {
-        node: leaf.node,
-        attempt: leaf.attempt,
-        weights: before,
-    };
-    let kept = job
-        .engine
-        .send(job.order.id, event, String::new(), Txn::new())
-        .await;
-    kept.map_err(|error| Steering {
-        message: error.to_string(),
-        repeat: true,
-    })
-}
-
 async fn take_back(
     job: &Job,
-    leaf: &Leaf<'_>,
+    part: &Part,
+    servers: &[ServerId],
     before: &[u32],
-    broken: &BTreeSet<ServerId>,
+    out: &Out,
 ) -> Result<(), Steering> {
     let pools = &*job.engine.shared.pools;
     let minimum = job.plan.limits.min_healthy_members;
     let mut kept = Vec::new();
-    for (pool, before) in leaf
-        .part
-        .pools
-        .iter()
-        .zip(before.chunks(leaf.weights.len().max(1)))
-    {
-        let mut now = Members::read(job, leaf.part, *pool, broken).await?;
-        let mut wanted: Vec<(ServerId, u32)> = leaf
-            .weights
+    for (pool, before) in part.pools.iter().zip(before.chunks(servers.len().max(1))) {
+        let mut now = Members::read(job, part, *pool, out).await?;
+        let mut wanted: Vec<(ServerId, u32)> = servers
             .iter()
-            .zip(before)
-            .map(|((server, _), weight)| (*server, *weight))
+            .copied()
+            .zip(before.iter().copied())
             .collect();
         wanted.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
         for (server, weight) in wanted {
@@ -182,7 +298,7 @@ async fn take_back(
                 None => pools.weight(*pool, server).await?,
             };
             let raises = weight > has;
-            if weight == has || (raises && broken.contains(&server)) {
+            if weight == has || (raises && out.broken.contains(&server)) {
                 continue;
             }
             let left = now.serving_with(&[(server, weight)].into());
@@ -209,9 +325,95 @@ async fn take_back(
     })
 }
 
+// ---------------------------------------------------------------------------------------------- by hand
+
+/// Changes traffic as a person asked; answers the order's actor.
+pub(super) async fn change_by_hand(job: &Job, progress: &Progress, number: u32) {
+    let Some(edit) = progress
+        .node(0)
+        .edit
+        .as_ref()
+        .filter(|edit| edit.number == number)
+    else {
+        return;
+    };
+    let mut error = None;
+    for attempt in 1..=EDIT_ATTEMPTS {
+        match try_change(job, progress, &edit.change).await {
+            Ok(()) => {
+                error = None;
+                break;
+            }
+            Err(Steering { message, repeat }) => {
+                error = Some(message);
+                if !repeat || attempt == EDIT_ATTEMPTS {
+                    break;
+                }
+                tokio::time::sleep(super::executor::AGAIN).await;
+            }
+        }
+    }
+    job.answer(Event::TrafficChanged { number, error }).await;
+}
+
+async fn try_change(
+    job: &Job,
+    progress: &Progress,
+    change: &TrafficChange,
+) -> Result<(), Steering> {
+    let _one_at_a_time = job.engine.shared.weighing.lock().await;
+    let before_order = weights_before(&job.plan, progress, 0);
+    let mut planned = Vec::new();
+    for (index, part) in (0u32..).zip(&job.plan.parts) {
+        let out = Out::of(&job.plan, progress, index);
+        for pool in &part.pools {
+            let now = Members::read(job, part, *pool, &out).await?;
+            let wanted = match change {
+                TrafficChange::Weights(weights) => weights
+                    .iter()
+                    .filter(|asked| out.released.contains(&asked.server))
+                    .map(|ServerWeight { server, weight }| (*server, *weight))
+                    .collect(),
+                TrafficChange::Cell { cell, percent } => {
+                    let (mut servers, mut rest) = (Vec::new(), Vec::new());
+                    for (server, member) in &now.weights {
+                        if before_order.contains_key(&(*pool, *server)) {
+                            let mine = member.cell == *cell;
+                            if mine { &mut servers } else { &mut rest }.push(*server);
+                        }
+                    }
+                    if servers.is_empty() || rest.is_empty() {
+                        return Err(Steering {
+                            message: format!(
+                                "this order has not moved the traffic of `{}` yet, so that there is nothing that a shift to \
+                                 the cell {cell} could be taken back to: nothing was changed",
+                                part.key
+                            ),
+                            repeat: false,
+                        });
+                    }
+                    let action = TrafficAction::Share {
+                        part: index,
+                        servers,
+                        rest,
+                        percent: *percent,
+                    };
+                    wanted(&action, *pool, &before_order, &BTreeMap::new(), &out)
+                }
+            };
+            planned.push((*pool, now, wanted));
+        }
+    }
+    keeps_minimum(job, &planned)?;
+    set(job, planned).await
+}
+
+// ---------------------------------------------------------------------------------------------- members
+
 struct Member {
     weight: u32,
-    /// Connected, and not left broken.
+    cell: String,
+    /// Connected, and neither worked on nor left broken by any order.
     healthy: bool,
 }
 
@@ -221,26 +423,35 @@ struct Members {
 }
 
 impl Members {
-    async fn read(
-        job: &Job,
-        part: &Part,
-        pool: PoolId,
-        broken: &BTreeSet<ServerId>,
-    ) -> Result<Self, Steering> {
+    async fn read(job: &Job, part: &Part, pool: PoolId, out: &Out) -> Result<Self, Steering> {
         let shared = &job.engine.shared;
+        let again = |message: String| Steering {
+            message,
+            repeat: true,
+        };
         let members = shared
             .planning
             .members(part.instance)
             .await
-            .map_err(|message| Steering {
-                message,
-                repeat: true,
-            })?;
+            .map_err(again)?;
+        let seats = rows::read_all(&*shared.store, &rows::unavailable_of(part.instance)).await;
+        let seats = seats.map_err(|error| again(error.to_string()))?;
+        let seated: BTreeSet<ServerId> = seats
+            .iter()
+            .filter_map(|entry| entry.key.segments().next_back()?.parse().ok())
+            .collect();
         let mut weights = BTreeMap::new();
-        for (server, _) in members {
+        for (server, cell) in members {
             let weight = shared.pools.weight(pool, server).await?;
-            let healthy = shared.agents.is_online(server) && !broken.contains(&server);
-            weights.insert(server, Member { weight, healthy });
+            // A seat is given back a moment after its server's turn.
+            let free = !seated.contains(&server) || out.released.contains(&server);
+            let healthy = free && shared.agents.is_online(server) && !out.has(server);
+            let member = Member {
+                weight,
+                cell,
+                healthy,
+            };
+            weights.insert(server, member);
         }
         Ok(Self { weights })
     }

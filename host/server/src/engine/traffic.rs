@@ -2,19 +2,22 @@
 //!
 //! A pool has members with weights from 0 to 100; a member that was never set has 100. The simulated pool keeps weights
 //! durably in the store, answers read-backs, and can be told to fail, so that everything above the seam is tried against
-//! something that can go wrong. It owns the rows `pool-weight/…` and `pool-fault/…` and nothing else.
+//! something that can go wrong. It owns the rows `pool-weight/…`,
+//! `pool-fault/…` and `pool-traffic/…` and nothing else.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use windlass_domain::{
+    Timestamp,
     id::{PoolId, ServerId},
     pool::{MemberHealth, MemberStats},
 };
 use windlass_store::{Store, Txn};
 
 use super::rows;
+use crate::clock;
 
 /// The weight of a member that was never set.
 pub const DEFAULT_WEIGHT: u32 = 100;
@@ -101,6 +104,36 @@ pub struct PoolFault {
     pub stuck_connections: u32,
 }
 
+/// What a simulated pool pretends that its members answer, from the moment that it is told on: for trying what judges it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SimulatedTraffic {
+    /// Members; others answer nothing.
+    pub members: Vec<SimulatedMember>,
+}
+
+/// What one member of a simulated pool answers while it has a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SimulatedMember {
+    /// The member.
+    pub server: ServerId,
+    /// Requests per second.
+    pub requests_per_s: u32,
+    /// Of a hundred of them, those that fail.
+    #[serde(default)]
+    pub error_percent: u32,
+    /// Mean time to an answer, in milliseconds.
+    #[serde(default)]
+    pub latency_ms: Option<u32>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredTraffic {
+    since: Timestamp,
+    traffic: SimulatedTraffic,
+}
+
 #[derive(Serialize, Deserialize)]
 struct StoredWeight {
     weight: u32,
@@ -136,6 +169,27 @@ impl SimulatedPools {
     /// [`TrafficError::Failed`] when the store does.
     pub async fn set_fault(&self, pool: PoolId, fault: PoolFault) -> Result<(), TrafficError> {
         let txn = Txn::new().put(rows::pool_fault(&pool.to_string()), rows::encode(&fault));
+        self.store
+            .commit(txn)
+            .await
+            .map_err(|error| failed(pool, &error))?;
+        Ok(())
+    }
+
+    /// Tells a pool what its members answer from now on.
+    ///
+    /// # Errors
+    /// [`TrafficError::Failed`] when the store does.
+    pub async fn set_traffic(
+        &self,
+        pool: PoolId,
+        traffic: SimulatedTraffic,
+    ) -> Result<(), TrafficError> {
+        let stored = StoredTraffic {
+            since: clock::now(),
+            traffic,
+        };
+        let txn = Txn::new().put(rows::pool_traffic(&pool.to_string()), rows::encode(&stored));
         self.store
             .commit(txn)
             .await
@@ -217,22 +271,47 @@ impl TrafficPools for SimulatedPools {
         Ok(self.fault(pool).await?.stuck_connections)
     }
 
-    /// Members whose weight was ever set; nothing is counted, since no traffic is sent.
+    /// Members whose weight was ever set, and those that it was told of. No traffic is sent: what is counted is what it was
+    /// told, since then.
     async fn stats(&self, pool: PoolId) -> Result<Vec<MemberStats>, TrafficError> {
         let sessions = self.fault(pool).await?.stuck_connections;
-        let weights = self.weights(pool).await?;
+        let key = rows::pool_traffic(&pool.to_string());
+        let told = rows::read::<StoredTraffic>(&*self.store, &key, "a pool's traffic")
+            .await
+            .map_err(|error| failed(pool, &error))?;
+        let told = told.map(|(told, _)| told);
+        let mut weights: BTreeMap<ServerId, u32> = self.weights(pool).await?.into_iter().collect();
+        for member in told.iter().flat_map(|told| &told.traffic.members) {
+            weights.entry(member.server).or_insert(DEFAULT_WEIGHT);
+        }
+        let now = clock::now();
         Ok(weights
             .into_iter()
-            .map(|(server, weight)| MemberStats {
-                server,
-                weight,
-                health: MemberHealth::Unchecked,
-                sessions,
-                requests: 0,
-                errors: 0,
-                retries: 0,
-                redispatches: 0,
-                latency_ms: None,
+            .map(|(server, weight)| {
+                let mut stats = MemberStats {
+                    server,
+                    weight,
+                    health: MemberHealth::Unchecked,
+                    sessions,
+                    requests: 0,
+                    errors: 0,
+                    retries: 0,
+                    redispatches: 0,
+                    latency_ms: None,
+                };
+                let mine = told.iter().find_map(|told| {
+                    let mut members = told.traffic.members.iter();
+                    Some((told.since, members.find(|member| member.server == server)?))
+                });
+                if let Some((since, member)) = mine
+                    && weight > 0
+                {
+                    let rate = u64::from(member.requests_per_s);
+                    stats.requests = rate.saturating_mul(now.since_ms(since)) / 1000;
+                    stats.errors = stats.requests * u64::from(member.error_percent.min(100)) / 100;
+                    stats.latency_ms = member.latency_ms;
+                }
+                stats
             })
             .collect())
     }

@@ -4,6 +4,8 @@
 //! action; the engine owns what happens then. A previewed plan is kept, so that an order made with its digest runs exactly
 //! that plan, or is refused with what has changed since.
 
+mod traffic;
+
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
@@ -12,8 +14,8 @@ use windlass_domain::{
     id::{OrderId, ServerId},
     order::{Action, Control, Order, OrderEvent, OrderState, PlanRevision, Purpose, ReleaseSpec},
     plan::{Level, NodeIndex, NodeKind, Plan},
-    progress::{Counts, Drift, NodeProgress, NodeState, PoolWeight, Progress},
-    reducer::Refused,
+    progress::{Counts, Drift, NodeProgress, NodeState, PoolWeight, Progress, StageRollback},
+    reducer::{self, Refused},
     server::{ConnectionState, Server},
 };
 use windlass_store::{CommitError, Revision, Watch};
@@ -25,6 +27,8 @@ use crate::{
     ids,
     keys::Kind,
 };
+
+pub use traffic::{CellShare, MemberShare, PoolTraffic, TrafficView};
 
 /// Orders on one page unless asked otherwise.
 pub const DEFAULT_PAGE: usize = 20;
@@ -85,6 +89,9 @@ pub struct NodeView {
     /// What drifted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drift: Vec<Drift>,
+    /// Where the rollback of a stage is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<StageRollback>,
     /// Weights that a drain remembered.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub remembered: Vec<PoolWeight>,
@@ -379,7 +386,12 @@ impl Orders {
             | Action::Cancel { .. }
             | Action::Lock { .. }
             | Action::Unlock { .. }
-            | Action::RollBack { .. } => {}
+            | Action::RollBack { .. }
+            | Action::RollBackStage { .. }
+            | Action::RunAgain { .. }
+            | Action::GoOn { .. }
+            | Action::SetWeights { .. }
+            | Action::ShiftCell { .. } => {}
         }
         let with = caller.answered(shown(&order));
         self.engine
@@ -416,6 +428,16 @@ impl Orders {
             ));
         }
         let (_, plan, progress) = self.progress(&order.workspace, order.id).await?;
+        if let Some(stage) = reducer::no_way_back(&plan, &progress) {
+            return Err(conflict(
+                "no_way_back",
+                format!(
+                    "the stage `{}` has begun: from there on the order cannot be rolled back",
+                    plan.nodes[stage as usize].name
+                ),
+                "release the wanted version instead",
+            ));
+        }
         let planned = self
             .planner
             .rollback(&order, &plan, &progress, reason, &caller.name)
@@ -629,6 +651,7 @@ fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
             .or(gate)
             .unwrap_or_else(|| row.message.clone()),
         drift: row.drift.clone(),
+        rollback: row.rollback.clone(),
         remembered: row.remembered.clone().unwrap_or_default(),
         exit_code: row.result.as_ref().and_then(|result| result.exit_code),
     }
@@ -713,6 +736,34 @@ fn refused(error: ActError) -> ServiceError {
                 "nothing_to_do",
                 "look at the order's nodes for their states",
             ),
+            Refused::StageRollsBack { .. } => conflict(
+                "stage_rolls_back",
+                "wait until the stage's rollback order has ended, or end that order",
+            ),
+            Refused::NoWayBack { .. } => {
+                conflict("no_way_back", "release the wanted version instead")
+            }
+            Refused::TrafficChanges { .. } => conflict(
+                "traffic_changes",
+                "try again once the change before it is made",
+            ),
+            Refused::NotReleased { .. } => conflict(
+                "not_released",
+                "name servers that this order has released, each once",
+            ),
+            Refused::OutOfRange {
+                field,
+                found,
+                min,
+                max,
+            } => ServiceError::Limit {
+                code: "out_of_limit",
+                field: format!("/{field}"),
+                message: message.clone(),
+                limit: u64::from(if found < min { min } else { max }),
+                current: u64::from(found),
+                mend: format!("give a value of `{field}` within the limit"),
+            },
             Refused::NotReady { .. } => conflict("not_ready", "run what comes before it first"),
         },
         ActError::Held { .. } => conflict(

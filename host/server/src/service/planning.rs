@@ -35,12 +35,12 @@ use windlass_domain::{
     id::{InstanceId, ServerId},
     instance::{Binding, ServiceInstance},
     manifest::Manifest,
-    order::{ReleaseSpec, Target},
+    order::{ReleaseSpec, ShiftTarget, Target},
     package::Package,
     plan::{Part, Plan, Read},
     plugin::{
-        LifecycleRequest, Phase, PluginKind, ServerFacts, StrategyApp, StrategyRequest,
-        StrategyServer, Wishes,
+        AppRole, LifecyclePlan, LifecycleRequest, Phase, PluginKind, ServerFacts, StrategyApp,
+        StrategyRequest, StrategyServer, Wishes,
     },
     server::Server,
     stages::stages,
@@ -140,6 +140,19 @@ impl Planner {
         spec: &ReleaseSpec,
     ) -> Result<Plan, ServiceError> {
         let (workspace, _) = self.parts.workspaces.get(workspace).await?;
+        if spec.shift_only.len() > MAX_TARGETS {
+            return Err(ServiceError::Limit {
+                code: "targets_out_of_range",
+                field: "/shift_only".to_owned(),
+                message: format!(
+                    "an order shifts the traffic of at most {MAX_TARGETS} further service instances, and this one names {}",
+                    spec.shift_only.len()
+                ),
+                limit: MAX_TARGETS as u64,
+                current: spec.shift_only.len() as u64,
+                mend: "name fewer service instances".to_owned(),
+            });
+        }
         if spec.targets.is_empty() || spec.targets.len() > MAX_TARGETS {
             return Err(ServiceError::Limit {
                 code: "targets_out_of_range",
@@ -198,24 +211,37 @@ impl Planner {
         for part in &chosen {
             parts.push(self.part(&workspace, spec, part, &mut reads).await?);
         }
+        let mut shifting = Vec::with_capacity(spec.shift_only.len());
+        for (index, target) in spec.shift_only.iter().enumerate() {
+            let (part, application) = self
+                .shift_part(&workspace, (index, target), &mut seen, &mut reads)
+                .await?;
+            parts.push(part);
+            shifting.push(application);
+        }
         let request = StrategyRequest {
             parameters: spec.parameters.clone(),
             limits: spec.limits.clone(),
+            cells: cell_names(&workspace),
             applications: parts
                 .iter()
                 .zip(&chosen)
                 .map(|(input, part)| StrategyApp {
                     key: part.app_name.clone(),
                     stage: stage_of.get(&part.app_name).copied().unwrap_or(1),
+                    role: AppRole::Release,
                     has_pools: !part.instance.pools.is_empty(),
                     target_version: part.package.version.to_string(),
                     servers: part
                         .servers
                         .iter()
                         .zip(&input.servers)
-                        .map(|((server, _), input)| self.strategy_server(&workspace, server, input))
+                        .map(|((server, _), input)| {
+                            self.strategy_server(&workspace, server, input.installed.as_ref())
+                        })
                         .collect(),
                 })
+                .chain(shifting)
                 .collect(),
         };
         let answer = strategy
@@ -240,6 +266,84 @@ impl Planner {
                 "change the order's parameters or limits, or mend the plugin; no server was touched"
                     .to_owned(),
         })
+    }
+
+    /// An application that only takes part in moving traffic: nothing of it is released.
+    async fn shift_part(
+        &self,
+        workspace: &Workspace,
+        (index, target): (usize, &ShiftTarget),
+        seen: &mut HashSet<String>,
+        reads: &mut BTreeMap<String, Read>,
+    ) -> Result<(PartInput, StrategyApp), ServiceError> {
+        let field = format!("/shift_only/{index}/instance");
+        let (instance, _) = self
+            .parts
+            .instances
+            .get(workspace.name.as_str(), target.instance)
+            .await?;
+        let (app, _) = self.parts.apps.get(&instance.app.to_string()).await?;
+        let key = app.name.to_string();
+        if !seen.insert(key.clone()) {
+            return Err(invalid(
+                "target_twice",
+                field,
+                format!("the application `{key}` stands in this order twice"),
+                "name each application once, to be released or to be shifted only",
+            ));
+        }
+        let bound = self.bound(&instance, &[]).await?;
+        let mut servers = Vec::with_capacity(bound.len());
+        let mut runs = None;
+        for (server, _) in &bound {
+            let installed = self.installed(instance.id, server.id).await?;
+            servers.push(self.strategy_server(workspace, server, installed.as_ref()));
+            runs = runs.or(installed);
+        }
+        if runs.is_none() {
+            return Err(invalid(
+                "nothing_to_shift",
+                field,
+                format!(
+                    "nothing of `{key}` is installed on any server of the service instance `{}`, so that it takes no traffic",
+                    instance.name
+                ),
+                "release it first, or leave it out",
+            ));
+        }
+        reads.insert(instance_subject(&key), read_instance(&instance));
+        reads.insert(members_subject(&key, &[]), read_members(&bound));
+        let application = StrategyApp {
+            key: key.clone(),
+            stage: 1,
+            role: AppRole::ShiftOnly,
+            has_pools: !instance.pools.is_empty(),
+            target_version: String::new(),
+            servers,
+        };
+        let part = Part {
+            key,
+            app: instance.app,
+            instance: instance.id,
+            package: None,
+            stack: None,
+            pools: instance.pools.clone(),
+            env: Environment::new(),
+            stop: Vec::new(),
+            start: Vec::new(),
+            check: Vec::new(),
+        };
+        let input = PartInput {
+            part,
+            steps: LifecyclePlan {
+                steps: Vec::new(),
+                server_env: BTreeMap::new(),
+            },
+            approved: Wishes::default(),
+            servers: Vec::new(),
+            only_traffic: bound.iter().map(|(server, _)| server.id).collect(),
+        };
+        Ok((input, application))
     }
 
     async fn choose(
@@ -451,6 +555,7 @@ impl Planner {
             steps,
             approved,
             servers: inputs,
+            only_traffic: Vec::new(),
         })
     }
 
@@ -488,7 +593,7 @@ impl Planner {
         &self,
         workspace: &Workspace,
         server: &Server,
-        input: &ServerInput,
+        installed: Option<&Manifest>,
     ) -> StrategyServer {
         StrategyServer {
             id: server.id.to_string(),
@@ -496,10 +601,7 @@ impl Planner {
             cell: cell_of(server),
             zone: zone_of(workspace, &cell_of(server)),
             healthy: self.parts.agents.is_online(server.id),
-            installed_version: input
-                .installed
-                .as_ref()
-                .map(|installed| installed.package.version.clone()),
+            installed_version: installed.map(|installed| installed.package.version.clone()),
         }
     }
 
@@ -529,6 +631,12 @@ fn cell_of(server: &Server) -> String {
         .cell
         .as_ref()
         .map_or_else(|| NO_CELL.to_owned(), ToString::to_string)
+}
+
+/// The identifiers of a workspace's cells, in their order.
+fn cell_names(workspace: &Workspace) -> Vec<String> {
+    let cells = workspace.cells.iter();
+    cells.map(|cell| cell.name.to_string()).collect()
 }
 
 /// The deployment zone of a cell.

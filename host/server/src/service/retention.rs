@@ -216,7 +216,11 @@ impl Retention {
         if store.get(&active).await?.is_some() {
             return Ok(false);
         }
-        for prefix in [engine_rows::nodes(order.id), engine_rows::events(order.id)] {
+        for prefix in [
+            engine_rows::nodes(order.id),
+            engine_rows::events(order.id),
+            engine_rows::samples(order.id),
+        ] {
             retention::delete_prefix(store, &prefix).await?;
         }
         let key = engine_rows::order(order.id);

@@ -13,8 +13,8 @@ use crate::{
     limits::Amount,
     plan::{Level, NodeIndex, NodeKind, Plan, StepTemplate, TrafficAction},
     plugin::{
-        NodeRole, Phase, RestoreWeight, StackAction, StackStep, StrategyNode, StrategyNodeKind,
-        StrategyPlan, StrategyUnit,
+        NodeRole, Phase, RestoreWeight, RollbackScope, ShiftWeight, StackAction, StackStep,
+        StrategyNode, StrategyNodeKind, StrategyPlan, StrategyUnit,
     },
     value::Environment,
 };
@@ -343,8 +343,8 @@ fn a_strategy_cannot_tolerate_more_failures_than_the_order() {
 fn shifts_name_servers_by_id() {
     let mut strategy = all_at_once();
     let weights = vec![
-        (server_id(2).to_string(), 40),
-        (server_id(1).to_string(), 0),
+        (server_id(2).to_string(), ShiftWeight::Exactly(40)),
+        (server_id(1).to_string(), ShiftWeight::Remembered),
     ];
     let application = "shop".to_owned();
     let kind = StrategyNodeKind::Shift {
@@ -357,8 +357,52 @@ fn shifts_name_servers_by_id() {
         plan.nodes[find(&plan, "shift") as usize].kind,
         NodeKind::Traffic(TrafficAction::Set {
             part: 0,
-            weights: vec![(server_id(2), 40), (server_id(1), 0)],
+            weights: vec![
+                (server_id(2), ShiftWeight::Exactly(40)),
+                (server_id(1), ShiftWeight::Remembered),
+            ],
         })
+    );
+}
+
+#[test]
+fn a_share_names_both_sides() {
+    let mut input = input();
+    // A server that is not released, and whose traffic is moved all the same.
+    input.parts[0].only_traffic = vec![server_id(7)];
+    let mut strategy = all_at_once();
+    let kind = StrategyNodeKind::Share {
+        application: "shop".to_owned(),
+        servers: vec![server_id(7).to_string(), server_id(1).to_string()],
+        percent: 30,
+    };
+    strategy.nodes.push(StrategyNode {
+        role: NodeRole::Stage,
+        rollback: RollbackScope::Stage,
+        ..node(None, "stage", StrategyNodeKind::Sequence)
+    });
+    let stage = u32::try_from(strategy.nodes.len() - 1).unwrap();
+    strategy.nodes.push(node(Some(stage), "share", kind));
+    let plan = plan(input, &strategy);
+    let share = &plan.nodes[find(&plan, "share") as usize];
+    let NodeKind::Traffic(action) = &share.kind else {
+        panic!("{share:?}");
+    };
+    assert_eq!(
+        *action,
+        TrafficAction::Share {
+            part: 0,
+            servers: vec![server_id(1), server_id(7)],
+            rest: vec![server_id(2)],
+            percent: 30,
+        }
+    );
+    let all = vec![server_id(1), server_id(7), server_id(2)];
+    assert_eq!(action.shifts(), Some((0, all)));
+    let stage = &plan.nodes[share.parent.unwrap() as usize];
+    assert_eq!(
+        (stage.level, stage.rollback),
+        (Level::Stage, RollbackScope::Stage)
     );
 }
 

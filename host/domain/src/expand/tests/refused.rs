@@ -12,7 +12,8 @@ use crate::{
         },
     },
     plugin::{
-        Phase, RestoreWeight, StackAction, StackStep, StrategyNode, StrategyNodeKind, StrategyPlan,
+        Phase, RestoreWeight, ShiftWeight, StackAction, StackStep, StrategyNode, StrategyNodeKind,
+        StrategyPlan,
     },
 };
 
@@ -56,7 +57,12 @@ fn gate(parent: Option<u32>) -> StrategyNode {
 fn shift(application: &str, weights: &[(u128, u32)]) -> StrategyNode {
     let weights = weights
         .iter()
-        .map(|(server, weight)| (server_id(*server).to_string(), *weight))
+        .map(|(server, weight)| {
+            (
+                server_id(*server).to_string(),
+                ShiftWeight::Exactly(*weight),
+            )
+        })
         .collect();
     let application = application.to_owned();
     let kind = StrategyNodeKind::Shift {
@@ -64,6 +70,21 @@ fn shift(application: &str, weights: &[(u128, u32)]) -> StrategyNode {
         weights,
     };
     node(None, "shift", kind)
+}
+
+fn share(servers: &[u128], percent: u32) -> StrategyNode {
+    let servers = servers.iter().map(|server| server_id(*server).to_string());
+    let kind = StrategyNodeKind::Share {
+        application: "shop".to_owned(),
+        servers: servers.collect(),
+        percent,
+    };
+    node(None, "share", kind)
+}
+
+fn judge(window_ms: u64) -> StrategyNode {
+    let stage = "figures".to_owned();
+    node(None, "judge", StrategyNodeKind::Judge { stage, window_ms })
 }
 
 fn pause(duration_ms: u64) -> StrategyNode {
@@ -189,6 +210,30 @@ fn cases() -> Vec<(&'static str, BadPlan)> {
         (
             "a weight that hides another",
             nodes(|nodes| nodes.push(shift("shop", &[(1, 0), (1, 100), (2, 0)]))),
+        ),
+        (
+            "a share too large",
+            nodes(|nodes| nodes.push(share(&[1], 101))),
+        ),
+        (
+            "a share for nobody",
+            nodes(|nodes| nodes.push(share(&[], 100))),
+        ),
+        (
+            "a share that cuts all traffic",
+            nodes(|nodes| nodes.push(share(&[1, 2], 0))),
+        ),
+        (
+            "a share that names a server twice",
+            nodes(|nodes| nodes.push(share(&[1, 1], 50))),
+        ),
+        (
+            "a share for an unknown server",
+            nodes(|nodes| nodes.push(share(&[3], 50))),
+        ),
+        (
+            "a window too long",
+            nodes(|nodes| nodes.push(judge(day + 1))),
         ),
         (
             "a pause too long",
@@ -380,6 +425,7 @@ fn number(bad: &BadPlan) -> usize {
         BadPlan::NoStart { .. } => 22,
         BadPlan::WeightTwice { .. } => 23,
         BadPlan::BadVariable { .. } => 24,
+        BadPlan::BadShare { .. } => 25,
     }
 }
 
@@ -387,7 +433,7 @@ fn number(bad: &BadPlan) -> usize {
 fn every_bad_plan_is_refused_with_its_node_and_rule() {
     let cases = cases();
     let seen: BTreeSet<usize> = cases.iter().map(|(_, bad)| number(bad)).collect();
-    assert_eq!(seen, (0..=24).collect(), "each variant has a case");
+    assert_eq!(seen, (0..=25).collect(), "each variant has a case");
     let messages: Vec<String> = cases
         .iter()
         .map(|(case, bad)| format!("{case}:\n    {bad}"))

@@ -9,7 +9,7 @@ use crate::{
     id::{AppId, InstanceId, ServerId},
     limits::{Amount, Limits},
     plan::{Level, Node, NodeIndex, NodeKind, Part, Plan, StepTemplate, TrafficAction, Unit},
-    plugin::{OnFailure, Phase, RestoreWeight, StackAction, StackStep},
+    plugin::{OnFailure, Phase, RestoreWeight, RollbackScope, StackAction, StackStep},
     task::{PackageFormat, PackageRef},
 };
 
@@ -139,6 +139,7 @@ fn add(plan: &mut Plan, parent: Option<NodeIndex>, tree: &Tree) {
         parent,
         level,
         name: format!("{level:?} {index}"),
+        rollback: RollbackScope::Order,
         kind,
     });
     match tree {
@@ -175,6 +176,7 @@ fn leaf_kind(plan: &mut Plan, leaf: Leaf) -> NodeKind {
         Leaf::Judge => {
             return NodeKind::Judge {
                 stage: "s".to_owned(),
+                window_ms: 0,
             };
         }
         Leaf::Fetch => StepTemplate::Fetch,

@@ -8,12 +8,12 @@ use super::{
     world::{World, effect_node, result},
 };
 use crate::{
-    id::OrderId,
+    id::{OrderId, ServerId},
     limits::Amount,
     order::{Action, Control, Ending},
     plan::{Level, NodeIndex},
-    plugin::{Judgement, OnFailure, Phase, Verdict},
-    progress::Drift,
+    plugin::{Judgement, OnFailure, Phase, RollbackScope, Verdict},
+    progress::{Drift, ServerWeight, StageRollback},
     reducer::{Effect, Event},
     task::Outcome,
 };
@@ -91,20 +91,36 @@ fn application() -> impl Strategy<Value = Tree> {
     (vec(item, 1..4), shape()).prop_map(|(items, shape)| inner(Level::Application, items, shape))
 }
 
+fn stage() -> impl Strategy<Value = Tree> {
+    let item = prop_oneof![3 => group(), 2 => between(), 1 => application()];
+    vec(item, 1..4).prop_map(|items| Tree::Sequence(Level::Stage, items))
+}
+
 fn plan() -> impl Strategy<Value = crate::plan::Plan> {
     (
-        vec(prop_oneof![6 => application(), 1 => between()], 1..4),
-        shape(),
+        vec(
+            prop_oneof![6 => application(), 1 => between(), 2 => stage()],
+            1..4,
+        ),
+        (shape(), 0u8..8),
         any::<bool>(),
         prop_oneof![4 => 1u32..5, 1 => Just(40u32)],
         prop_oneof![3 => (0u32..3).prop_map(Amount::Count), 1 => (0u8..=100).prop_map(Amount::Percent)],
     )
-        .prop_map(|(applications, shape, roll_back, in_flight, failures)| {
+        .prop_map(|(applications, (shape, closes), roll_back, in_flight, failures)| {
             let mut plan = build(&inner(Level::Order, applications, shape));
             plan.limits.max_in_flight = in_flight;
             plan.limits.max_failures = failures;
             if roll_back {
                 plan.on_failure = OnFailure::RollBack;
+            }
+            let mut stages = plan.nodes.iter_mut().rev();
+            if let Some(last) = stages.find(|node| node.level == Level::Stage) {
+                last.rollback = match closes {
+                    0 => RollbackScope::Nothing,
+                    1 => RollbackScope::Stage,
+                    _ => RollbackScope::Order,
+                };
             }
             plan
         })
@@ -182,19 +198,40 @@ fn random_answer(world: &World, effect: Effect, dice: u8) -> Event {
                 _ => return good(),
             },
         },
+        Effect::RollBackStage(node) => match dice % 4 {
+            0 | 1 => Event::StageRollback {
+                node,
+                now: StageRollback::Running {
+                    order: OrderId::from_uuid(Uuid::from_u128(4)),
+                },
+            },
+            2 => Event::StageRollback {
+                node,
+                now: StageRollback::Failed {
+                    message: "no".to_owned(),
+                },
+            },
+            _ => good(),
+        },
+        Effect::ChangeTraffic { number } if dice.is_multiple_of(3) => Event::TrafficChanged {
+            number,
+            error: Some("no".to_owned()),
+        },
         Effect::StartRollback if dice.is_multiple_of(3) => {
             Event::RollbackImpossible("nothing there".to_owned())
         }
-        Effect::StartRollback | Effect::Pause { .. } | Effect::Release(_) | Effect::Finish => {
-            good()
-        }
+        Effect::StartRollback
+        | Effect::ChangeTraffic { .. }
+        | Effect::Pause { .. }
+        | Effect::Release(_)
+        | Effect::Finish => good(),
     }
 }
 
 /// An answer to what was never asked, or to an attempt that is over.
 fn stray(node: NodeIndex, dice: u8) -> Event {
     let attempt = u32::from(dice % 3);
-    match dice / 3 % 9 {
+    match dice / 3 % 11 {
         0 => Event::UnitAdmitted(node),
         1 => Event::UnitHeld(node, "not now".to_owned()),
         2 => Event::UnitDrifted(node, Vec::new()),
@@ -207,6 +244,14 @@ fn stray(node: NodeIndex, dice: u8) -> Event {
         5 => Event::TrafficDone { node, attempt },
         6 => Event::RollbackStarted(OrderId::from_uuid(Uuid::from_u128(3))),
         7 => Event::Initialised { locked: Vec::new() },
+        8 => Event::StageRollback {
+            node,
+            now: StageRollback::Done,
+        },
+        9 => Event::TrafficChanged {
+            number: attempt,
+            error: None,
+        },
         _ => Event::StepFinished {
             node,
             attempt,
@@ -215,8 +260,29 @@ fn stray(node: NodeIndex, dice: u8) -> Event {
     }
 }
 
-fn random_action(node: NodeIndex, dice: u8) -> Action {
-    match dice % 20 {
+fn random_action(world: &World, node: NodeIndex, dice: u8) -> Action {
+    let stages = &world.progress.stage_nodes;
+    let stage = stages
+        .get(node as usize % stages.len().max(1))
+        .copied()
+        .unwrap_or(node);
+    match dice % 26 {
+        20 | 21 => Action::RollBackStage {
+            node: stage,
+            reason: "bad".to_owned(),
+        },
+        22 => Action::RunAgain { node: stage },
+        23 => Action::GoOn { node: stage },
+        24 => Action::SetWeights {
+            weights: vec![ServerWeight {
+                server: ServerId::from_uuid(Uuid::from_u128(100 + u128::from(node % 5))),
+                weight: u32::from(dice),
+            }],
+        },
+        25 => Action::ShiftCell {
+            cell: "a".to_owned(),
+            percent: u32::from(dice / 4),
+        },
         0..=2 => Action::Run,
         3..=5 => Action::RunNode { node },
         6 | 7 => Action::Confirm {
@@ -242,6 +308,13 @@ fn random_action(node: NodeIndex, dice: u8) -> Action {
     }
 }
 
+/// A stage whose rollback order is under way.
+fn running_rollback(world: &World) -> Option<NodeIndex> {
+    let stage = world.progress.stage_in_rollback()?;
+    let row = world.progress.node(stage);
+    matches!(row.rollback, Some(StageRollback::Running { .. })).then_some(stage)
+}
+
 fn happen(world: &mut World, (what, which, dice): Op) {
     let count = u32::try_from(world.plan.nodes.len()).unwrap();
     // One past the last is asked for, too.
@@ -262,7 +335,17 @@ fn happen(world: &mut World, (what, which, dice): Op) {
                 Ending::Failed
             },
         },
-        _ => Event::Act(random_action(node, dice)),
+        24 if running_rollback(world).is_some() => Event::StageRollback {
+            node: running_rollback(world).unwrap(),
+            now: if dice & 1 == 0 {
+                StageRollback::Done
+            } else {
+                StageRollback::Failed {
+                    message: String::new(),
+                }
+            },
+        },
+        _ => Event::Act(random_action(world, node, dice)),
     };
     // Refusals are checked by the world: they must change nothing.
     let accepted = world.send(event.clone());
@@ -317,15 +400,21 @@ proptest! {
         }
         if cancels && !world.is_over() {
             let control = world.progress.control;
+            let stage = world.progress.stage_in_rollback();
             match world.act(Action::Cancel { node: None }) {
                 Ok(_) => {
                     world.settle();
                     prop_assert!(world.is_over(), "cancelled in {:?} and not over", control);
                 }
-                Err(_) => prop_assert!(matches!(
-                    control,
-                    Control::Cancelling | Control::EndingForRollback | Control::RollingBack
-                )),
+                Err(_) => prop_assert!(
+                    stage.is_some()
+                        || matches!(
+                            control,
+                            Control::Cancelling
+                                | Control::EndingForRollback
+                                | Control::RollingBack
+                        )
+                ),
             }
         }
         world.finish();

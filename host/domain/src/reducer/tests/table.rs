@@ -10,11 +10,11 @@ use super::{
     world::result,
 };
 use crate::{
-    id::OrderId,
+    id::{OrderId, ServerId},
     order::{Action, Control, Ending},
     plan::{Level, NodeIndex, NodeKind, Plan, TrafficAction},
     plugin::{Judgement, OnFailure, Phase, Verdict},
-    progress::{Admission, Drift, NodeProgress, NodeState, Progress},
+    progress::{Admission, Drift, NodeProgress, NodeState, Progress, ServerWeight, StageRollback},
     reducer::{Effect, Event, Refused, apply},
     task::Outcome,
     time::Timestamp,
@@ -83,6 +83,7 @@ fn events(node: NodeIndex) -> Vec<Event> {
                 verdict(Verdict::GoOn),
                 verdict(Verdict::Hold),
                 verdict(Verdict::RollBack),
+                verdict(Verdict::Extend),
                 judged(Err("trap".to_owned())),
             ],
             Event::Judged { .. } => vec![Event::ProgressDeadline],
@@ -96,7 +97,28 @@ fn events(node: NodeIndex) -> Vec<Event> {
                 ended(Ending::RolledBack),
                 ended(Ending::Succeeded),
             ],
-            Event::RollbackEnded { .. } => vec![Event::Advance],
+            Event::RollbackEnded { .. } => [
+                StageRollback::Running {
+                    order: OrderId::from_uuid(Uuid::from_u128(3)),
+                },
+                StageRollback::Done,
+                StageRollback::Failed {
+                    message: "no".to_owned(),
+                },
+            ]
+            .map(|now| Event::StageRollback { node, now })
+            .to_vec(),
+            Event::StageRollback { .. } => vec![
+                Event::TrafficChanged {
+                    number: 1,
+                    error: Some("no".to_owned()),
+                },
+                Event::TrafficChanged {
+                    number: 1,
+                    error: None,
+                },
+            ],
+            Event::TrafficChanged { .. } => vec![Event::Advance],
             Event::Advance => actions(node).into_iter().map(Event::Act).collect(),
             Event::Act(_) => return all,
         };
@@ -125,7 +147,23 @@ fn actions(node: NodeIndex) -> Vec<Action> {
             Action::Unlock { .. } => vec![Action::RollBack {
                 reason: "bad".to_owned(),
             }],
-            Action::RollBack { .. } => return all,
+            Action::RollBack { .. } => vec![Action::RollBackStage {
+                node,
+                reason: "bad".to_owned(),
+            }],
+            Action::RollBackStage { .. } => vec![Action::RunAgain { node }],
+            Action::RunAgain { .. } => vec![Action::GoOn { node }],
+            Action::GoOn { .. } => vec![Action::SetWeights {
+                weights: vec![ServerWeight {
+                    server: ServerId::from_uuid(Uuid::from_u128(100)),
+                    weight: 50,
+                }],
+            }],
+            Action::SetWeights { .. } => vec![Action::ShiftCell {
+                cell: "a".to_owned(),
+                percent: 20,
+            }],
+            Action::ShiftCell { .. } => return all,
         };
         all.extend(next);
     }
@@ -151,7 +189,12 @@ fn name(event: &Event) -> String {
             | Action::Cancel { .. }
             | Action::Lock { .. }
             | Action::Unlock { .. }
-            | Action::RollBack { .. } => first_word(&format!("{action:?}")),
+            | Action::RollBack { .. }
+            | Action::RollBackStage { .. }
+            | Action::RunAgain { .. }
+            | Action::GoOn { .. }
+            | Action::SetWeights { .. }
+            | Action::ShiftCell { .. } => first_word(&format!("{action:?}")),
         },
         Event::StepFinished { result, .. } => format!("StepFinished {:?}", result.outcome),
         Event::TrafficFailed { repeat, .. } => {
@@ -162,6 +205,19 @@ fn name(event: &Event) -> String {
             Err(_) => "Judged trap".to_owned(),
         },
         Event::RollbackEnded { ending } => format!("RollbackEnded {ending:?}"),
+        Event::StageRollback { now, .. } => match now {
+            StageRollback::Running { .. } => "StageRollback running".to_owned(),
+            StageRollback::Done => "StageRollback done".to_owned(),
+            StageRollback::Ending { .. }
+            | StageRollback::Due { .. }
+            | StageRollback::Failed { .. } => "StageRollback failed".to_owned(),
+        },
+        Event::TrafficChanged { error, .. } => {
+            format!(
+                "TrafficChanged{}",
+                if error.is_some() { " failed" } else { "" }
+            )
+        }
         Event::Initialised { .. }
         | Event::InitialisationFailed { .. }
         | Event::UnitAdmitted(_)
@@ -191,6 +247,11 @@ fn refusal(refused: &Refused) -> &'static str {
         Refused::WrongLevel { .. } => "wrong level",
         Refused::Nothing { .. } => "nothing",
         Refused::NotReady { .. } => "not ready",
+        Refused::StageRollsBack { .. } => "stage rolls back",
+        Refused::NoWayBack { .. } => "no way back",
+        Refused::TrafficChanges { .. } => "traffic changes",
+        Refused::NotReleased { .. } => "not released",
+        Refused::OutOfRange { .. } => "out of range",
     }
 }
 
@@ -261,7 +322,8 @@ fn outcome(plan: &Plan, progress: &Progress, node: NodeIndex, event: Event) -> S
 fn effect_name(effect: Effect) -> String {
     match effect {
         Effect::Initialise | Effect::StartRollback | Effect::Finish => format!("{effect:?}"),
-        Effect::Admit(node) | Effect::Release(node) => {
+        Effect::ChangeTraffic { number } => format!("ChangeTraffic({number})"),
+        Effect::Admit(node) | Effect::Release(node) | Effect::RollBackStage(node) => {
             format!("{}({node})", first_word(&format!("{effect:?}")))
         }
         Effect::Dispatch { node, attempt }
@@ -467,6 +529,8 @@ fn answers_to_another_attempt_or_kind_are_refused() {
                 | Event::RollbackStarted(_)
                 | Event::RollbackImpossible(_)
                 | Event::RollbackEnded { .. }
+                | Event::StageRollback { .. }
+                | Event::TrafficChanged { .. }
                 | Event::Advance => continue,
             };
             let mut running = leaf_progress(&plan, node, NodeState::Running);

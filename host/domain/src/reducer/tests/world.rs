@@ -10,7 +10,7 @@ use crate::{
     order::{Action, Control, Ending, OrderState},
     plan::{NodeIndex, NodeKind, Plan, TrafficAction},
     plugin::{Judgement, Verdict},
-    progress::{NodeProgress, NodeState, Progress},
+    progress::{NodeProgress, NodeState, Progress, StageRollback},
     reducer::{Delta, Effect, Event, Refused, apply, due},
     task::{Outcome, TaskResult},
     time::Timestamp,
@@ -195,6 +195,14 @@ impl World {
             Effect::StartRollback => {
                 Event::RollbackStarted(crate::id::OrderId::from_uuid(Uuid::from_u128(3)))
             }
+            Effect::RollBackStage(node) => Event::StageRollback {
+                node,
+                now: StageRollback::Done,
+            },
+            Effect::ChangeTraffic { number } => Event::TrafficChanged {
+                number,
+                error: None,
+            },
             Effect::Release(_) | Effect::Finish => return None,
         })
     }
@@ -240,9 +248,38 @@ impl World {
             } else {
                 Action::Ignore { node: 0 }
             };
+            let rollback_of = |node: &NodeIndex| &self.progress.node(*node).rollback;
+            let stages = self.progress.stage_nodes.clone();
+            // The rollback order of a stage ends, and a person goes on.
+            let under_way = stages
+                .iter()
+                .find(|node| matches!(rollback_of(node), Some(StageRollback::Running { .. })));
+            if let Some(node) = under_way.copied() {
+                let now = StageRollback::Done;
+                self.apply(Event::StageRollback { node, now }).unwrap();
+                continue;
+            }
+            let again = self.events.is_multiple_of(3);
+            let stages = stages.into_iter().flat_map(|node| {
+                let first = if again {
+                    Action::RunAgain { node }
+                } else {
+                    Action::GoOn { node }
+                };
+                let reason = String::new();
+                [first, Action::RollBackStage { node, reason }]
+                    .into_iter()
+                    .take(match &self.progress.node(node).rollback {
+                        Some(StageRollback::Failed { .. }) => 2,
+                        Some(_) => 1,
+                        None => 0,
+                    })
+            });
+            let stages: Vec<Action> = stages.collect();
             let acted = [Action::Confirm { node: None }, retry, Action::Run]
                 .into_iter()
                 .chain(locked)
+                .chain(stages)
                 .filter(|action| self.act(action.clone()).is_ok())
                 .count();
             assert!(
@@ -318,7 +355,11 @@ pub(super) fn effect_node(effect: Effect) -> Option<NodeIndex> {
         | Effect::Revoke { node, .. }
         | Effect::Traffic { node, .. }
         | Effect::Pause { node, .. }
-        | Effect::Judge { node, .. } => Some(node),
-        Effect::Initialise | Effect::StartRollback | Effect::Finish => None,
+        | Effect::Judge { node, .. }
+        | Effect::RollBackStage(node) => Some(node),
+        Effect::Initialise
+        | Effect::StartRollback
+        | Effect::ChangeTraffic { .. }
+        | Effect::Finish => None,
     }
 }

@@ -1,7 +1,9 @@
 //! The plan of a rollback: what the servers that an order changed had before.
 //!
 //! Steps come from the plan that installed what is to come back, never from today's plugins. Where the strategy gives no
-//! rollback, fails, or breaks a rule, the core's own plan runs: one server after the other, failed ones first.
+//! rollback, fails, or breaks a rule, the core's own plan runs: one server after the other, failed ones first. Traffic that
+//! the order had shifted is taken away from the servers that it changed before, and all of it goes back behind, unless the
+//! strategy's plan moves traffic itself. A stage's traffic is back before its rollback is planned.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,14 +18,15 @@ use windlass_domain::{
     order::{Control, Order, OrderState, PlanRevision, Purpose},
     plan::{NodeIndex, NodeKind, Part, Plan, StepTemplate, TrafficAction, Unit},
     plugin::{
-        LifecyclePlan, OnFailure, Phase, RollbackRequest, StackStep, StrategyApp, StrategyPlan,
+        AppRole, LifecyclePlan, NodeRole, OnFailure, Phase, RollbackRequest, RollbackScope,
+        ShiftWeight, StackStep, StrategyApp, StrategyNode, StrategyNodeKind, StrategyPlan,
         StrategyRequest, StrategyServer, UnitProgress, UnitState, Wishes,
     },
     progress::Progress,
     reducer,
 };
 
-use super::Planner;
+use super::{Planner, cell_names};
 use crate::{
     clock,
     engine::{self, PlannedRollback, rows},
@@ -43,11 +46,30 @@ impl Planner {
         reason: &str,
         by: &str,
     ) -> Result<PlannedRollback, String> {
-        let (parts, units) = self.rollback_parts(plan, progress).await?;
-        if parts.is_empty() {
-            return Err(
-                "nothing that this order changed had an earlier release to go back to".to_owned(),
-            );
+        let planned = self
+            .roll_back(order, plan, progress, (None, reason), by)
+            .await?;
+        planned.ok_or_else(|| {
+            "nothing that this order changed had an earlier release to go back to".to_owned()
+        })
+    }
+
+    /// Likewise of one stage, or of all of it. `None`: there is nothing to bring back.
+    pub(super) async fn roll_back(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        (stage, reason): (Option<NodeIndex>, &str),
+        by: &str,
+    ) -> Result<Option<PlannedRollback>, String> {
+        let (mut parts, units) = self.rollback_parts(plan, progress, stage).await?;
+        let traffic = match stage {
+            Some(_) => Traffic::default(),
+            None => Traffic::of(plan, progress, &mut parts),
+        };
+        if units.is_empty() && traffic.is_empty() {
+            return Ok(None);
         }
         let input = |strategy: Option<PluginRef>| PlanInput {
             strategy,
@@ -57,8 +79,22 @@ impl Planner {
             parts: parts.clone(),
             reads: BTreeMap::new(),
         };
-        let planned = match self.strategy_rollback(order, plan, &parts, &units).await {
+        let answer = if units.is_empty() {
+            Ok(StrategyPlan {
+                nodes: Vec::new(),
+                on_failure: OnFailure::Block,
+                progress_deadline_ms: None,
+            })
+        } else {
+            self.strategy_rollback(order, plan, &parts, &units).await
+        };
+        let planned = match answer {
+            // An empty answer stays empty, and is refused as such.
+            Ok(answer) if answer.nodes.is_empty() && !units.is_empty() => {
+                expand::expand(input(plan.strategy.clone()), &answer).map_err(|bad| bad.to_string())
+            }
             Ok(answer) => {
+                let answer = traffic.around(answer);
                 expand::expand(input(plan.strategy.clone()), &answer).map_err(|bad| bad.to_string())
             }
             Err(cause) => Err(cause),
@@ -70,8 +106,8 @@ impl Planner {
                     .iter()
                     .filter_map(|unit| Some((unit.application.clone(), unit.server.parse().ok()?)))
                     .collect();
-                let own = expand::expand(input(None), &expand::one_by_one(&servers))
-                    .map_err(|bad| bad.to_string())?;
+                let own = traffic.around(expand::one_by_one(&servers));
+                let own = expand::expand(input(None), &own).map_err(|bad| bad.to_string())?;
                 tracing::warn!(order.id = %order.id, cause, "the strategy gave no rollback that can be used; the core's own plan runs");
                 (own, Some(cause))
             }
@@ -96,6 +132,7 @@ impl Planner {
                 of: order.id,
                 reason: reason.to_owned(),
                 core_plan_because,
+                stage,
             },
             state: OrderState::NotStarted,
             state_reason: String::new(),
@@ -127,10 +164,10 @@ impl Planner {
             finished_at: None,
             last_progress_at: None,
         };
-        Ok(PlannedRollback {
+        Ok(Some(PlannedRollback {
             order: header,
             plan: Arc::new(rollback),
-        })
+        }))
     }
 
     /// What the servers that an order changed had before, as parts to be released again; failed servers first.
@@ -138,6 +175,7 @@ impl Planner {
         &self,
         plan: &Plan,
         progress: &Progress,
+        stage: Option<NodeIndex>,
     ) -> Result<(Vec<PartInput>, Vec<UnitProgress>), String> {
         let mut groups: BTreeMap<(u32, Digest, u32), PartInput> = BTreeMap::new();
         let mut states = Vec::new();
@@ -146,6 +184,9 @@ impl Planner {
             let NodeKind::Unit { unit } = planned.kind else {
                 continue;
             };
+            if stage.is_some_and(|stage| progress.stage_of(node) != stage) {
+                continue;
+            }
             let unit = &plan.units[unit as usize];
             let state = reducer::unit_state(plan, progress, node);
             let Some(before) = unit
@@ -210,6 +251,7 @@ impl Planner {
                     // They were checked against what was approved when they were planned.
                     approved: all_wishes(&old),
                     servers: Vec::new(),
+                    only_traffic: Vec::new(),
                 });
             states.push((
                 group.part.key.clone(),
@@ -275,11 +317,17 @@ impl Planner {
         let request = StrategyRequest {
             parameters: spec.parameters,
             limits: plan.limits.clone(),
+            cells: self.cells(&order.workspace).await?,
             applications: parts
                 .iter()
                 .map(|part| StrategyApp {
                     key: part.part.key.clone(),
                     stage: 1,
+                    role: if part.servers.is_empty() {
+                        AppRole::ShiftOnly
+                    } else {
+                        AppRole::Release
+                    },
                     has_pools: !part.part.pools.is_empty(),
                     target_version: part
                         .part
@@ -300,6 +348,11 @@ impl Planner {
                                 .as_ref()
                                 .map(|manifest| manifest.package.version.clone()),
                         })
+                        .chain(
+                            part.only_traffic
+                                .iter()
+                                .map(|server| self.only_traffic(plan, *server)),
+                        )
                         .collect(),
                 })
                 .collect(),
@@ -312,6 +365,183 @@ impl Planner {
             .rollback(&request)
             .await
             .map_err(|error| error.to_string())
+    }
+}
+
+impl Planner {
+    /// A server that a rollback leaves as it is, as its strategy sees it.
+    fn only_traffic(&self, plan: &Plan, server: ServerId) -> StrategyServer {
+        let unit = plan.units.iter().find(|unit| unit.server == server);
+        let cell = unit.map_or_else(String::new, |unit| unit.cell.clone());
+        StrategyServer {
+            id: server.to_string(),
+            name: unit.map_or_else(|| server.to_string(), |unit| unit.server_name.clone()),
+            zone: cell.clone(),
+            cell,
+            healthy: self.parts.agents.is_online(server),
+            installed_version: None,
+        }
+    }
+
+    async fn cells(&self, workspace: &str) -> Result<Vec<String>, String> {
+        let found = self.parts.workspaces.get(workspace).await;
+        let (workspace, _) = found.map_err(|error| error.to_string())?;
+        Ok(cell_names(&workspace))
+    }
+}
+
+/// The traffic of an order that is rolled back, as far as the order had shifted it.
+#[derive(Default)]
+struct Traffic {
+    applications: Vec<Shifted>,
+}
+
+/// One application's.
+struct Shifted {
+    key: String,
+    /// Servers whose weights the order shifted.
+    all: Vec<ServerId>,
+    /// Of them: those that the rollback leaves as they are.
+    unchanged: Vec<ServerId>,
+}
+
+impl Traffic {
+    /// What the order shifted; `parts` get the servers that only this is about.
+    fn of(plan: &Plan, progress: &Progress, parts: &mut Vec<PartInput>) -> Self {
+        let mut shifted: BTreeMap<u32, BTreeSet<ServerId>> = BTreeMap::new();
+        for (leaf, planned) in (0u32..).zip(&plan.nodes) {
+            if let NodeKind::Traffic(action) = &planned.kind
+                && let Some((part, servers)) = action.shifts()
+                && progress.node(leaf).shifted.is_some()
+            {
+                shifted.entry(part).or_default().extend(servers);
+            }
+        }
+        let mut applications = Vec::new();
+        for (index, servers) in shifted {
+            let part = &plan.parts[index as usize];
+            let changed: BTreeSet<ServerId> = parts
+                .iter()
+                .filter(|input| input.part.instance == part.instance)
+                .flat_map(|input| input.servers.iter().map(|server| server.id))
+                .collect();
+            // What failed and has nothing to go back to stays without traffic.
+            let lost = |server: &ServerId| {
+                !changed.contains(server)
+                    && (0u32..)
+                        .zip(&plan.nodes)
+                        .any(|(node, planned)| match planned.kind {
+                            NodeKind::Unit { unit } => {
+                                let unit = &plan.units[unit as usize];
+                                unit.part == Some(index)
+                                    && unit.server == *server
+                                    && reducer::unit_state(plan, progress, node)
+                                        == UnitState::Failed
+                            }
+                            NodeKind::Sequence
+                            | NodeKind::Parallel { .. }
+                            | NodeKind::Step { .. }
+                            | NodeKind::Traffic(_)
+                            | NodeKind::Gate { .. }
+                            | NodeKind::Pause { .. }
+                            | NodeKind::Judge { .. } => false,
+                        })
+            };
+            let all: Vec<ServerId> = servers.into_iter().filter(|server| !lost(server)).collect();
+            let unchanged: Vec<ServerId> = all
+                .iter()
+                .filter(|server| !changed.contains(server))
+                .copied()
+                .collect();
+            match parts.iter_mut().find(|input| input.part.key == part.key) {
+                Some(input) => {
+                    let mine: BTreeSet<ServerId> =
+                        input.servers.iter().map(|server| server.id).collect();
+                    input.only_traffic = all
+                        .iter()
+                        .filter(|server| !mine.contains(server))
+                        .copied()
+                        .collect();
+                }
+                None => parts.push(PartInput {
+                    part: part.clone(),
+                    steps: LifecyclePlan {
+                        steps: Vec::new(),
+                        server_env: BTreeMap::new(),
+                    },
+                    approved: Wishes::default(),
+                    servers: Vec::new(),
+                    only_traffic: all.clone(),
+                }),
+            }
+            applications.push(Shifted {
+                key: part.key.clone(),
+                all,
+                unchanged,
+            });
+        }
+        Self { applications }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.applications
+            .iter()
+            .all(|shifted| shifted.all.is_empty())
+    }
+
+    /// A plan between the taking away of traffic from what it changes and its restoring.
+    fn around(&self, mut plan: StrategyPlan) -> StrategyPlan {
+        let moves = |node: &StrategyNode| match node.kind {
+            StrategyNodeKind::Shift { .. } | StrategyNodeKind::Share { .. } => true,
+            StrategyNodeKind::Sequence
+            | StrategyNodeKind::Parallel { .. }
+            | StrategyNodeKind::Unit(_)
+            | StrategyNodeKind::Gate { .. }
+            | StrategyNodeKind::Pause { .. }
+            | StrategyNodeKind::Judge { .. } => false,
+        };
+        if self.is_empty() || plan.nodes.iter().any(moves) {
+            return plan;
+        }
+        let leaf = |name: String, kind: StrategyNodeKind| StrategyNode {
+            parent: None,
+            name: name.chars().take(60).collect(),
+            role: NodeRole::Plain,
+            rollback: RollbackScope::Order,
+            kind,
+        };
+        let texts = |servers: &[ServerId]| servers.iter().map(ToString::to_string).collect();
+        let away = self.applications.iter().filter(|shifted| {
+            !shifted.unchanged.is_empty() && shifted.unchanged.len() < shifted.all.len()
+        });
+        let mut nodes: Vec<StrategyNode> = away
+            .map(|shifted| {
+                let kind = StrategyNodeKind::Share {
+                    application: shifted.key.clone(),
+                    servers: texts(&shifted.unchanged),
+                    percent: 100,
+                };
+                leaf(format!("traffic of {} away", shifted.key), kind)
+            })
+            .collect();
+        let offset = u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+        nodes.extend(plan.nodes.into_iter().map(|mut node| {
+            node.parent = node.parent.map(|parent| parent + offset);
+            node
+        }));
+        nodes.extend(self.applications.iter().map(|shifted| {
+            let weights = shifted
+                .all
+                .iter()
+                .map(|server| (server.to_string(), ShiftWeight::Remembered));
+            let kind = StrategyNodeKind::Shift {
+                application: shifted.key.clone(),
+                weights: weights.collect(),
+            };
+            leaf(format!("traffic of {} as before", shifted.key), kind)
+        }));
+        plan.nodes = nodes;
+        plan
     }
 }
 
@@ -399,7 +629,9 @@ fn drain_deadline(plan: &Plan) -> u64 {
             | NodeKind::Parallel { .. }
             | NodeKind::Unit { .. }
             | NodeKind::Step { .. }
-            | NodeKind::Traffic(TrafficAction::Restore | TrafficAction::Set { .. })
+            | NodeKind::Traffic(
+                TrafficAction::Restore | TrafficAction::Set { .. } | TrafficAction::Share { .. },
+            )
             | NodeKind::Gate { .. }
             | NodeKind::Pause { .. }
             | NodeKind::Judge { .. } => None,

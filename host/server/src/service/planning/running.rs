@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use windlass_domain::{
     id::{InstanceId, ServerId},
     order::{Order, ReleaseSpec},
-    plan::{NodeKind, Plan, Read},
+    plan::{NodeIndex, NodeKind, Plan, Read},
     plugin::{JudgeRequest, Judgement, Observation},
     progress::{NodeState, Progress},
 };
@@ -73,6 +73,7 @@ impl Planning for Planner {
         plan: &Plan,
         progress: &Progress,
         stage: &str,
+        figures: Vec<Observation>,
     ) -> Result<Judgement, String> {
         let Some(strategy) = &plan.strategy else {
             return Err("the order has no strategy to judge".to_owned());
@@ -84,7 +85,7 @@ impl Planning for Planner {
             .await
             .map_err(|error| error.to_string())?;
         let spec = self.spec(order).await?;
-        let mut observations = Vec::new();
+        let mut observations = figures;
         for (node, planned) in (0u32..).zip(&plan.nodes) {
             let NodeKind::Unit { unit } = planned.kind else {
                 continue;
@@ -126,6 +127,17 @@ impl Planning for Planner {
         reason: &str,
     ) -> Result<PlannedRollback, String> {
         self.rollback(order, plan, progress, reason, "windlass")
+            .await
+    }
+
+    async fn plan_stage_rollback(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        (stage, reason): (NodeIndex, &str),
+    ) -> Result<Option<PlannedRollback>, String> {
+        self.roll_back(order, plan, progress, (Some(stage), reason), "windlass")
             .await
     }
 }

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    order::{Control, Ending},
+    order::{Action, Control, Ending},
     plan::{NodeIndex, NodeKind, TrafficAction},
     plugin::UnitState,
-    progress::{Admission, NodeState, Progress, Undo},
+    progress::{Admission, NodeState, Progress, StageRollback, Undo},
     reducer::{Delta, Effect, Event, MAX_ROWS, due, unit_state},
 };
 
@@ -40,6 +40,13 @@ impl World {
     fn check_node(&self, before: &Progress, node: NodeIndex, event: &Event) {
         let (was, is) = (before.node(node), self.progress.node(node));
         let planned = &self.plan.nodes[node as usize];
+        if let Event::Act(Action::RunAgain { .. }) = event {
+            assert!(
+                is.attempt == was.attempt || is.attempt == was.attempt + 1,
+                "attempts of {node} go on counting"
+            );
+            return;
+        }
         assert!(
             was.remembered.is_none() || was.remembered == is.remembered,
             "{event:?}: node {node} forgot its weights"
@@ -49,7 +56,9 @@ impl World {
             "{event:?}: node {node} forgot the weights before its shift"
         );
         assert!(
-            matches!(was.undo, Undo::None | Undo::Due) || was.undo == is.undo,
+            matches!(was.undo, Undo::None | Undo::Due)
+                || was.undo == is.undo
+                || matches!(event, Event::Act(Action::RollBackStage { .. })),
             "{event:?}: node {node} was taken back twice"
         );
         if planned.kind.is_leaf() {
@@ -72,7 +81,10 @@ impl World {
                         && before.control == Control::Active
                         && self.progress.control == Control::EndingForRollback);
                 assert!(
-                    ended_at_once || !self.ancestors(node).any(|row| row.cancel || row.ignored),
+                    ended_at_once
+                        || !self
+                            .ancestors(node)
+                            .any(|row| row.is_ended() || row.ignored),
                     "{event:?}: {node} started in a dead end"
                 );
                 let unit = self.unit_of(node);
@@ -96,7 +108,7 @@ impl World {
             assert!(
                 !self
                     .ancestors(node)
-                    .any(|row| row.cancel || row.ignored || row.locked.is_some()),
+                    .any(|row| row.is_ended() || row.ignored || row.locked.is_some()),
                 "{event:?}: unit {node} was asked for under a lock or in a dead end"
             );
             assert!(!self.progress.stalled && is.drift.is_empty());
@@ -182,8 +194,14 @@ impl World {
             (Effect::StartRollback, Event::RollbackStarted(_) | Event::RollbackImpossible(_)) => {
                 true
             }
+            (Effect::RollBackStage(stage), Event::StageRollback { node, .. }) => stage == node,
+            (Effect::ChangeTraffic { number }, Event::TrafficChanged { number: of, .. }) => {
+                number == of
+            }
             (
                 Effect::Release(_)
+                | Effect::RollBackStage(_)
+                | Effect::ChangeTraffic { .. }
                 | Effect::Revoke { .. }
                 | Effect::Traffic { .. }
                 | Effect::StartRollback
@@ -206,6 +224,8 @@ impl World {
                 | Effect::Admit(_)
                 | Effect::Revoke { .. }
                 | Effect::StartRollback
+                | Effect::RollBackStage(_)
+                | Effect::ChangeTraffic { .. }
                 | Effect::Finish => {}
             }
             // What started and was ended in the same turn needs nothing any more.
@@ -226,6 +246,8 @@ impl World {
                 | Effect::Revoke { .. }
                 | Effect::Traffic { .. }
                 | Effect::StartRollback
+                | Effect::RollBackStage(_)
+                | Effect::ChangeTraffic { .. }
                 | Effect::Finish => false,
             };
             if !gone {
@@ -257,7 +279,10 @@ impl World {
 
     /// Limits hold; whoever was drained for nothing gets its weight back.
     pub(super) fn check_limits(&self) {
-        let ended = |node| self.ancestors(node).any(|row| row.cancel || row.ignored);
+        let ended = |node| {
+            self.ancestors(node)
+                .any(|row| row.is_ended() || row.ignored)
+        };
         let live = |node: NodeIndex| {
             (node..self.progress.subtree_end[node as usize])
                 .any(|index| self.progress.live[index as usize].own && !ended(index))
@@ -300,6 +325,11 @@ impl World {
             }
         }
         for unit in &self.progress.unit_nodes {
+            // Brought back by an order of its own.
+            let stage = self.progress.stage_of(*unit);
+            if self.progress.node(stage).rollback == Some(StageRollback::Done) {
+                continue;
+            }
             let leaf = |wanted: fn(&TrafficAction) -> bool| {
                 let children = self.progress.children(*unit).iter().copied();
                 children
