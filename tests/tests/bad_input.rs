@@ -1042,7 +1042,14 @@ async fn a_bad_plugin_is_rejected_with_its_own_code_and_disturbs_nobody() {
     let before = active().await;
     assert_eq!(
         before,
-        ["binary", "grouped", "server-basics", "system-info"]
+        [
+            "binary",
+            "blue-green",
+            "canary",
+            "grouped",
+            "server-basics",
+            "system-info"
+        ]
     );
 
     // What is compiled ahead of time is an ELF file for this very machine. The runtime's own tests use a real one.

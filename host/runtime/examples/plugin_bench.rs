@@ -54,7 +54,14 @@ async fn measure(shipped: &Path) -> Result<(), Box<dyn Error>> {
     let plugins = Plugins::open(PluginsConfig::new(dir.clone(), state.clone())?).await?;
 
     let mut worst = Duration::ZERO;
-    for name in ["binary", "grouped", "server-basics", "system-info"] {
+    for name in [
+        "binary",
+        "blue-green",
+        "canary",
+        "grouped",
+        "server-basics",
+        "system-info",
+    ] {
         let file = format!("{name}.wasm");
         let hidden = dir.join(format!(".{file}"));
         fs::copy(shipped.join(&file), &hidden)?;

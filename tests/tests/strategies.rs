@@ -1,0 +1,582 @@
+//! Strategies that move traffic, over the API of a real server with real agents and simulated pools: blue-green with every
+//! way back, gray traffic with weights set by hand, a canary that sees too little.
+//!
+//! `cell-a` is blue and has agents 1, 3 and 5; `cell-b` is green and has agents 2, 4 and 6. The first four run the
+//! application `scene`, the others `side`, which is never released again and only takes part in shifting.
+
+use serde_json::{Value, json};
+use windlass_tests::{
+    host::{Setup, TestHost, items, text},
+    scene::{Scene, act, events, nodes, nodes_when, refusal},
+};
+
+async fn ready() -> (TestHost, Scene, Scene) {
+    let host = TestHost::start(Setup {
+        agents: 6,
+        ..Setup::default()
+    })
+    .await;
+    let servers = host.servers().await;
+    let scene = Scene::prepare_on(&host, "scene", servers[..4].to_vec()).await;
+    let side = Scene::prepare_on(&host, "side", servers[4..].to_vec()).await;
+    scene.release(&host, 0).await;
+    side.release(&host, 0).await;
+    (host, scene, side)
+}
+
+/// An order of a strategy that runs at once; a cell may be released at once.
+fn order(scene: &Scene, strategy: &str, parameters: Value, package: usize) -> Value {
+    let mut order = scene.order(strategy, package);
+    order["strategy"] = strategy.into();
+    order["parameters"] = parameters;
+    order["limits"] = json!({ "max_unavailable": "100%" });
+    order["run"] = true.into();
+    order
+}
+
+/// Waits until this node waits for a person.
+async fn waits(host: &TestHost, order: &str, name: &str) -> Vec<Value> {
+    let what = format!("`{name}` waits for confirmation");
+    nodes_when(host, order, &what, |nodes| {
+        named(nodes, name).is_some_and(|node| node["state"] == "awaiting_confirmation")
+    })
+    .await
+}
+
+fn named<'a>(nodes: &'a [Value], name: &str) -> Option<&'a Value> {
+    nodes.iter().find(|node| node["name"] == name)
+}
+
+async fn confirm(host: &TestHost, order: &str) {
+    act(host, order, &json!({ "action": "confirm" }))
+        .await
+        .expect("confirmed");
+}
+
+/// The weights of the scene's servers, in their order.
+async fn weights(host: &TestHost, scene: &Scene) -> Vec<u64> {
+    let mut weights = Vec::new();
+    for (_, server) in &scene.servers {
+        weights.push(scene.weight(host, server).await);
+    }
+    weights
+}
+
+/// The versions that the scene's agents have installed, in their order.
+fn versions(host: &TestHost, scene: &Scene) -> Vec<String> {
+    scene
+        .servers
+        .iter()
+        .map(|(name, _)| {
+            let agent = host.agents.iter().find(|agent| agent.name == *name);
+            scene
+                .installed_on(agent.expect("an agent"))
+                .expect("a version")
+        })
+        .collect()
+}
+
+async fn post(
+    host: &TestHost,
+    order: &str,
+    what: &str,
+    body: &Value,
+) -> Result<Value, windlass::api::client::ClientError> {
+    host.api
+        .post(&host.ws(&format!("orders/{order}/{what}")), body)
+        .await
+}
+
+async fn shift(host: &TestHost, order: &str, cell: &str, percent: u32) -> Value {
+    post(
+        host,
+        order,
+        "shift",
+        &json!({ "cell": cell, "percent": percent }),
+    )
+    .await
+    .expect("shifted")
+}
+
+/// The share of a cell in the pool of an application, in percent.
+async fn share(host: &TestHost, order: &str, application: &str, cell: &str) -> f64 {
+    let path = host.ws(&format!("orders/{order}/traffic"));
+    let traffic = host.api.get(&path).await.expect("the order's traffic");
+    let pools = traffic["pools"].as_array().expect("pools").clone();
+    let pool = pools
+        .iter()
+        .find(|pool| pool["application"] == application)
+        .expect("the application's pool");
+    let cells = pool["cells"].as_array().expect("cells").clone();
+    let found = cells.iter().find(|found| found["cell"] == cell);
+    found.expect("the cell")["share_percent"]
+        .as_f64()
+        .expect("a share")
+}
+
+#[tokio::test]
+async fn blue_and_green_change_places() {
+    let (host, scene, side) = ready().await;
+    what_is_missing_is_said(&host, &scene, &side).await;
+    rolled_back_in_step_1(&host, &scene, &side).await;
+    step_2_again_then_the_order_back_in_step_3(&host, &scene, &side).await;
+    to_the_end_with_step_4_left_out_once(&host, &scene, &side).await;
+}
+
+#[tokio::test]
+async fn weights_are_set_by_hand_and_canaries_wait_for_figures() {
+    let (host, scene, _) = ready().await;
+    gray_traffic(&host, &scene).await;
+    a_cancelled_shift_is_taken_back(&host, &scene).await;
+    a_canary_that_sees_too_little_never_goes_on(&host, &scene).await;
+    a_canary_with_bad_figures_is_rolled_back(&host, &scene).await;
+    a_canary_with_good_figures_goes_to_the_end(&host, &scene).await;
+}
+
+async fn what_is_missing_is_said(host: &TestHost, scene: &Scene, side: &Scene) {
+    let blue_green = |parameters: Value| order(scene, "blue-green", parameters, 1);
+    let mut only_blue = blue_green(json!({}));
+    only_blue["targets"][0]["cells"] = json!(["cell-a"]);
+    let mut twice = blue_green(json!({}));
+    twice["shift_only"] = json!([{ "instance": scene.instance }]);
+    let mut unknown = blue_green(json!({}));
+    unknown["shift_only"] = json!([{ "instance": side.instance, "package": side.packages[0] }]);
+    for (order, code, says) in [
+        (
+            blue_green(json!({ "green": "cell-x" })),
+            "plugin_refused",
+            "`cell-x` is not a cell of the workspace, which has cell-a and cell-b",
+        ),
+        (
+            only_blue,
+            "plugin_refused",
+            "`scene` has no server in the cell cell-b",
+        ),
+        (twice, "target_twice", "`scene` stands in this order twice"),
+        (unknown, "body_invalid", "package"),
+    ] {
+        let (status, found, detail) = refusal(host.order(&order).await);
+        assert!((400..=502).contains(&status), "{status} {found}: {detail}");
+        assert!(
+            found == code || code == "body_invalid",
+            "{found} instead of {code}: {detail}"
+        );
+        assert!(detail.contains(says), "{found}: {detail}");
+    }
+}
+
+fn blue_green(scene: &Scene, side: &Scene, package: usize) -> Value {
+    let mut order = order(scene, "blue-green", json!({}), package);
+    order["shift_only"] = json!([{ "instance": side.instance }]);
+    order
+}
+
+async fn rolled_back_in_step_1(host: &TestHost, scene: &Scene, side: &Scene) {
+    let id = host
+        .order(&blue_green(scene, side, 1))
+        .await
+        .expect("an order");
+    let shown = waits(host, &id, "confirm 1 cut traffic").await;
+    assert_eq!(weights(host, scene).await, [100, 0, 100, 0]);
+    assert_eq!(weights(host, side).await, [100, 0]);
+    // Nothing is released in green yet; and what is no stage is not rolled back by itself.
+    let (_, code, detail) = refusal(
+        post(
+            host,
+            &id,
+            "shift",
+            &json!({ "cell": "cell-b", "percent": 10 }),
+        )
+        .await,
+    );
+    assert_eq!(code, "not_released", "{detail}");
+    let gate = named(&shown, "confirm 1 cut traffic").expect("the gate")["node"].clone();
+    let (_, code, detail) = refusal(
+        act(
+            host,
+            &id,
+            &json!({ "action": "roll_back_stage", "node": gate, "reason": "x" }),
+        )
+        .await,
+    );
+    assert_eq!(code, "wrong_level", "{detail}");
+    act(
+        host,
+        &id,
+        &json!({ "action": "roll_back", "reason": "changed my mind" }),
+    )
+    .await
+    .expect("a rollback");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "rolled_back", "{ended}");
+    scene.check_serves(host, 0).await;
+    side.check_serves(host, 0).await;
+    let rollback = text(&ended["rolled_back_by"]);
+    let (_, code, detail) = refusal(
+        act(
+            host,
+            &rollback,
+            &json!({ "action": "roll_back", "reason": "again" }),
+        )
+        .await,
+    );
+    assert_eq!(code, "rollback_of_rollback", "{detail}");
+}
+
+async fn step_2_again_then_the_order_back_in_step_3(host: &TestHost, scene: &Scene, side: &Scene) {
+    scene.forget();
+    let id = host
+        .order(&blue_green(scene, side, 1))
+        .await
+        .expect("an order");
+    waits(host, &id, "confirm 1 cut traffic").await;
+    confirm(host, &id).await;
+    let shown = waits(host, &id, "confirm 2 release green").await;
+    assert_eq!(versions(host, scene), ["1.0.0", "2.0.0", "1.0.0", "2.0.0"]);
+    assert_eq!(weights(host, scene).await, [100, 0, 100, 0]);
+    // 0 to 50 % to what was just released, seen per pool.
+    shift(host, &id, "cell-b", 30).await;
+    for application in ["scene", "side"] {
+        let percent = share(host, &id, application, "cell-b").await;
+        assert!((29.0..=31.0).contains(&percent), "{application}: {percent}");
+    }
+    for (cell, percent, expected) in [
+        ("cell-b", 51, "out_of_limit"),
+        ("cell-a", 10, "not_released"),
+    ] {
+        let body = json!({ "cell": cell, "percent": percent });
+        let (_, code, detail) = refusal(post(host, &id, "shift", &body).await);
+        assert_eq!(code, expected, "{detail}");
+    }
+    // The step's way back: the gray shift, then what it released.
+    let stage = named(&shown, "2 release green").expect("the stage")["node"].clone();
+    act(
+        host,
+        &id,
+        &json!({ "action": "roll_back_stage", "node": stage, "reason": "looks bad" }),
+    )
+    .await
+    .expect("the step is rolled back");
+    let back = nodes_when(host, &id, "step 2 is rolled back", |nodes| {
+        named(nodes, "2 release green").is_some_and(|stage| stage["rollback"]["state"] == "done")
+    })
+    .await;
+    assert_eq!(
+        named(&back, "2 release green").expect("the stage")["state"],
+        "awaiting_confirmation"
+    );
+    let header = host.order_in(&id, &["awaiting_confirmation"]).await;
+    assert!(
+        text(&header["state_reason"]).contains("run it again, or go on without it"),
+        "{header}"
+    );
+    assert_eq!(versions(host, scene), ["1.0.0"; 4]);
+    assert_eq!(weights(host, scene).await, [100, 0, 100, 0]);
+    assert_eq!(weights(host, side).await, [100, 0]);
+    act(host, &id, &json!({ "action": "run_again", "node": stage }))
+        .await
+        .expect("the step runs again");
+    waits(host, &id, "confirm 2 release green").await;
+    assert_eq!(versions(host, scene), ["1.0.0", "2.0.0", "1.0.0", "2.0.0"]);
+    shift(host, &id, "cell-b", 50).await;
+    confirm(host, &id).await;
+    waits(host, &id, "confirm 3 switch traffic").await;
+    assert_eq!(weights(host, scene).await, [0, 100, 0, 100]);
+    assert_eq!(weights(host, side).await, [0, 100]);
+    // Green was released twice and brought back once; blue never.
+    let begun = scene.begun();
+    assert_eq!(
+        (begun.get("agent-2"), begun.get("agent-1")),
+        (Some(&3), None),
+        "{begun:?}"
+    );
+    act(
+        host,
+        &id,
+        &json!({ "action": "roll_back", "reason": "worse under load" }),
+    )
+    .await
+    .expect("a rollback");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "rolled_back", "{ended}");
+    scene.check_serves(host, 0).await;
+    side.check_serves(host, 0).await;
+}
+
+async fn to_the_end_with_step_4_left_out_once(host: &TestHost, scene: &Scene, side: &Scene) {
+    let id = host
+        .order(&blue_green(scene, side, 1))
+        .await
+        .expect("an order");
+    for step in [
+        "confirm 1 cut traffic",
+        "confirm 2 release green",
+        "confirm 3 switch traffic",
+    ] {
+        waits(host, &id, step).await;
+        confirm(host, &id).await;
+    }
+    let shown = waits(host, &id, "confirm 4 release blue").await;
+    assert_eq!(versions(host, scene), ["2.0.0"; 4]);
+    assert_eq!(weights(host, scene).await, [0, 100, 0, 100]);
+    shift(host, &id, "cell-a", 20).await;
+    let percent = share(host, &id, "scene", "cell-a").await;
+    assert!((19.0..=21.0).contains(&percent), "{percent}");
+    // From here on only the step can be rolled back.
+    let (_, code, detail) = refusal(
+        act(
+            host,
+            &id,
+            &json!({ "action": "roll_back", "reason": "too late" }),
+        )
+        .await,
+    );
+    assert_eq!(code, "no_way_back", "{detail}");
+    let stage = named(&shown, "4 release blue").expect("the stage")["node"].clone();
+    act(
+        host,
+        &id,
+        &json!({ "action": "roll_back_stage", "node": stage, "reason": "once more" }),
+    )
+    .await
+    .expect("the step is rolled back");
+    nodes_when(host, &id, "step 4 is rolled back", |nodes| {
+        named(nodes, "4 release blue").is_some_and(|stage| stage["rollback"]["state"] == "done")
+    })
+    .await;
+    assert_eq!(versions(host, scene), ["1.0.0", "2.0.0", "1.0.0", "2.0.0"]);
+    assert_eq!(weights(host, scene).await, [0, 100, 0, 100]);
+    act(host, &id, &json!({ "action": "run_again", "node": stage }))
+        .await
+        .expect("the step runs again");
+    waits(host, &id, "confirm 4 release blue").await;
+    confirm(host, &id).await;
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "succeeded", "{ended}");
+    scene.check_serves(host, 1).await;
+    side.check_serves(host, 0).await;
+    let (_, code, detail) = refusal(
+        act(
+            host,
+            &id,
+            &json!({ "action": "roll_back", "reason": "too late" }),
+        )
+        .await,
+    );
+    assert_eq!(code, "no_way_back", "{detail}");
+}
+
+async fn gray_traffic(host: &TestHost, scene: &Scene) {
+    let parameters = json!({ "grouping": "one-per-group", "gray_traffic": true });
+    let id = host
+        .order(&order(scene, "grouped", parameters, 1))
+        .await
+        .expect("an order");
+    waits(host, &id, "confirm group 1").await;
+    assert_eq!(weights(host, scene).await, [0, 100, 100, 100]);
+    let server = |index: usize| scene.servers[index].1.clone();
+    let weigh = |index: usize, weight: u32| json!({ "weights": [{ "server": server(index), "weight": weight }] });
+    post(host, &id, "weights", &weigh(0, 30))
+        .await
+        .expect("the weight is set");
+    assert_eq!(weights(host, scene).await, [30, 100, 100, 100]);
+    for (body, expected) in [
+        (weigh(1, 10), "not_released"),
+        (weigh(0, 101), "out_of_limit"),
+        (json!({ "weights": [] }), "out_of_limit"),
+        (
+            json!({ "weights": [weigh(0, 1)["weights"][0], weigh(0, 2)["weights"][0]] }),
+            "not_released",
+        ),
+    ] {
+        let (_, code, detail) = refusal(post(host, &id, "weights", &body).await);
+        assert_eq!(code, expected, "{body}: {detail}");
+    }
+    // A pool that refuses is told, and nothing is kept as if it had not.
+    scene.fault(host, &json!({ "refuse_set": true })).await;
+    let (_, code, detail) = refusal(post(host, &id, "weights", &weigh(0, 40)).await);
+    assert_eq!(code, "traffic_not_changed", "{detail}");
+    scene.fault(host, &json!({})).await;
+    assert_eq!(weights(host, scene).await, [30, 100, 100, 100]);
+    // A failed server stays at 0.
+    scene.put("fail-agent-2");
+    confirm(host, &id).await;
+    host.order_in(&id, &["blocked"]).await;
+    let (_, code, detail) = refusal(post(host, &id, "weights", &weigh(1, 10)).await);
+    assert!(
+        code == "not_released" && detail.contains("agent-2"),
+        "{code}: {detail}"
+    );
+    assert_eq!(weights(host, scene).await, [30, 0, 100, 100]);
+    scene.take("fail-agent-2");
+    act(host, &id, &json!({ "action": "retry", "node": 0 }))
+        .await
+        .expect("retried");
+    for group in ["confirm group 2", "confirm group 3"] {
+        waits(host, &id, group).await;
+        confirm(host, &id).await;
+    }
+    waits(host, &id, "confirm group 4").await;
+    assert_eq!(weights(host, scene).await, [30, 0, 0, 0]);
+    // The last server with traffic keeps it.
+    let (_, code, detail) = refusal(post(host, &id, "weights", &weigh(0, 0)).await);
+    assert!(
+        code == "traffic_not_changed" && detail.contains("min_healthy_members is 1"),
+        "{code}: {detail}"
+    );
+    let all: Vec<Value> = (0..4)
+        .map(|index| json!({ "server": server(index), "weight": 100 }))
+        .collect();
+    post(host, &id, "weights", &json!({ "weights": all }))
+        .await
+        .expect("weights are set");
+    confirm(host, &id).await;
+    assert_eq!(host.order_ended(&id).await["state"], "succeeded");
+    scene.check_serves(host, 1).await;
+    let (_, code, _) = refusal(post(host, &id, "weights", &weigh(0, 10)).await);
+    assert_eq!(code, "order_ended");
+    let told: Vec<Value> = events(host, &id)
+        .await
+        .into_iter()
+        .filter(|event| event["type"] == "traffic")
+        .collect();
+    let errors = told
+        .iter()
+        .filter(|event| !event["error"].is_null())
+        .count();
+    assert_eq!((told.len(), errors), (4, 2), "{told:?}");
+}
+
+async fn a_cancelled_shift_is_taken_back(host: &TestHost, scene: &Scene) {
+    let id = host
+        .order(&order(scene, "blue-green", json!({}), 0))
+        .await
+        .expect("an order");
+    waits(host, &id, "confirm 1 cut traffic").await;
+    confirm(host, &id).await;
+    waits(host, &id, "confirm 2 release green").await;
+    shift(host, &id, "cell-b", 10).await;
+    act(host, &id, &json!({ "action": "cancel" }))
+        .await
+        .expect("cancelled");
+    assert_eq!(host.order_ended(&id).await["state"], "cancelled");
+    assert_eq!(weights(host, scene).await, [100; 4]);
+    let id = host
+        .order(&order(
+            scene,
+            "grouped",
+            json!({ "grouping": "one-per-group" }),
+            1,
+        ))
+        .await
+        .expect("an order");
+    assert_eq!(host.order_ended(&id).await["state"], "succeeded");
+}
+
+/// Tells the pool what its members answer: the first one with these errors.
+async fn answers(host: &TestHost, scene: &Scene, error_percent: u32) {
+    let members: Vec<Value> = scene
+        .servers
+        .iter()
+        .enumerate()
+        .map(|(index, (_, server))| {
+            json!({
+                "server": server,
+                "requests_per_s": 1000,
+                "error_percent": if index == 0 { error_percent } else { 0 },
+                "latency_ms": 10,
+            })
+        })
+        .collect();
+    let path = host.ws(&format!("pools/{}/traffic", scene.pool));
+    host.api
+        .put(&path, &json!({ "members": members }))
+        .await
+        .expect("the pool is told");
+}
+
+async fn a_canary_with_bad_figures_is_rolled_back(host: &TestHost, scene: &Scene) {
+    answers(host, scene, 20).await;
+    let parameters = json!({ "percentages": [20, 100], "window_s": 1 });
+    let id = host
+        .order(&order(scene, "canary", parameters, 0))
+        .await
+        .expect("an order");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "rolled_back", "{ended}");
+    let judged = nodes(host, &id).await;
+    let judge = named(&judged, "judge 20 %").expect("the judge");
+    assert!(
+        text(&judge["message"]).contains("requests to the new version failed; at most 5 % may"),
+        "nobody was asked: {judge}"
+    );
+    scene.check_serves(host, 1).await;
+}
+
+async fn a_canary_with_good_figures_goes_to_the_end(host: &TestHost, scene: &Scene) {
+    answers(host, scene, 0).await;
+    let parameters = json!({ "percentages": [20, 60, 100], "window_s": 1 });
+    let id = host
+        .order(&order(scene, "canary", parameters, 0))
+        .await
+        .expect("an order");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "succeeded", "{ended}");
+    scene.check_serves(host, 0).await;
+    let told = events(host, &id).await;
+    let people = told
+        .iter()
+        .filter(|event| event["type"] == "action")
+        .count();
+    assert_eq!(people, 0, "it went on by itself: {told:?}");
+}
+
+async fn a_canary_that_sees_too_little_never_goes_on(host: &TestHost, scene: &Scene) {
+    let parameters = json!({ "percentages": [20, 100], "window_s": 1, "max_windows": 2 });
+    let id = host
+        .order(&order(scene, "canary", parameters, 0))
+        .await
+        .expect("an order");
+    let shown = waits(host, &id, "judge 20 %").await;
+    let judge = named(&shown, "judge 20 %").expect("the judge");
+    assert!(
+        text(&judge["message"]).contains("0 requests to the new version"),
+        "{judge}"
+    );
+    assert_eq!(versions(host, scene), ["1.0.0", "2.0.0", "2.0.0", "2.0.0"]);
+    // A fifth of the traffic for one server of four: 75 to three times 100.
+    assert_eq!(weights(host, scene).await, [75, 100, 100, 100]);
+    act(
+        host,
+        &id,
+        &json!({ "action": "roll_back", "reason": "nobody asks for it" }),
+    )
+    .await
+    .expect("a rollback");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "rolled_back", "{ended}");
+    scene.check_serves(host, 1).await;
+    // Weights were taken away from what was rolled back before it was touched.
+    let rollback = text(&ended["rolled_back_by"]);
+    let names: Vec<String> = nodes(host, &rollback)
+        .await
+        .iter()
+        .filter(|node| node["kind"] == "traffic" && node["server"].is_null())
+        .map(|node| text(&node["name"]))
+        .collect();
+    assert_eq!(
+        names,
+        ["traffic of scene away", "traffic of scene as before"]
+    );
+    assert_eq!(
+        items(
+            &host
+                .api
+                .get(&host.ws("orders?state=running"))
+                .await
+                .expect("orders")
+        )
+        .len(),
+        0
+    );
+}
