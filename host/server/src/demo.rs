@@ -179,9 +179,15 @@ async fn show(client: &Client) -> anyhow::Result<Demo> {
         "version 3 should be rolled back, and the order is {}",
         order["state"]
     );
-    let touched = order["counts"]["waiting"].as_u64().unwrap_or(0);
+    let nodes = client
+        .get(&format!("{ws}/orders/{}/nodes", text(&order["id"])?))
+        .await?;
+    let untouched = items(&nodes)
+        .iter()
+        .filter(|node| node["level"] == "server" && node["state"] == "not_started")
+        .count();
     ensure!(
-        touched == 2,
+        untouched == 2,
         "it should have stopped after the first of three groups: {}",
         order["counts"]
     );
