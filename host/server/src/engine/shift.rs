@@ -240,10 +240,7 @@ async fn before_parent(job: &Job, of: OrderId, scope: NodeIndex) -> Result<Weigh
 }
 
 /// Refuses before anything is changed what would leave a pool with too few members.
-fn keeps_minimum(
-    job: &Job,
-    planned: &[(PoolId, Members, Vec<(ServerId, u32)>)],
-) -> Result<(), Steering> {
+fn keeps_minimum(job: &Job, planned: &[PoolShift]) -> Result<(), Steering> {
     let minimum = job.plan.limits.min_healthy_members;
     for (pool, now, wanted) in planned {
         let serving = now.serving_with(&wanted.iter().copied().collect());
@@ -260,10 +257,7 @@ fn keeps_minimum(
     Ok(())
 }
 
-async fn set(
-    job: &Job,
-    planned: Vec<(PoolId, Members, Vec<(ServerId, u32)>)>,
-) -> Result<(), Steering> {
+async fn set(job: &Job, planned: Vec<PoolShift>) -> Result<(), Steering> {
     for (pool, _, mut wanted) in planned {
         // Raise before lowering, so that the pool never has less than both states have.
         wanted.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
@@ -409,6 +403,9 @@ async fn try_change(
 }
 
 // ---------------------------------------------------------------------------------------------- members
+
+/// A pool, its members as they are, and the weights to set.
+type PoolShift = (PoolId, Members, Vec<(ServerId, u32)>);
 
 struct Member {
     weight: u32,
