@@ -280,7 +280,7 @@ async fn ask(spec: &LoadSpec, kept: &mut Option<Sender>, number: u64) -> Result<
         },
         None => connect(spec).await?,
     };
-    let (method, body) = if number % 2 == 0 {
+    let (method, body) = if number.is_multiple_of(2) {
         (Method::GET, Bytes::new())
     } else {
         (

@@ -293,6 +293,28 @@ fn release(servers: std::ops::RangeInclusive<u32>, strategy: StrategyPlan) -> Pl
     plan_in_cells(release, cell, |number| servers.contains(&number))
 }
 
+/// A canary of one server of two.
+fn judged() -> Plan {
+    let share = StrategyNodeKind::Share {
+        application: "app".to_owned(),
+        servers: vec![server(2).to_string()],
+        percent: 20,
+    };
+    let judge = StrategyNodeKind::Judge {
+        stage: "app 20".to_owned(),
+        window_ms: 20,
+    };
+    release(
+        2..=2,
+        strategy(vec![
+            leaf(None, "new", release_of(2)),
+            leaf(None, "20 %", share),
+            leaf(None, "judge", judge),
+            leaf(None, "as before", as_before()),
+        ]),
+    )
+}
+
 /// What the core plans for the rollback of the order once green is released.
 fn rollback_of_green() -> Plan {
     release(
@@ -320,6 +342,19 @@ enum Story {
     RolledBackInStep3,
     /// Step 2 is rolled back after traffic was shifted by hand, run again, and all is confirmed.
     Step2Again,
+    /// No blue-green release: one server gets a share of the traffic, and figures are collected before it gets all.
+    Judged,
+}
+
+impl Story {
+    fn plan(self) -> Plan {
+        match self {
+            Self::ToTheEnd | Self::RolledBackInStep3 | Self::Step2Again => {
+                release(1..=2, blue_green())
+            }
+            Self::Judged => judged(),
+        }
+    }
 }
 
 fn stage(plan: &Plan, name: &str) -> NodeIndex {
@@ -332,6 +367,12 @@ fn stage(plan: &Plan, name: &str) -> NodeIndex {
 
 /// What the person does next, if anything.
 fn next(story: Story, plan: &Plan, progress: &Progress, state: OrderState) -> Option<Action> {
+    if state == OrderState::NotStarted {
+        return Some(Action::Run);
+    }
+    if story == Story::Judged {
+        return None;
+    }
     let second = stage(plan, "2");
     let third = stage(plan, "3");
     let confirm = Action::Confirm { node: None };
@@ -339,9 +380,6 @@ fn next(story: Story, plan: &Plan, progress: &Progress, state: OrderState) -> Op
         cell: "green".to_owned(),
         percent: 20,
     };
-    if state == OrderState::NotStarted {
-        return Some(Action::Run);
-    }
     if state != OrderState::AwaitingConfirmation {
         return None;
     }
@@ -366,6 +404,7 @@ fn next(story: Story, plan: &Plan, progress: &Progress, state: OrderState) -> Op
             reason: "bad".to_owned(),
         }),
         Story::RolledBackInStep3 | Story::Step2Again => Some(confirm),
+        Story::Judged => None,
     }
 }
 
@@ -380,7 +419,7 @@ struct Run {
 }
 
 impl Run {
-    async fn new() -> (Self, OrderId) {
+    async fn new(story: Story) -> (Self, OrderId) {
         let directory = tempfile::tempdir().unwrap();
         let blobs = Blobs::open_directory(directory.path().join("blobs"))
             .await
@@ -394,8 +433,7 @@ impl Run {
             _directory: directory,
         };
         let fleet = run.fleet(run.inner.clone()).await;
-        let plan = release(1..=2, blue_green());
-        let id = fleet.create(&plan).await;
+        let id = fleet.create(&story.plan()).await;
         fleet.shutdown().await;
         (run, id)
     }
@@ -449,7 +487,7 @@ impl Run {
         let fleet = self.fleet(self.inner.clone()).await;
         let order = fleet.order(id).await;
         let expected = match story {
-            Story::ToTheEnd | Story::Step2Again => OrderState::Succeeded,
+            Story::ToTheEnd | Story::Step2Again | Story::Judged => OrderState::Succeeded,
             Story::RolledBackInStep3 => OrderState::RolledBack,
         };
         assert_eq!(order.state, expected, "{what}: {}", order.state_reason);
@@ -480,8 +518,8 @@ impl Run {
         }
         // fetch, unpack, activate, start: of each server, and of what was brought back or released again.
         let servers = match story {
-            Story::ToTheEnd => 2,
-            Story::RolledBackInStep3 => 2,
+            Story::ToTheEnd | Story::RolledBackInStep3 => 2,
+            Story::Judged => 1,
             Story::Step2Again => 4,
         };
         assert_eq!(self.executed.len(), 4 * servers, "{what}: {times:?}");
@@ -519,12 +557,12 @@ fn active() -> Prefix {
 }
 
 async fn at_every_boundary(story: Story) {
-    let (mut run, id) = Run::new().await;
+    let (mut run, id) = Run::new(story).await;
     let commits = run.live(id, story, i64::MAX, Death::Before).await;
     let commits = commits.expect("nobody dies in the first run");
     run.check(id, story, "without a death").await;
     println!("{story:?}: {commits} commits");
-    assert!(commits > 40, "{commits}");
+    assert!(commits > 20, "{commits}");
     let boundaries: Vec<(i64, Death)> = (0..commits)
         .flat_map(|at| [(at, Death::Before), (at, Death::After)])
         .collect();
@@ -538,7 +576,7 @@ async fn at_every_boundary(story: Story) {
                     return;
                 };
                 let what = format!("{story:?}, death {death:?} commit {at}");
-                let (mut run, id) = Run::new().await;
+                let (mut run, id) = Run::new(story).await;
                 let whole = async {
                     // The point may lie behind the end: commits are folded as they come.
                     if run.live(id, story, at, death).await.is_none() {
@@ -571,4 +609,9 @@ async fn its_rollback_survives_a_death_at_every_commit() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_rollback_of_a_step_survives_a_death_at_every_commit() {
     at_every_boundary(Story::Step2Again).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_window_of_figures_survives_a_death_at_every_commit() {
+    at_every_boundary(Story::Judged).await;
 }

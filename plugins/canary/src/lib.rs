@@ -2,8 +2,8 @@
 //! whether it becomes more.
 //!
 //! For each percentage: so many of the servers are released, and together they get exactly that share of every pool's
-//! traffic; then figures are collected and judged (see [`judge`]). At 100 % the rest follows in waves, and weights are
-//! what they were before. Source: spec "Release orders"; the judgement's rules stand in [`judge`].
+//! traffic; then figures are collected and judged (see `judge`). At 100 % the rest follows in waves, and weights are
+//! what they were before. Source: spec "Release orders"; the judgement's rules stand in `judge`.
 //!
 //! ```text
 //! 5 %:  release 1 of 10 ─► share 5 %  ─► judge ─┬─ go on ─► 25 %: release 2 more ─► share 25 % ─► judge ─► …
