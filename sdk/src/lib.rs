@@ -45,6 +45,7 @@ mod export;
 pub mod lifecycle;
 pub mod log;
 mod parameters;
+pub mod service;
 pub mod strategy;
 
 pub mod command;

@@ -173,6 +173,15 @@ impl Step {
         Self::new(phase, name, Action::Start(supervise))
     }
 
+    /// Of a start: a release of the same stack does not stop the application, and where it already runs with the same
+    /// command, directory and user it is not started again. The stack's next step of the phase tells it of the new release,
+    /// for example by a signal that makes it read its configuration again. Restarts and stops are as always.
+    #[must_use]
+    pub fn kept_running(mut self) -> Self {
+        self.attributes.push(("keep-running".into(), "true".into()));
+        self
+    }
+
     /// Stop the application: `SIGTERM`, after the grace `SIGKILL`. The time-out is the grace and 30 s. Stopping what is
     /// stopped does no harm.
     #[must_use]

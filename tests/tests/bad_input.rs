@@ -1047,6 +1047,8 @@ async fn a_bad_plugin_is_rejected_with_its_own_code_and_disturbs_nobody() {
             "blue-green",
             "canary",
             "grouped",
+            "java-jar",
+            "python",
             "server-basics",
             "system-info"
         ]

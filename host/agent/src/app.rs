@@ -81,6 +81,21 @@ pub(crate) async fn start(
     let user = users::resolve(task.run_as.as_deref(), &context.policy)?;
     let instance = InstanceDir::of(&context.data, task, Some(&user))?;
     let before: Option<AppRecord> = read_json(&instance.app())?;
+    if let Some(running) = &before
+        && keeps(context, &instance, running, task, secrets)?
+    {
+        // It stays the process of the task that started it: whoever ends what is left of it looks for that one.
+        let task = Task {
+            id: running.task.id,
+            ..task.clone()
+        };
+        let dir = running.dir.clone();
+        return Ok(write_json(
+            &instance.app(),
+            &AppRecord { task, dir },
+            0o600,
+        )?);
+    }
     let record = match before {
         Some(record) if record.task.id == task.id => record,
         Some(_) | None => AppRecord {
@@ -107,6 +122,43 @@ pub(crate) async fn start(
     await_running(&dir).await
 }
 
+/// Whether the application runs already as the task wants it, and the task leaves such a one alone.
+fn keeps(
+    context: &Context,
+    instance: &InstanceDir,
+    running: &AppRecord,
+    task: &Task,
+    secrets: &BTreeMap<String, SecretText>,
+) -> Result<bool, ActionError> {
+    let Action::Start(Supervise {
+        keep_running: true, ..
+    }) = &task.action
+    else {
+        return Ok(false);
+    };
+    let dir = running.run_dir(instance);
+    if client::find(&dir)? != Found::Live {
+        return Ok(false);
+    }
+    let wanted = AppRecord {
+        task: task.clone(),
+        dir: running.dir.clone(),
+    };
+    let wanted = spec(context, instance, &wanted, secrets)?;
+    // What it was started with may need secrets that this task does not have: then it is another.
+    let Ok(now) = spec(context, instance, running, secrets) else {
+        return Ok(false);
+    };
+    let is_restarted = |spec: &Spec| match spec.mode {
+        Mode::App { restart } => Some(restart),
+        Mode::Script { .. } => None,
+    };
+    Ok(wanted.command == now.command
+        && wanted.working_dir == now.working_dir
+        && wanted.user == now.user
+        && is_restarted(&wanted) == is_restarted(&now))
+}
+
 fn spec(
     context: &Context,
     instance: &InstanceDir,
@@ -117,6 +169,7 @@ fn spec(
         command,
         working_dir,
         restart,
+        ..
     }) = &record.task.action
     else {
         return Err(ActionError::App("its record is not of a start".into()));

@@ -191,6 +191,9 @@ pub struct Supervise {
     pub working_dir: Option<String>,
     /// Restarted when it ends by itself, with a growing pause between 1 s and 30 s.
     pub restart: Restart,
+    /// Where it runs already with the same program, directory and user, it is left alone: a later step tells it what is new.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_running: bool,
 }
 
 /// Whether an application that ended by itself is started again.

@@ -2,109 +2,29 @@
 //!
 //! The program is the package's own file, or a named file in an unpacked archive. What differs between servers is
 //! environment: a server's variables stand above everything else, so that three servers on one machine can each have their
-//! `PORT`. From strongest to weakest: the server's variables, the environment of the instance and the order (which the
-//! core adds itself), the parameters.
-
-use std::collections::BTreeMap;
+//! `PORT`. What all services have (port, health, environment, scripts) is the kit's: [`windlass_sdk::service`].
 
 use serde::Deserialize;
 use serde_json::json;
 use windlass_sdk::{
-    Descriptor, Environment, PluginError, Script, TechStack, Value,
-    lifecycle::{HttpProbe, LifecyclePlan, LifecycleRequest, Phase, Probe, Step, Supervise},
+    Descriptor, PluginError, TechStack,
+    lifecycle::{LifecyclePlan, LifecycleRequest},
     parse_parameters,
+    service::{Program, Service},
 };
 
 /// The plugin.
 #[derive(Debug)]
 pub struct Binary;
 
-/// The variable that holds the port.
-const PORT: &str = "PORT";
 /// The OS user that the plugin wishes for.
 const USER: &str = "app";
 
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
 struct Parameters {
     program: Option<String>,
-    #[serde(default)]
-    arguments: Vec<String>,
-    port: Option<u16>,
-    health: Option<Health>,
-    #[serde(default = "ten")]
-    stop_grace_s: u64,
-    run_as: Option<String>,
-    #[serde(default)]
-    environment: BTreeMap<String, Variable>,
-    #[serde(default)]
-    restart: Restart,
-    prepare_script: Option<String>,
-    configure_script: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Health {
-    kind: HealthKind,
-    #[serde(default = "slash")]
-    path: String,
-    #[serde(default)]
-    statuses: Vec<u16>,
-    body_contains: Option<String>,
-    script: Option<String>,
-    #[serde(default = "two_minutes")]
-    deadline_s: u64,
-    #[serde(default = "one_second")]
-    interval_ms: u64,
-    #[serde(default = "five_seconds")]
-    try_timeout_ms: u64,
-    #[serde(default)]
-    healthy_for_s: u64,
-}
-
-#[derive(Deserialize, Clone, Copy)]
-#[serde(rename_all = "lowercase")]
-enum HealthKind {
-    Http,
-    Tcp,
-    Script,
-    None,
-}
-
-#[derive(Deserialize, Clone, Copy, Default)]
-#[serde(rename_all = "lowercase")]
-enum Restart {
-    #[default]
-    Always,
-    Never,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Variable {
-    Plain(String),
-    Secret { secret_ref: String },
-}
-
-fn ten() -> u64 {
-    10
-}
-
-fn slash() -> String {
-    "/".into()
-}
-
-fn two_minutes() -> u64 {
-    120
-}
-
-fn one_second() -> u64 {
-    1_000
-}
-
-fn five_seconds() -> u64 {
-    5_000
+    #[serde(flatten)]
+    service: Service,
 }
 
 impl TechStack for Binary {
@@ -119,7 +39,12 @@ impl TechStack for Binary {
             .category("general")
             .operating_system("linux")
             .wish_user(USER)
-            .parameters(&schema())
+            .parameters(&Service::schema(&json!({
+                "program": {
+                    "type": "string", "minLength": 1, "maxLength": 4096,
+                    "description": "The executable, relative to the release directory. Default: the package's own file; needed where the package is an archive."
+                }
+            })))
             .preset(
                 "http-service",
                 "A service that answers HTTP",
@@ -129,129 +54,14 @@ impl TechStack for Binary {
 
     fn lifecycle(request: LifecycleRequest) -> Result<LifecyclePlan, PluginError> {
         let parameters: Parameters = parse_parameters(&request.parameters)?;
-        let user = parameters.run_as.as_deref();
-        let mut plan = LifecyclePlan::new();
-        let script = |phase, name, text: &str| {
-            Step::script(phase, name, text)
-                .timeout_ms(600_000)
-                .run_as(user)
-        };
-        if request.wants(Phase::Prepare)
-            && let Some(text) = &parameters.prepare_script
-        {
-            plan = plan.step(script(Phase::Prepare, "prepare", text));
-        }
-        if request.wants(Phase::Configure)
-            && let Some(text) = &parameters.configure_script
-        {
-            plan = plan.step(script(Phase::Configure, "configure", text));
-        }
-        let grace_ms = parameters.stop_grace_s.saturating_mul(1000);
-        let stop = |phase| Step::stop(phase, "stop", grace_ms).run_as(user);
-        if request.wants(Phase::Stop) {
-            plan = plan.step(stop(Phase::Stop));
-        }
-        if request.wants(Phase::Start) {
-            let supervise = supervise(&parameters, &request)?;
-            plan = plan.step(Step::start(Phase::Start, "start", supervise).run_as(user));
-        }
-        if request.wants(Phase::Check)
-            && let Some(step) = check(&parameters, &request)?
-        {
-            plan = plan.step(step.run_as(user));
-        }
-        if request.wants(Phase::Restart) {
-            let supervise = supervise(&parameters, &request)?;
-            plan = plan
-                .step(stop(Phase::Restart))
-                .step(Step::start(Phase::Restart, "start", supervise).run_as(user));
-        }
-        if request.wants(Phase::Uninstall) {
-            plan = plan.step(stop(Phase::Uninstall));
-        }
-        for server in &request.servers {
-            plan = plan.server_env(
-                &server.id,
-                server_env(&parameters, &request.env, &server.variables),
-            );
-        }
-        Ok(plan)
+        let program = Program::new([program(&parameters, &request)?]);
+        parameters
+            .service
+            .steps(LifecyclePlan::new(), &request, &program)
     }
 }
 
-fn schema() -> serde_json::Value {
-    let name = "^[A-Za-z_][A-Za-z0-9_]*$";
-    json!({
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "type": "object",
-        "additionalProperties": false,
-        "properties": {
-            "program": {
-                "type": "string", "minLength": 1, "maxLength": 4096,
-                "description": "The executable, relative to the release directory. Default: the package's own file; needed where the package is an archive."
-            },
-            "arguments": {
-                "type": "array", "maxItems": 200, "items": { "type": "string", "maxLength": 4096 },
-                "description": "Its arguments. ${NAME} is replaced by the environment variable NAME."
-            },
-            "port": {
-                "type": "integer", "minimum": 1, "maximum": 65535,
-                "description": "The port that it listens on; it finds it in the environment variable PORT. A server's own variable PORT stands above it."
-            },
-            "health": {
-                "type": "object", "additionalProperties": false, "required": ["kind"],
-                "description": "How its health is checked. Default: tcp where a port is given, else none.",
-                "properties": {
-                    "kind": { "enum": ["http", "tcp", "script", "none"] },
-                    "path": { "type": "string", "pattern": "^/", "maxLength": 2000, "default": "/", "description": "http: the path." },
-                    "statuses": {
-                        "type": "array", "maxItems": 50, "items": { "type": "integer", "minimum": 100, "maximum": 599 },
-                        "description": "http: accepted status codes. Default: any 2xx."
-                    },
-                    "body_contains": { "type": "string", "maxLength": 1000, "description": "http: text that the body must contain." },
-                    "script": { "type": "string", "maxLength": 16384, "description": "script: a shell script that exits with 0." },
-                    "deadline_s": { "type": "integer", "minimum": 1, "maximum": 3600, "default": 120 },
-                    "interval_ms": { "type": "integer", "minimum": 100, "maximum": 60000, "default": 1000 },
-                    "try_timeout_ms": { "type": "integer", "minimum": 100, "maximum": 60000, "default": 5000 },
-                    "healthy_for_s": { "type": "integer", "minimum": 0, "maximum": 3600, "default": 0 }
-                },
-                "if": { "properties": { "kind": { "const": "script" } } },
-                "then": { "required": ["script"] }
-            },
-            "stop_grace_s": {
-                "type": "integer", "minimum": 0, "maximum": 600, "default": 10,
-                "description": "Time between SIGTERM and SIGKILL."
-            },
-            "run_as": {
-                "type": "string", "pattern": "^[a-z_][a-z0-9_-]{0,31}$",
-                "description": "OS user. Default: the agent's own. Others need an approved wish."
-            },
-            "environment": {
-                "type": "object", "maxProperties": 200, "propertyNames": { "pattern": name },
-                "additionalProperties": {
-                    "oneOf": [
-                        { "type": "string", "maxLength": 8192 },
-                        {
-                            "type": "object", "additionalProperties": false, "required": ["secret_ref"],
-                            "properties": { "secret_ref": { "type": "string", "minLength": 1, "maxLength": 200 } }
-                        }
-                    ]
-                }
-            },
-            "restart": {
-                "enum": ["always", "never"], "default": "always",
-                "description": "Whether it is started again when it ends by itself."
-            },
-            "prepare_script": { "type": "string", "maxLength": 16384, "description": "Makes the server fit; run once per server and stack version." },
-            "configure_script": { "type": "string", "maxLength": 16384, "description": "Run in the new release directory before the old release stops." }
-        }
-    })
-}
-
-fn supervise(
-    parameters: &Parameters,
-    request: &LifecycleRequest,
-) -> Result<Supervise, PluginError> {
+fn program(parameters: &Parameters, request: &LifecycleRequest) -> Result<String, PluginError> {
     let program = match (&parameters.program, &request.package) {
         (Some(program), _) => program.clone(),
         (None, Some(package)) if matches!(package.format.as_str(), "plain" | "jar") => {
@@ -274,116 +84,11 @@ fn supervise(
         }
     };
     // A bare name would be looked up in PATH.
-    let program = if program.starts_with('/') || program.starts_with("./") {
+    Ok(if program.starts_with('/') || program.starts_with("./") {
         program
     } else {
         format!("./{program}")
-    };
-    let mut command = vec![program];
-    command.extend(parameters.arguments.iter().cloned());
-    let supervise = Supervise::new(command);
-    Ok(match parameters.restart {
-        Restart::Always => supervise,
-        Restart::Never => supervise.never_restarted(),
     })
-}
-
-fn check(parameters: &Parameters, request: &LifecycleRequest) -> Result<Option<Step>, PluginError> {
-    let default = Health {
-        kind: if parameters.port.is_some() {
-            HealthKind::Tcp
-        } else {
-            HealthKind::None
-        },
-        path: slash(),
-        statuses: Vec::new(),
-        body_contains: None,
-        script: None,
-        deadline_s: two_minutes(),
-        interval_ms: one_second(),
-        try_timeout_ms: five_seconds(),
-        healthy_for_s: 0,
-    };
-    let health = parameters.health.as_ref().unwrap_or(&default);
-    let probe = match health.kind {
-        HealthKind::None => return Ok(None),
-        HealthKind::Script => {
-            let text = health.script.as_deref().ok_or_else(|| {
-                PluginError::invalid_parameter("/health/script", "is needed for kind `script`")
-            })?;
-            Probe::Script(Script::shell(text))
-        }
-        HealthKind::Http => {
-            need_port(parameters, request)?;
-            Probe::Http(HttpProbe {
-                url: format!("http://127.0.0.1:${{{PORT}}}{}", health.path),
-                statuses: health.statuses.clone(),
-                body_contains: health.body_contains.clone(),
-            })
-        }
-        HealthKind::Tcp => {
-            need_port(parameters, request)?;
-            Probe::Tcp(format!("127.0.0.1:${{{PORT}}}"))
-        }
-    };
-    let mut step = Step::check(Phase::Check, "health check", probe)
-        .timeout_ms(health.deadline_s.saturating_mul(1000));
-    if let windlass_sdk::lifecycle::Action::Check(check) = &mut step.action {
-        check.interval_ms = health.interval_ms;
-        check.try_timeout_ms = health.try_timeout_ms;
-        check.healthy_for_ms = health.healthy_for_s.saturating_mul(1000);
-    }
-    Ok(Some(step))
-}
-
-/// Every server must know its port before the health check can be written down.
-fn need_port(parameters: &Parameters, request: &LifecycleRequest) -> Result<(), PluginError> {
-    if parameters.port.is_some()
-        || parameters.environment.contains_key(PORT)
-        || request.env.iter().any(|(name, _)| name == PORT)
-    {
-        return Ok(());
-    }
-    match request
-        .servers
-        .iter()
-        .find(|server| !server.variables.iter().any(|(name, _)| name == PORT))
-    {
-        None => Ok(()),
-        Some(server) => Err(PluginError::invalid_parameter(
-            "/port",
-            format!(
-                "the health check needs a port: set `port`, or the variable PORT of server {}",
-                server.name
-            ),
-        )),
-    }
-}
-
-/// The environment of one server: parameters that nothing above them sets, then the server's own variables.
-fn server_env(
-    parameters: &Parameters,
-    common: &Environment,
-    variables: &[(String, String)],
-) -> Environment {
-    let mut env: BTreeMap<String, Value> = BTreeMap::new();
-    if let Some(port) = parameters.port {
-        env.insert(PORT.into(), Value::plain(port.to_string()));
-    }
-    for (name, variable) in &parameters.environment {
-        let value = match variable {
-            Variable::Plain(text) => Value::plain(text.clone()),
-            Variable::Secret { secret_ref } => Value::SecretRef(secret_ref.clone()),
-        };
-        env.insert(name.clone(), value);
-    }
-    for (name, _) in common {
-        env.remove(name);
-    }
-    for (name, value) in variables {
-        env.insert(name.clone(), Value::plain(value.clone()));
-    }
-    env.into_iter().collect()
 }
 
 windlass_sdk::tech_stack!(Binary);
@@ -391,7 +96,10 @@ windlass_sdk::tech_stack!(Binary);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use windlass_sdk::{PackageRef, ServerFacts, lifecycle::Action};
+    use windlass_sdk::{
+        PackageRef, ServerFacts, Value,
+        lifecycle::{Action, Phase, Probe},
+    };
 
     fn request(parameters: &serde_json::Value) -> LifecycleRequest {
         LifecycleRequest::new("shop", parameters)

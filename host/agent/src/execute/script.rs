@@ -196,6 +196,16 @@ pub(super) async fn follow(
     }
 }
 
+/// Text of as many bytes as there are, so that offsets stay true: each byte that is not UTF-8 becomes `?`.
+fn same_length(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.extend(chunk.invalid().iter().map(|_| '?'));
+    }
+    text
+}
+
 /// Reads what a run has written since the last look.
 struct Tail {
     path: PathBuf,
@@ -233,7 +243,7 @@ impl Tail {
             let chunk = OutputChunk {
                 task_id: self.task_id,
                 offset: self.offset,
-                text: String::from_utf8_lossy(&buffer[..whole]).into_owned(),
+                text: same_length(&buffer[..whole]),
                 dropped_bytes: self.dropped,
             };
             self.offset += whole as u64;

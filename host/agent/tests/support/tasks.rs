@@ -73,6 +73,7 @@ impl Order {
             command: command.iter().map(ToString::to_string).collect(),
             working_dir: None,
             restart: windlass_domain::task::Restart::Always,
+            keep_running: false,
         }))
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     plugin::{NodeRole, Phase, RollbackScope, StackAction, StackStep, StrategyPlan, StrategyUnit},
 };
 
-use super::{MAX_NODES, MAX_TIMEOUT_MS, PlanInput, check::Checked};
+use super::{MAX_NODES, MAX_TIMEOUT_MS, PartInput, PlanInput, check::Checked};
 
 /// Phases before the application is stopped, in their order.
 const BEFORE_STOP: [Phase; 3] = [Phase::Prepare, Phase::Install, Phase::Configure];
@@ -196,7 +196,9 @@ impl Builder<'_> {
         for at in 0..self.phases[index].before_stop.len() {
             self.stack(node, index, self.phases[index].before_stop[at], planned);
         }
-        if let Some(installed) = &server.installed {
+        if let Some(installed) = &server.installed
+            && !stays_running(installed, part)
+        {
             self.stop(node, installed);
         }
         self.core(node, "activate", StepTemplate::Activate);
@@ -269,6 +271,21 @@ impl Builder<'_> {
         }
         step
     }
+}
+
+/// Whether what is installed is left running: both it and what replaces it say so, and one stack knows how to tell it.
+fn stays_running(installed: &Manifest, part: &PartInput) -> bool {
+    let is_kept = |step: &StackStep| match &step.action {
+        StackAction::Start(supervise) => step.phase == Phase::Start && supervise.keep_running,
+        StackAction::Script(_)
+        | StackAction::WriteFile { .. }
+        | StackAction::Stop { .. }
+        | StackAction::Check(_) => false,
+    };
+    let stack = part.part.stack.as_ref();
+    stack.is_some_and(|stack| stack.name == installed.stack.name)
+        && installed.start.iter().any(is_kept)
+        && part.steps.steps.iter().any(is_kept)
 }
 
 /// A check as the strategy wants it: its minimum healthy time and its deadline.

@@ -76,6 +76,7 @@ pub(crate) fn steps() -> Vec<StackStep> {
         command: vec!["./shop".to_owned()],
         working_dir: None,
         restart: Restart::Always,
+        keep_running: false,
     });
     let check = StackAction::Check(Check {
         probe: Probe::Tcp {

@@ -115,6 +115,10 @@ fn step_from_guest(field: &str, step: wit::Step) -> Result<StackStep, CallFailur
                 "never" => Restart::Never,
                 other => return Err(unknown_code(&format!("{field}.action.restart"), other)),
             },
+            keep_running: step
+                .attributes
+                .iter()
+                .any(|(name, value)| name == "keep-running" && value == "true"),
         }),
         wit::Action::Stop(grace_ms) => StackAction::Stop { grace_ms },
         wit::Action::Check(check) => StackAction::Check(Check {

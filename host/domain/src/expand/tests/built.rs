@@ -493,6 +493,47 @@ fn the_same_gives_the_same_digest_and_anything_else_another() {
 }
 
 #[test]
+fn an_application_that_keeps_running_is_not_stopped_by_a_release_of_its_stack() {
+    let keep = |step: &mut StackStep, keep: bool| {
+        if let StackAction::Start(supervise) = &mut step.action {
+            supervise.keep_running = keep;
+        }
+    };
+    // Old and new keep it, only one of them does, and another stack comes.
+    for (old, new, same_stack, stopped) in [
+        (true, true, true, false),
+        (true, false, true, true),
+        (false, true, true, true),
+        (true, true, false, true),
+    ] {
+        let mut input = input();
+        let part = &mut input.parts[0];
+        let mut before = installed();
+        for step in &mut part.steps.steps {
+            keep(step, new);
+        }
+        let start = part
+            .steps
+            .steps
+            .iter()
+            .find(|step| step.phase == Phase::Start);
+        before.start = start.into_iter().cloned().collect();
+        before.start.iter_mut().for_each(|step| keep(step, old));
+        if !same_stack {
+            before.stack.name = "another".to_owned();
+        }
+        part.servers[0].installed = Some(before);
+        let plan = plan(input, &all_at_once());
+        let steps = children(&plan, find(&plan, "web-1"));
+        assert_eq!(
+            steps.contains(&"stop the old one"),
+            stopped,
+            "{old} {new} {same_stack}: {steps:?}"
+        );
+    }
+}
+
+#[test]
 fn the_cores_own_plan_is_one_server_after_the_other() {
     let servers = [("shop", 2), ("bank", 3), ("shop", 1)];
     let order = servers.map(|(application, server)| (application.to_owned(), server_id(server)));
