@@ -578,5 +578,6 @@ pub async fn new_order(blobs: &Blobs, plan: &Plan, purpose: Purpose) -> Order {
         started_at: None,
         finished_at: None,
         last_progress_at: None,
+        notify: true,
     }
 }

@@ -136,6 +136,10 @@ ids! {
     PoolId = "pool", "a pool id";
     /// One recorded call of a plugin.
     CallId = "call", "a plugin call's id";
+    /// A notification channel.
+    ChannelId = "chn", "a notification channel id";
+    /// One message to one notification channel.
+    DeliveryId = "dlv", "a delivery id";
 }
 
 #[cfg(test)]

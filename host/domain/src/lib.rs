@@ -14,6 +14,7 @@ pub mod instance;
 pub mod limits;
 pub mod manifest;
 pub mod name;
+pub mod notification;
 pub mod operation;
 pub mod order;
 pub mod package;

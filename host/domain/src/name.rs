@@ -202,6 +202,12 @@ names! {
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
     };
+    /// A notification channel's name.
+    ChannelName = Rule {
+        what: "the channel name", min: 1, max: 60,
+        allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
+    };
     /// A plugin's name. Source: design, "Plugins".
     PluginName = Rule {
         what: "the plugin name", min: 1, max: 60,

@@ -118,6 +118,17 @@ pub enum Purpose {
     },
 }
 
+impl Purpose {
+    /// The order that it rolls back.
+    #[must_use]
+    pub const fn rollback_of(&self) -> Option<OrderId> {
+        match self {
+            Self::Release | Self::Operation { .. } | Self::Invocation { .. } => None,
+            Self::Rollback { of, .. } => Some(*of),
+        }
+    }
+}
+
 /// One service instance of a release and its target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -174,6 +185,13 @@ pub struct ReleaseSpec {
     /// How long a task may wait for its server before it is not started any more, in milliseconds. Default 10 min.
     #[serde(default = "delivery_deadline")]
     pub delivery_deadline_ms: u64,
+    /// Whether the workspace's notification channels are told. Default: yes.
+    #[serde(default = "yes")]
+    pub notifications: bool,
+}
+
+const fn yes() -> bool {
+    true
 }
 
 fn grouped() -> String {
@@ -257,6 +275,9 @@ pub struct Order {
     pub finished_at: Option<Timestamp>,
     /// When a leaf last ended; the progress deadline counts from here.
     pub last_progress_at: Option<Timestamp>,
+    /// Whether the workspace's notification channels are told.
+    #[serde(default = "yes")]
+    pub notify: bool,
 }
 
 impl Order {

@@ -14,12 +14,15 @@ mod activation_codes;
 pub mod agents;
 mod apps;
 pub mod client;
+mod dashboard;
 mod extract;
 mod gate;
 mod instances;
 pub(crate) mod listener;
 mod meta;
 mod metrics;
+mod notifications;
+mod order_logs;
 mod order_traffic;
 mod orders;
 mod packages;
@@ -29,6 +32,7 @@ mod problem;
 mod reply;
 mod secrets;
 mod servers;
+mod stream;
 mod tokens;
 mod workspaces;
 
@@ -56,8 +60,9 @@ use crate::{
     gateway::{Gateway, secrets::SecretVault},
     service::{
         activation_codes::ActivationCodes, apps::Apps, idempotency::Idempotency,
-        instances::Instances, orders::Orders, packages::Packages, plugins::PluginService,
-        pools::Pools, servers::Servers, tokens::Tokens, workspaces::Workspaces,
+        instances::Instances, notifications::Notifications, orders::Orders, packages::Packages,
+        plugins::PluginService, pools::Pools, servers::Servers, tokens::Tokens,
+        workspaces::Workspaces,
     },
 };
 use metrics::Metrics;
@@ -80,6 +85,8 @@ pub struct ApiParts {
     pub activation_codes: ActivationCodes,
     /// Tokens.
     pub tokens: Tokens,
+    /// Notification channels and deliveries.
+    pub notifications: Notifications,
     /// Pools.
     pub pools: Pools,
     /// Plugins.
@@ -173,9 +180,12 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(servers::router())
         .merge(activation_codes::router())
         .merge(pools::router())
+        .merge(notifications::router())
         .merge(secrets::router())
         .merge(orders::router())
         .merge(order_traffic::router())
+        .merge(order_logs::router())
+        .merge(dashboard::router())
         .merge(plugins::router())
         .merge(tokens::router())
 }

@@ -23,6 +23,8 @@ pub struct ServerConfig {
     pub shipped_plugins: Option<PathBuf>,
     /// TLS of the API.
     pub tls: Tls,
+    /// Networks that notifications are not sent to.
+    pub notification_deny: Vec<ipnet::IpNet>,
     /// The program that compiles plugins; this program's own subcommand unless given (tests run in another program).
     pub compile_command: Option<Vec<std::ffi::OsString>>,
 }
@@ -58,6 +60,7 @@ impl ServerConfig {
             plugins: plugins.to_owned(),
             shipped_plugins: shipped_plugins(),
             tls: Tls::ByAddress,
+            notification_deny: crate::notify::request::denied_by_default(),
             compile_command: None,
         }
     }

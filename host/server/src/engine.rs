@@ -17,6 +17,7 @@
 //! | `figures` | what pools counted while a judgement's window was open |
 //! | `keeper` | the safety envelope across all orders |
 //! | [`traffic`] | the seam to load balancers |
+//! | [`live`] | the output of steps that run, for those who look on |
 //! | [`rows`] | keys and JSON of the rows above |
 
 pub mod actor;
@@ -25,6 +26,7 @@ mod executor;
 mod figures;
 mod initialise;
 mod keeper;
+pub mod live;
 pub mod rows;
 mod shift;
 pub mod traffic;
@@ -196,6 +198,7 @@ pub(crate) struct Shared {
     pub(crate) agents: Arc<dyn Agents>,
     pub(crate) planning: Arc<dyn Planning>,
     pub(crate) pools: Arc<dyn TrafficPools>,
+    pub(crate) live: live::LiveOutput,
     keeper: OnceLock<Keeper>,
     /// Held while weights are weighed and set: two changes never count on each other's members.
     pub(crate) weighing: tokio::sync::Mutex<()>,
@@ -244,6 +247,7 @@ impl Engine {
             agents,
             planning,
             pools,
+            live: live::LiveOutput::default(),
             keeper: OnceLock::new(),
             weighing: tokio::sync::Mutex::new(()),
             lease: Mutex::new(None),

@@ -16,12 +16,15 @@
 //! | `pool/{id}`, `pool-of/{ws}/{id}`, `pool-name/{ws}/{name}` | `Pool`, empty, its id |
 //! | `token/{id}`, `token-name/{name}`, `token-hash/{hash}` | `Token`, its id, its id |
 //! | `use/{kind}/{id}` | touched by every write that begins to refer to a record: a deletion compares it |
+//! | `channel/{id}`, `channel-of/{ws}/{id}`, `channel-name/{ws}/{name}` | `Channel`, empty, its id |
+//! | `delivery/{id}`, `delivery-of/{ws}/{id}` | `Delivery`, empty |
+//! | `delivery-due/{id}` | when it is attempted next (rows of the notifier) |
 //! | `idempotency/{token}/{hash of key}` | what was asked and answered |
 //! | `plugin-decisions` | what operators decided about plugins |
 
 use windlass_domain::{
     Digest,
-    id::{AppId, InstanceId, ServerId, TokenId},
+    id::{AppId, DeliveryId, InstanceId, ServerId, TokenId},
 };
 use windlass_store::{Key, Prefix};
 
@@ -44,6 +47,8 @@ pub(crate) enum Kind {
     Activation,
     Pool,
     Token,
+    Channel,
+    Delivery,
 }
 
 impl Kind {
@@ -58,6 +63,8 @@ impl Kind {
             Self::Activation => "activation",
             Self::Pool => "pool",
             Self::Token => "token",
+            Self::Channel => "channel",
+            Self::Delivery => "delivery",
         }
     }
 
@@ -72,6 +79,8 @@ impl Kind {
             Self::Activation => "activation code",
             Self::Pool => "pool",
             Self::Token => "token",
+            Self::Channel => "notification channel",
+            Self::Delivery => "delivery",
         }
     }
 }
@@ -155,6 +164,26 @@ pub(crate) fn idempotency(token: TokenId, idempotency_key: &str) -> Key {
 /// All answers.
 pub(crate) fn all_idempotency() -> Prefix {
     key(["idempotency"]).below()
+}
+
+/// That a delivery is to be attempted.
+pub(crate) fn delivery_due(id: DeliveryId) -> Key {
+    key(["delivery-due", &id.to_string()])
+}
+
+/// All deliveries that are to be attempted.
+pub(crate) fn deliveries_due() -> Prefix {
+    key(["delivery-due"]).below()
+}
+
+/// Moments of orders that are to be told (rows of the engine).
+pub(crate) fn notices() -> Prefix {
+    key(["notice"]).below()
+}
+
+/// The workspace of a notice: `notice/{workspace}/{order}/{seq}`.
+pub(crate) fn notice_workspace(key: &Key) -> Option<&str> {
+    key.segments().rev().nth(2)
 }
 
 /// What operators decided about plugins.

@@ -86,6 +86,10 @@ struct Server {
     /// The key of that certificate, PEM.
     #[arg(long, requires = "tls_certificate")]
     tls_key: Option<PathBuf>,
+    /// A network that notifications are not sent to, for example 10.0.0.0/8; repeat it for more. It replaces the default:
+    /// link-local addresses (the metadata services of clouds among them) and addresses of many receivers.
+    #[arg(long)]
+    notification_deny: Vec<ipnet::IpNet>,
 }
 
 #[derive(Args)]
@@ -247,6 +251,11 @@ async fn serve(options: Server) -> anyhow::Result<()> {
         plugins,
         shipped_plugins: shipped,
         tls,
+        notification_deny: if options.notification_deny.is_empty() {
+            windlass::notify::request::denied_by_default()
+        } else {
+            options.notification_deny
+        },
         compile_command: None,
     })
     .await?;

@@ -47,12 +47,14 @@ use crate::{
         identity::{IdentityError, PlatformIdentity},
         secrets::{SecretError, SecretVault},
     },
+    notify::{Notifier, NotifierParts, request::Requests},
     service::{
         ServiceError,
         activation_codes::ActivationCodes,
         apps::Apps,
         idempotency::Idempotency,
         instances::Instances,
+        notifications::Notifications,
         orders::Orders,
         packages::Packages,
         planning::{Planner, PlannerParts},
@@ -314,6 +316,12 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     keepers.spawn(keep_tokens(tokens.clone(), keepers_stop.clone()));
     keepers.spawn(keep_answers(idempotency.clone(), keepers_stop.clone()));
     let retention = Retention::new(store.clone(), blobs.clone(), RetentionSettings::default());
+    let notifier = Notifier::new(NotifierParts {
+        store: store.clone(),
+        secrets: Arc::new(secrets.clone()),
+        requests: Requests::new(config.notification_deny.clone()),
+    });
+    keepers.spawn(notifier.run(keepers_stop.clone()));
     let stop_retention = keepers_stop.clone();
     keepers.spawn(async move { retention.run(stop_retention).await });
     keepers.spawn(follow_decisions(
@@ -346,6 +354,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
             servers,
             activation_codes: ActivationCodes::new(store.clone(), fingerprint),
             tokens,
+            notifications: Notifications::new(store.clone()),
             pools: Pools::new(store.clone()),
             plugins: plugin_service,
             orders: Orders::new(engine.clone(), planner),

@@ -13,6 +13,7 @@ pub mod activation_codes;
 pub mod apps;
 pub mod idempotency;
 pub mod instances;
+pub mod notifications;
 pub mod orders;
 pub mod packages;
 pub mod planning;

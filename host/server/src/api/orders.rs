@@ -3,16 +3,13 @@
 //! Events are a stream of server-sent events (`id` = sequence number, `event` = what happened, `data` = the event as JSON),
 //! resumed with `Last-Event-ID` or `?after=`. The stream ends with the event `end` when the order has ended and
 //! everything was sent, and without it when the token was revoked or expired, or the server stops: then come back with the
-//! last id. Every [`KEEP_ALIVE`] without an event a comment is sent.
-
-use std::{convert::Infallible, time::Duration};
+//! last id. Every 15 s without an event a comment is sent.
 
 use axum::{
     Extension,
-    body::Body,
     extract::State,
     http::{HeaderMap, HeaderValue, StatusCode, header},
-    response::{IntoResponse, Response},
+    response::Response,
 };
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -30,14 +27,12 @@ use super::{
     extract::{Json, PageLimits, Path, Query, page_of, read},
     problem::Problem,
     reply::{self, Page, Reply},
+    stream::{self, KEEP_ALIVE},
 };
-use crate::{
-    clock,
-    service::{
-        Caller, PageOf, ServiceError,
-        orders::{CreateOrder, NodeView, OrderFilter, PlanView},
-        tokens::Authenticated,
-    },
+use crate::service::{
+    Caller, PageOf, ServiceError,
+    orders::{CreateOrder, NodeView, OrderFilter, PlanView},
+    tokens::Authenticated,
 };
 
 const PAGES: PageLimits = PageLimits {
@@ -46,8 +41,6 @@ const PAGES: PageLimits = PageLimits {
 };
 /// Events read at a time.
 const EVENTS_AT_ONCE: usize = 200;
-/// Pause after which a stream shows that it lives.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 pub(super) fn router() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
@@ -68,6 +61,14 @@ pub(super) fn router() -> OpenApiRouter<Api> {
 struct ListOrders {
     /// Only in this state.
     state: Option<OrderState>,
+    /// Only with this strategy: `name`, or `name@version`.
+    strategy: Option<String>,
+    /// Only with this in their title or their maker's name, whatever its case.
+    text: Option<String>,
+    /// Only made at this time or later (RFC 3339).
+    made_after: Option<Timestamp>,
+    /// Only made before this time (RFC 3339).
+    made_before: Option<Timestamp>,
     /// Entries of the page: 1 to 100, 20 unless given.
     page_size: Option<usize>,
     /// `next_cursor` of the page before.
@@ -182,10 +183,14 @@ async fn list_orders(
 ) -> Reply {
     api.workspaces.get(&ws).await?;
     let page = page_of(query.page_size, query.cursor, PAGES)?;
-    let PageOf { items, next } = api
-        .orders
-        .list(&ws, &OrderFilter { state: query.state }, &page)
-        .await?;
+    let filter = OrderFilter {
+        state: query.state,
+        strategy: query.strategy,
+        text: query.text,
+        made_after: query.made_after,
+        made_before: query.made_before,
+    };
+    let PageOf { items, next } = api.orders.list(&ws, &filter, &page).await?;
     Ok(reply::json(
         StatusCode::OK,
         &Page {
@@ -273,59 +278,16 @@ async fn watch_order_events(
     Query(query): Query<WatchEvents>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let last = headers.get("last-event-id").map(|value| {
-        value
-            .to_str()
-            .ok()
-            .and_then(|text| text.trim().parse::<u64>().ok())
-            .ok_or_else(|| {
-                Problem::bad_request("last_event_id_invalid", "the last event id is not a number")
-                    .field("Last-Event-ID")
-                    .mend("send the id of an event of this order")
-            })
-    });
-    let after = last.transpose()?.or(query.after).unwrap_or(0);
+    let after = stream::last_event_id(&headers)?
+        .or(query.after)
+        .unwrap_or(0);
     api.orders.get(&ws, id).await?;
-    let (sender, receiver) = mpsc::channel::<Bytes>(8);
-    let stop = api.stop.clone();
-    let tasks = api.streams.clone();
-    tasks.spawn(async move {
-        let ended = async {
-            match known.token.expires_at {
-                Some(at) => sleep_until(at).await,
-                None => std::future::pending().await,
-            }
-        };
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = known.revoked.cancelled() => {}
-            () = ended => {}
-            () = sender.closed() => {}
-            followed = follow(&api, &ws, id, after, &sender) => {
-                if let Err(error) = followed {
-                    tracing::warn!(order.id = %id, error = &error as &dyn std::error::Error, "a stream of events ended early");
-                }
-            }
+    let source = api.clone();
+    Ok(stream::respond(&api, known, move |sender| async move {
+        if let Err(error) = follow(&source, &ws, id, after, &sender).await {
+            tracing::warn!(order.id = %id, error = &error as &dyn std::error::Error, "a stream of events ended early");
         }
-    });
-    let stream = futures_util::stream::unfold(receiver, |mut receiver| async {
-        receiver
-            .recv()
-            .await
-            .map(|bytes| (Ok::<_, Infallible>(bytes), receiver))
-    });
-    let headers = [
-        (
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("text/event-stream"),
-        ),
-        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
-    ];
-    Ok((headers, Body::from_stream(stream)).into_response())
-}
-
-async fn sleep_until(at: Timestamp) {
-    tokio::time::sleep(Duration::from_millis(at.since_ms(clock::now()))).await;
+    }))
 }
 
 /// Sends events until the order has ended and everything was sent. Returns early when nobody listens.
@@ -366,11 +328,7 @@ async fn follow(
                 // Too far behind, or the store closes: a new watch, or the error of it, tells.
                 Ok(Err(_)) => break,
                 Err(_) => {
-                    if sender
-                        .send(Bytes::from_static(b": keep-alive\n\n"))
-                        .await
-                        .is_err()
-                    {
+                    if sender.send(stream::COMMENT).await.is_err() {
                         return Ok(());
                     }
                 }

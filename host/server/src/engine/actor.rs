@@ -346,6 +346,7 @@ impl Actor {
             | Event::TrafficChanged { .. }
             | Event::Advance => None,
         };
+        let attempt = self.ended_attempt(&event, at);
         let control = self.progress.control;
         let repeat = event.clone();
         let delta = match reducer::apply(&self.plan, &mut self.progress, event, at) {
@@ -381,6 +382,10 @@ impl Actor {
             self.order.last_progress_at = Some(at);
             batch.header = true;
         }
+        if let Some((node, row)) = attempt {
+            batch.bytes += 4096 + row.result.as_ref().map_or(0, |result| result.output.len());
+            batch.attempts.push((node, row));
+        }
         batch.nodes.extend(&delta.rows);
         for (node, state) in &delta.states {
             self.note_node(batch, at, *node, *state);
@@ -404,6 +409,31 @@ impl Actor {
             batch.replies.push((reply, Ok(())));
         }
         None
+    }
+
+    /// The row of an attempt that this event ends without success: a step that is repeated keeps the logs of all its
+    /// attempts. One that succeeded is never repeated; its log is its row.
+    fn ended_attempt(&self, event: &Event, at: Timestamp) -> Option<(NodeIndex, NodeProgress)> {
+        let Event::StepFinished {
+            node,
+            attempt,
+            result,
+        } = event
+        else {
+            return None;
+        };
+        if result.outcome == Outcome::Succeeded || (*node as usize) >= self.plan.nodes.len() {
+            return None;
+        }
+        let row = NodeProgress {
+            attempt: *attempt,
+            started_at: self.progress.node(*node).started_at,
+            finished_at: Some(at),
+            message: result.message.clone(),
+            result: Some((**result).clone()),
+            ..NodeProgress::default()
+        };
+        Some((*node, row))
     }
 
     /// The parts of the header that an event sets besides the state.
@@ -558,6 +588,7 @@ impl Actor {
                 self.order.state_reason = reason;
                 let reason = self.order.state_reason.clone();
                 self.note(&mut batch, at, "", Happened::Order { state, reason });
+                batch.notices.extend(rows::told(&self.order, was, at));
             }
             self.write(&batch).await?;
             crash_point("engine.after_commit");
@@ -604,6 +635,15 @@ impl Actor {
                 rows::node(id, *node),
                 rows::encode_node(self.progress.node(*node)),
             );
+        }
+        for (node, row) in &batch.attempts {
+            txn = txn.put(
+                rows::attempt(id, *node, row.attempt),
+                rows::encode_node(row),
+            );
+        }
+        for (key, value) in &batch.notices {
+            txn = txn.put(key.clone(), value.clone());
         }
         for (first, value) in batch::event_rows(&batch.events) {
             txn = txn.put(rows::event(id, first), value);

@@ -12,9 +12,10 @@ use windlass_domain::{
     manifest::Manifest,
     order::OrderEvent,
     plan::NodeIndex,
+    progress::NodeProgress,
     reducer::Effect,
 };
-use windlass_store::Txn;
+use windlass_store::{Key, Txn};
 
 use super::ActError;
 
@@ -46,7 +47,11 @@ pub(crate) struct Batch {
     pub(crate) slots: BTreeMap<(ServerId, u32), SlotChange>,
     /// Manifests that were activated.
     pub(crate) installs: Vec<(InstanceId, ServerId, Manifest)>,
+    /// Attempts that ended without success, as their steps' rows were at that moment.
+    pub(crate) attempts: Vec<(NodeIndex, NodeProgress)>,
     pub(crate) events: Vec<OrderEvent>,
+    /// What people are to be told: rows.
+    pub(crate) notices: Vec<(Key, Bytes)>,
     pub(crate) effects: Vec<Effect>,
     /// What callers commit together with their event.
     pub(crate) with: Vec<Txn>,
@@ -64,8 +69,8 @@ impl Batch {
     /// Whether one more event fits.
     pub(crate) fn has_room(&self) -> bool {
         let with: usize = self.with.iter().map(|txn| txn.operations().len()).sum();
-        self.nodes.len() + self.slots.len() + self.installs.len() + with <= FOLD_OPERATIONS
-            && self.bytes <= FOLD_BYTES
+        let rows = self.nodes.len() + self.slots.len() + self.installs.len() + self.attempts.len();
+        rows + with <= FOLD_OPERATIONS && self.bytes <= FOLD_BYTES
     }
 
     /// Whether there is anything to commit.

@@ -12,7 +12,7 @@ use windlass_domain::{
     dispatch,
     id::PoolId,
     inbox::InboxEntry,
-    order::{Action, Control, Ending, Order, Purpose},
+    order::{Action, Control, Ending, Order, OrderState, Purpose},
     plan::{NodeIndex, NodeKind, Plan, TrafficAction, Unit},
     plugin::{Judgement, RestoreWeight, Verdict},
     progress::{Drift, NodeProgress, PoolWeight, Progress, StageRollback},
@@ -629,6 +629,9 @@ pub(crate) fn new_order_running(
     order.counts = progress.counts(plan);
     order.started_at = Some(at);
     let mut txn = new_order(&order).put(rows::active(order.id), "");
+    if let Some((key, value)) = rows::told(&order, OrderState::NotStarted, at) {
+        txn = txn.put(key, value);
+    }
     for node in delta.rows {
         txn = txn.put(
             rows::node(order.id, node),

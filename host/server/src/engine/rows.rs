@@ -6,8 +6,10 @@
 //! | `order-of/{workspace}/{id}` | empty: orders of a workspace, by age, without invocations |
 //! | `invocation-of/{workspace}/{id}` | empty: invocations of a workspace, by age |
 //! | `order-node/{id}/{node}` | [`NodeProgress`]; absent: not started |
+//! | `order-attempt/{id}/{node}/{attempt}` | [`NodeProgress`] at the end of an attempt that did not succeed: its log stays when the step is repeated |
 //! | `order-event/{id}/{first seq}` | the [`OrderEvent`]s of one commit |
 //! | `order-sample/{id}/{node}/{chunk}` | what pools had counted when a judgement's window began |
+//! | `notice/{workspace}/{order}/{seq}` | [`Notice`]: people are to be told; the notifier takes it away |
 //! | `order-active/{id}` | empty: the order still has effects to perform; recovery starts here |
 //! | `order-owner/{id}` | which server's engine drives it; hangs on a lease |
 //! | `lock/{server}` | [`ServerLock`] |
@@ -19,8 +21,10 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use windlass_domain::{
+    Timestamp,
     id::{InstanceId, OrderId, ServerId},
-    order::{Order, OrderEvent, Purpose},
+    notification::Notice,
+    order::{Order, OrderEvent, OrderState, Purpose},
     plan::NodeIndex,
     progress::NodeProgress,
 };
@@ -116,8 +120,25 @@ pub(crate) fn nodes(id: OrderId) -> Prefix {
     prefix(["order-node", &id.to_string()])
 }
 
+pub(crate) fn attempt(id: OrderId, node: NodeIndex, attempt: u32) -> Key {
+    let (node, attempt) = (sortable(u64::from(node)), sortable(u64::from(attempt)));
+    key(["order-attempt", &id.to_string(), &node, &attempt])
+}
+
+pub(crate) fn attempts(id: OrderId) -> Prefix {
+    prefix(["order-attempt", &id.to_string()])
+}
+
 pub(crate) fn event(id: OrderId, first_seq: u64) -> Key {
     key(["order-event", &id.to_string(), &sortable(first_seq)])
+}
+
+/// The row that tells people of an order's new state, where it is one that they are told of.
+pub(crate) fn told(order: &Order, before: OrderState, at: Timestamp) -> Option<(Key, Bytes)> {
+    let notice = Notice::of(order, before, at)?;
+    let seq = sortable(order.last_event);
+    let key = key(["notice", &order.workspace, &order.id.to_string(), &seq]);
+    Some((key, encode(&notice)))
 }
 
 pub(crate) fn events(id: OrderId) -> Prefix {

@@ -59,6 +59,6 @@ impl TaskReports for Engine {
     }
 
     fn output(&self, server: ServerId, chunk: OutputChunk) {
-        tracing::trace!(server.id = %server, task.id = %chunk.task_id, bytes = chunk.text.len(), "output");
+        self.shared.live.push(server, chunk);
     }
 }

@@ -279,7 +279,7 @@ impl SecretSource for SecretVault {
     }
 }
 
-fn check_name(name: &str) -> Result<(), SecretError> {
+pub(crate) fn check_name(name: &str) -> Result<(), SecretError> {
     let right = name.len() <= SECRET_NAME_MAX_CHARS
         && name.starts_with(|first: char| first.is_ascii_alphabetic() || first == '_')
         && name

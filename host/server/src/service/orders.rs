@@ -4,6 +4,8 @@
 //! action; the engine owns what happens then. A previewed plan is kept, so that an order made with its digest runs exactly
 //! that plan, or is refused with what has changed since.
 
+pub mod dashboard;
+pub mod logs;
 mod traffic;
 
 use std::collections::BTreeSet;
@@ -105,6 +107,33 @@ pub struct NodeView {
 pub struct OrderFilter {
     /// Only in this state.
     pub state: Option<OrderState>,
+    /// Only with this strategy: `name`, or `name@version`.
+    pub strategy: Option<String>,
+    /// Only with this in their title or their maker's name, whatever its case.
+    pub text: Option<String>,
+    /// Only made at this time or later.
+    pub made_after: Option<Timestamp>,
+    /// Only made before this time.
+    pub made_before: Option<Timestamp>,
+}
+
+impl OrderFilter {
+    fn lets_through(&self, order: &Order) -> bool {
+        let strategy = |wanted: &String| {
+            let (name, _) = order.strategy.split_once('@').unwrap_or_default();
+            *wanted == order.strategy || wanted == name
+        };
+        let text = |wanted: &String| {
+            let wanted = wanted.to_lowercase();
+            order.title.to_lowercase().contains(&wanted)
+                || order.created_by.to_lowercase().contains(&wanted)
+        };
+        self.state.is_none_or(|state| state == order.state)
+            && self.strategy.as_ref().is_none_or(strategy)
+            && self.text.as_ref().is_none_or(text)
+            && self.made_after.is_none_or(|at| order.created_at >= at)
+            && self.made_before.is_none_or(|at| order.created_at < at)
+    }
 }
 
 /// Orders. Cheap to clone.
@@ -206,6 +235,7 @@ impl Orders {
             started_at: None,
             finished_at: None,
             last_progress_at: None,
+            notify: release.notifications,
         };
         // Who begins to use a package says so in the same commit: a deletion at this moment finds out.
         let with = create_refers
@@ -281,7 +311,7 @@ impl Orders {
                     .await
                     .map_err(|error| failed("read an order", error))?;
                 let Some((order, _)) = order else { continue };
-                if filter.state.is_none_or(|state| state == order.state) {
+                if filter.lets_through(&order) {
                     // One more than the page proves that there is a next one.
                     if items.len() == page.size {
                         let next = items.last().map(|last| {

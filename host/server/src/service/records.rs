@@ -7,8 +7,16 @@ use std::future::Future;
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use windlass_domain::{
-    Digest, activation::ActivationCode, application::Application, instance::ServiceInstance,
-    package::Package, pool::Pool, server::Server, token::Token, workspace::Workspace,
+    Digest,
+    activation::ActivationCode,
+    application::Application,
+    instance::ServiceInstance,
+    notification::{Channel, Delivery},
+    package::Package,
+    pool::Pool,
+    server::Server,
+    token::Token,
+    workspace::Workspace,
 };
 use windlass_store::{CommitError, Entry, Key, Prefix, Revision, Store, Txn};
 
@@ -91,6 +99,8 @@ records! {
     ActivationCode = Activation, id;
     Pool = Pool, id;
     Token = Token, id;
+    Channel = Channel, id;
+    Delivery = Delivery, id;
 }
 
 /// A row that is not what it should be.

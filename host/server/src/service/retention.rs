@@ -4,7 +4,8 @@
 //! | --- | --- |
 //! | idempotency records | 24 hours old |
 //! | upload records | older than [`RetentionSettings::keep_ms`] |
-//! | orders with their nodes and events | over, older than that, not among the newest of their workspace, and no order that is not over refers to them |
+//! | orders with their nodes, logs and events | over, older than that, not among the newest of their workspace, and no order that is not over refers to them |
+//! | deliveries of notifications | ended, and older than that |
 //! | blobs | no package, kept order or installed release refers to them, and older than [`RetentionSettings::blob_grace_ms`] |
 //!
 //! One task owns the sweep ([`Retention::run`]). Every part can be cut off anywhere and is done again by the next sweep.
@@ -20,6 +21,7 @@ use windlass_domain::{
     Digest, Timestamp,
     id::OrderId,
     manifest::Manifest,
+    notification::Delivery,
     order::{Order, Purpose},
     package::UploadRecord,
 };
@@ -31,7 +33,11 @@ use super::{
     packages::Packages,
     records::{self, Committed},
 };
-use crate::{clock, engine::rows as engine_rows, keys};
+use crate::{
+    clock,
+    engine::rows as engine_rows,
+    keys::{self, Kind},
+};
 
 /// How long things are kept.
 #[derive(Debug, Clone)]
@@ -68,6 +74,8 @@ pub struct Swept {
     pub idempotency_records: u64,
     /// Upload records.
     pub upload_records: u64,
+    /// Deliveries of notifications.
+    pub deliveries: u64,
     /// Orders.
     pub orders: u64,
     /// Blobs.
@@ -111,6 +119,7 @@ impl Retention {
                 Ok(swept) => tracing::info!(
                     orders = swept.orders,
                     upload_records = swept.upload_records,
+                    deliveries = swept.deliveries,
                     idempotency_records = swept.idempotency_records,
                     blobs = swept.blobs,
                     blob_bytes = swept.blob_bytes,
@@ -133,11 +142,13 @@ impl Retention {
         let idempotency = Idempotency::new(self.store.clone());
         let idempotency_records = idempotency.prune().await?;
         let upload_records = self.prune_uploads(now).await?;
+        let deliveries = self.prune_deliveries(now).await?;
         let orders = self.prune_orders(now).await?;
         let collected = self.collect_blobs(now).await?;
         Ok(Swept {
             idempotency_records,
             upload_records,
+            deliveries,
             orders,
             blobs: collected.deleted,
             blob_bytes: collected.deleted_bytes,
@@ -155,6 +166,27 @@ impl Retention {
         };
         let pruned = retention::prune(&*self.store, &keys::all_uploads(), 0, is_old).await?;
         Ok(pruned.deleted)
+    }
+
+    async fn prune_deliveries(&self, now: Timestamp) -> Result<u64, ServiceError> {
+        let store = &*self.store;
+        let mut deleted = 0;
+        for entry in records::all(store, &keys::records(Kind::Delivery)).await? {
+            let delivery: Delivery = records::decode(&entry)?;
+            if !delivery.ended_at.is_some_and(|at| self.is_old(now, at)) {
+                continue;
+            }
+            let (ws, id) = (delivery.workspace.as_str(), delivery.id.to_string());
+            let txn = records::remove(&delivery, entry.revision).delete(keys::of_workspace(
+                Kind::Delivery,
+                ws,
+                &id,
+            ));
+            if let Committed::Done(_) = records::commit(store, txn).await? {
+                deleted += 1;
+            }
+        }
+        Ok(deleted)
     }
 
     async fn orders(&self) -> Result<Vec<(Order, windlass_store::Revision)>, ServiceError> {
@@ -218,6 +250,7 @@ impl Retention {
         }
         for prefix in [
             engine_rows::nodes(order.id),
+            engine_rows::attempts(order.id),
             engine_rows::events(order.id),
             engine_rows::samples(order.id),
         ] {
@@ -316,6 +349,7 @@ mod tests {
             started_at: None,
             finished_at,
             last_progress_at: None,
+            notify: true,
         }
     }
 
@@ -324,6 +358,7 @@ mod tests {
             .put(engine_rows::order(order.id), records::encode(order))
             .put(engine_rows::order_of("prod", order.id), "")
             .put(engine_rows::node(order.id, 0), "{}")
+            .put(engine_rows::attempt(order.id, 0, 1), "{}")
             .put(engine_rows::event(order.id, 1), "[]");
         ready.store.commit(txn).await.unwrap();
         for what in ["plan", "spec"] {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use windlass_domain::{
     instance::ServiceInstance,
     name::{CellName, WorkspaceName, ZoneName},
+    notification::Channel,
     package::Package,
     pool::Pool,
     server::Server,
@@ -357,6 +358,12 @@ impl Workspaces {
         }
         for found in records::all_indexed::<Pool>(store, &below(Kind::Pool)).await? {
             left.push(format!("pool {} ({})", found.name, found.id));
+        }
+        for found in records::all_indexed::<Channel>(store, &below(Kind::Channel)).await? {
+            left.push(format!(
+                "notification channel {} ({})",
+                found.name, found.id
+            ));
         }
         for row in records::all(store, &below(Kind::Activation)).await? {
             left.push(format!("activation code {}", keys::last_segment(&row.key)));

@@ -165,6 +165,7 @@ impl Planner {
             started_at: None,
             finished_at: None,
             last_progress_at: None,
+            notify: order.notify,
         };
         Ok(Some(PlannedRollback {
             order: header,

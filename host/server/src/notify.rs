@@ -1,0 +1,477 @@
+//! Notifications on their way: from what happened to orders to channels, at least once.
+//!
+//! ```text
+//! engine ── notice row, in the commit that made it ──► fan-out ── one commit ──► a delivery per channel, notice gone
+//!                                                                                   │ due
+//!                                     delivered, or later again, or given up ◄── attempt ◄┘
+//! ```
+//! | step | when it is cut off |
+//! | --- | --- |
+//! | notice | committed with the order's state, or neither |
+//! | fan-out | its one commit was made or was not: each channel gets one delivery |
+//! | attempt | made again after the start: receivers know a repetition by the delivery's id |
+//!
+//! One attempt per channel at a time, [`AT_ONCE`] altogether; a channel that does not answer holds up no other. Owns the rows
+//! `delivery-due/…`; `service::notifications` owns channels and what people do with deliveries.
+
+mod dingtalk;
+mod email;
+mod message;
+pub mod request;
+mod webhook;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use serde::{Deserialize, Serialize};
+use sha2::Sha256;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use windlass_domain::{
+    Timestamp,
+    id::{ChannelId, DeliveryId},
+    notification::{
+        Attempt, Channel, ChannelTarget, Delivery, DeliveryState, MAX_ATTEMPTS, Notice,
+    },
+    workspace::Workspace,
+};
+use windlass_store::{Event, EventKind, Store, Txn, WatchError, crash::crash_point};
+
+use crate::{
+    clock,
+    gateway::secrets::SecretSource,
+    ids,
+    keys::{self, Kind},
+    service::{
+        ServiceError,
+        records::{self, Committed},
+    },
+};
+use message::Message;
+use request::Requests;
+
+/// Attempts that are made at the same time.
+pub const AT_ONCE: usize = 16;
+/// Before everything is read again after the store failed.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// That a delivery is to be attempted: the row `delivery-due/{id}`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Due {
+    pub(crate) channel: ChannelId,
+    pub(crate) at: Timestamp,
+}
+
+/// Why an attempt failed. The text is kept with the delivery: never a secret in it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct SendError {
+    /// The receiver's answer, where there was one.
+    pub(crate) code: Option<u16>,
+    /// What is wrong, and what to do.
+    pub(crate) message: String,
+}
+
+impl SendError {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self {
+            code: None,
+            message: message.into(),
+        }
+    }
+}
+
+/// Sends notifications. Cheap to clone.
+#[derive(Clone)]
+pub struct Notifier {
+    parts: Arc<NotifierParts>,
+}
+
+/// The parts that a notifier is made of.
+pub struct NotifierParts {
+    /// Notices, channels, deliveries.
+    pub store: Arc<dyn Store>,
+    /// Values of secrets.
+    pub secrets: Arc<dyn SecretSource>,
+    /// The way out.
+    pub requests: Requests,
+}
+
+/// Deliveries that wait for their time.
+#[derive(Default)]
+struct Schedule {
+    by_id: BTreeMap<DeliveryId, Due>,
+    by_time: BTreeSet<(Timestamp, DeliveryId)>,
+}
+
+impl Schedule {
+    fn put(&mut self, id: DeliveryId, due: Due) {
+        self.remove(id);
+        self.by_time.insert((due.at, id));
+        self.by_id.insert(id, due);
+    }
+
+    fn remove(&mut self, id: DeliveryId) {
+        if let Some(due) = self.by_id.remove(&id) {
+            self.by_time.remove(&(due.at, id));
+        }
+    }
+
+    /// Takes the first delivery that is due and whose channel is free.
+    fn take(&mut self, now: Timestamp, busy: &HashSet<ChannelId>) -> Option<(DeliveryId, Due)> {
+        let due = self.by_time.iter().take_while(|(at, _)| *at <= now);
+        let (_, id) = due
+            .copied()
+            .find(|(_, id)| !busy.contains(&self.by_id[id].channel))?;
+        let due = self.by_id.get(&id)?.clone();
+        self.remove(id);
+        Some((id, due))
+    }
+
+    /// When the next delivery that is not due yet falls due.
+    fn next_after(&self, now: Timestamp) -> Option<Timestamp> {
+        let after = (now.plus_ms(1), DeliveryId::from_uuid(uuid::Uuid::nil()));
+        self.by_time.range(after..).next().map(|(at, _)| *at)
+    }
+}
+
+impl Notifier {
+    /// A notifier over these parts; it sends nothing until [`Notifier::run`].
+    #[must_use]
+    pub fn new(parts: NotifierParts) -> Self {
+        Self {
+            parts: Arc::new(parts),
+        }
+    }
+
+    /// Tells channels what happens until `stop`. Run by one owned task; attempts under way are cut off at its end.
+    pub async fn run(self, stop: CancellationToken) {
+        while !stop.is_cancelled() {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Err(error) = self.work() => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "notifications wait until the store answers");
+                }
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(AGAIN) => {}
+            }
+        }
+    }
+
+    /// Works until something fails: then everything is read again.
+    async fn work(&self) -> Result<(), ServiceError> {
+        let store = &*self.parts.store;
+        let watched = |error: WatchError| ServiceError::internal("watch for notifications", error);
+        // Watches first, so that nothing falls between them and what is read.
+        let revision = store.revision().await?;
+        let mut notices = store
+            .watch(&keys::notices(), revision)
+            .await
+            .map_err(watched)?;
+        let mut changes = store
+            .watch(&keys::deliveries_due(), revision)
+            .await
+            .map_err(watched)?;
+        let mut schedule = Schedule::default();
+        for entry in records::all(store, &keys::deliveries_due()).await? {
+            if let Ok(id) = keys::last_segment(&entry.key).parse() {
+                schedule.put(id, records::decode_plain(&entry, "a due delivery")?);
+            }
+        }
+        let mut busy = HashSet::new();
+        let mut sending: JoinSet<(ChannelId, Result<(), ServiceError>)> = JoinSet::new();
+        self.fan_out().await?;
+        loop {
+            let now = clock::now();
+            while sending.len() < AT_ONCE
+                && let Some((id, due)) = schedule.take(now, &busy)
+            {
+                busy.insert(due.channel);
+                let notifier = self.clone();
+                sending.spawn(async move { (due.channel, notifier.attempt(id).await) });
+            }
+            let next = schedule.next_after(now);
+            tokio::select! {
+                notice = notices.next() => {
+                    if matches!(notice.map_err(watched)?.kind, EventKind::Put { .. }) {
+                        self.fan_out().await?;
+                    }
+                }
+                change = changes.next() => apply(&mut schedule, change.map_err(watched)?)?,
+                Some(ended) = sending.join_next() => {
+                    let Ok((channel, attempted)) = ended else {
+                        return Err(ServiceError::Unavailable { message: "an attempt broke off".to_owned() });
+                    };
+                    busy.remove(&channel);
+                    attempted?;
+                }
+                () = sleep_until(next) => {}
+            }
+        }
+    }
+
+    /// Makes a delivery for each channel that wants to hear of a notice, and takes the notice away, with one commit.
+    async fn fan_out(&self) -> Result<(), ServiceError> {
+        let store = &*self.parts.store;
+        for entry in records::all(store, &keys::notices()).await? {
+            let notice: Notice = records::decode_plain(&entry, "a notice")?;
+            let Some(workspace) = keys::notice_workspace(&entry.key) else {
+                continue;
+            };
+            let below = keys::all_of_workspace(Kind::Channel, workspace);
+            let channels = records::all_indexed::<Channel>(store, &below).await?;
+            let mut txn = Txn::new()
+                .revision_is(entry.key.clone(), entry.revision)
+                .delete(entry.key.clone());
+            for channel in channels {
+                if channel.enabled && channel.moments.contains(&notice.moment) {
+                    txn = txn.and(new_delivery(&channel, notice.clone(), MAX_ATTEMPTS)?.1);
+                }
+            }
+            crash_point("notify.before_fan_out");
+            match records::commit(store, txn).await? {
+                // Another server was faster.
+                Committed::Done(_) | Committed::Conflict => {}
+            }
+            crash_point("notify.after_fan_out");
+        }
+        Ok(())
+    }
+
+    /// One attempt of a delivery, and what becomes of it.
+    async fn attempt(&self, id: DeliveryId) -> Result<(), ServiceError> {
+        let store = &*self.parts.store;
+        let Some((mut delivery, revision)) =
+            records::find::<Delivery>(store, &id.to_string()).await?
+        else {
+            return Ok(());
+        };
+        if delivery.state != DeliveryState::Pending {
+            return Ok(());
+        }
+        let channel = records::find::<Channel>(store, &delivery.channel.to_string()).await?;
+        match channel {
+            Some((channel, _)) if channel.enabled || delivery.notice.order.is_none() => {
+                let before = clock::now();
+                crash_point("notify.before_send");
+                let sent = self.send(&channel, &delivery).await;
+                crash_point("notify.after_send");
+                let at = clock::now();
+                let (answer_code, error) = match sent {
+                    Ok(code) => (code, String::new()),
+                    Err(error) => {
+                        tracing::info!(delivery.id = %id, channel.name = %channel.name, attempt = delivery.attempts + 1, reason = %error, "a notification was not taken");
+                        (error.code, error.message)
+                    }
+                };
+                let attempt = Attempt {
+                    at,
+                    took_ms: at.since_ms(before),
+                    answer_code,
+                    error,
+                };
+                let [high, low] = ids::random_bytes::<2>();
+                delivery.attempted(attempt, u16::from_le_bytes([high, low]) % 1001);
+            }
+            Some(_) => delivery.give_up(clock::now(), "the channel was switched off"),
+            None => delivery.give_up(clock::now(), "the channel was deleted"),
+        }
+        let txn = records::replace(&delivery, revision)?.and(due_row(&delivery));
+        match records::commit(store, txn).await? {
+            // On a conflict a person sent it again meanwhile: its row says when.
+            Committed::Done(_) | Committed::Conflict => Ok(()),
+        }
+    }
+
+    async fn send(&self, channel: &Channel, delivery: &Delivery) -> Result<Option<u16>, SendError> {
+        let workspace = channel.workspace.as_str();
+        let region = records::find::<Workspace>(&*self.parts.store, workspace).await;
+        let region = region.ok().flatten();
+        let region = region.map_or_else(String::new, |(workspace, _)| workspace.region.to_string());
+        let message = Message::of(delivery, &region);
+        let secrets = Secrets {
+            source: &*self.parts.secrets,
+            workspace,
+        };
+        let requests = &self.parts.requests;
+        match &channel.target {
+            ChannelTarget::Webhook {
+                url,
+                method,
+                signing_secret,
+            } => {
+                let key = secrets.read_optional(signing_secret.as_deref()).await?;
+                webhook::send(requests, url, *method, key.as_ref(), &message).await
+            }
+            ChannelTarget::DingTalk {
+                url,
+                access_token_secret,
+                security,
+            } => {
+                let token = secrets.read(access_token_secret).await?;
+                dingtalk::send(requests, url, &token, security, &secrets, &message).await
+            }
+            ChannelTarget::Email { .. } => {
+                email::send(requests, &channel.target, &secrets, &message).await
+            }
+        }
+    }
+}
+
+/// The secrets of a workspace, as senders read them.
+struct Secrets<'a> {
+    source: &'a dyn SecretSource,
+    workspace: &'a str,
+}
+
+impl Secrets<'_> {
+    async fn read(&self, name: &str) -> Result<windlass_protocol::SecretText, SendError> {
+        let names = BTreeSet::from([name.to_owned()]);
+        let found = self.source.resolve(self.workspace, &names).await;
+        let mut values =
+            found.map_err(|_| SendError::new("the secrets cannot be read right now"))?;
+        values.remove(name).ok_or_else(|| {
+            SendError::new(format!(
+                "the workspace has no secret `{name}`: set it, or name another in the channel"
+            ))
+        })
+    }
+
+    async fn read_optional(
+        &self,
+        name: Option<&str>,
+    ) -> Result<Option<windlass_protocol::SecretText>, SendError> {
+        match name {
+            Some(name) => Ok(Some(self.read(name).await?)),
+            None => Ok(None),
+        }
+    }
+}
+
+fn hmac_sha256(key: &windlass_protocol::SecretText, text: &str) -> [u8; 32] {
+    let mut mac =
+        Hmac::<Sha256>::new_from_slice(key.reveal().as_bytes()).expect("a key may have any length");
+    mac.update(text.as_bytes());
+    mac.finalize().into_bytes().into()
+}
+
+/// A new delivery of a channel, and the rows that it is made with.
+pub(crate) fn new_delivery(
+    channel: &Channel,
+    notice: Notice,
+    max_attempts: u32,
+) -> Result<(Delivery, Txn), ServiceError> {
+    let at = clock::now();
+    let delivery = Delivery {
+        schema: Delivery::SCHEMA,
+        id: DeliveryId::from_uuid(ids::new_uuid()),
+        workspace: channel.workspace.clone(),
+        channel: channel.id,
+        channel_name: channel.name.clone(),
+        notice,
+        state: DeliveryState::Pending,
+        attempts: 0,
+        max_attempts,
+        last_attempts: Vec::new(),
+        next_at: Some(at),
+        created_at: at,
+        ended_at: None,
+    };
+    let of = keys::of_workspace(
+        Kind::Delivery,
+        channel.workspace.as_str(),
+        &delivery.id.to_string(),
+    );
+    let txn = records::create(&delivery)?
+        .put(of, "")
+        .and(due_row(&delivery));
+    Ok((delivery, txn))
+}
+
+/// The row that says when a delivery is attempted next, or that it is not.
+pub(crate) fn due_row(delivery: &Delivery) -> Txn {
+    let key = keys::delivery_due(delivery.id);
+    match delivery.next_at {
+        Some(at) => {
+            let due = Due {
+                channel: delivery.channel,
+                at,
+            };
+            Txn::new().put(key, records::encode(&due))
+        }
+        None => Txn::new().delete(key),
+    }
+}
+
+fn apply(schedule: &mut Schedule, event: Event) -> Result<(), ServiceError> {
+    let Ok(id) = keys::last_segment(&event.key).parse() else {
+        return Ok(());
+    };
+    match event.kind {
+        EventKind::Put { value, .. } => {
+            let due = serde_json::from_slice(&value)
+                .map_err(|error| records::malformed(&event.key, "a due delivery", &error))?;
+            schedule.put(id, due);
+        }
+        EventKind::Deleted => schedule.remove(id),
+    }
+    Ok(())
+}
+
+async fn sleep_until(at: Option<Timestamp>) {
+    match at {
+        Some(at) => {
+            tokio::time::sleep(Duration::from_millis(at.since_ms(clock::now()).max(1))).await;
+        }
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    #[test]
+    fn a_busy_channel_holds_up_no_other() {
+        let channel = |number| ChannelId::from_uuid(Uuid::from_u128(number));
+        let delivery = |number| DeliveryId::from_uuid(Uuid::from_u128(number));
+        let at = Timestamp::from_unix_ms;
+        let mut schedule = Schedule::default();
+        for (number, of, when) in [(1, 1, 10), (2, 1, 20), (3, 2, 30), (4, 2, 99)] {
+            schedule.put(
+                delivery(number),
+                Due {
+                    channel: channel(of),
+                    at: at(when),
+                },
+            );
+        }
+        let mut busy = HashSet::new();
+        let mut take =
+            |now, busy: &HashSet<ChannelId>| schedule.take(at(now), busy).map(|(id, _)| id);
+        assert_eq!(take(5, &busy), None);
+        assert_eq!(take(50, &busy), Some(delivery(1)));
+        busy.insert(channel(1));
+        assert_eq!(take(50, &busy), Some(delivery(3)));
+        assert_eq!(take(50, &busy), None);
+        busy.clear();
+        assert_eq!(take(50, &busy), Some(delivery(2)));
+        assert_eq!(schedule.next_after(at(50)), Some(at(99)));
+        // Put again it stands once.
+        let again = Due {
+            channel: channel(2),
+            at: at(70),
+        };
+        schedule.put(delivery(4), again);
+        assert_eq!(schedule.next_after(at(50)), Some(at(70)));
+        assert_eq!(schedule.by_time.len(), 1);
+    }
+}
