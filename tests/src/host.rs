@@ -29,6 +29,8 @@ pub struct Setup {
     pub agents: u32,
     /// More environment of the server's first process.
     pub server_env: Vec<(String, String)>,
+    /// More arguments of every server's process.
+    pub server_args: Vec<String>,
     /// The plugin directory of every server's process; the built plugins unless given.
     pub plugins: Option<PathBuf>,
 }
@@ -38,6 +40,7 @@ impl Default for Setup {
         Self {
             agents: 2,
             server_env: Vec::new(),
+            server_args: Vec::new(),
             plugins: None,
         }
     }
@@ -49,6 +52,7 @@ pub struct TestHost {
     listen: SocketAddr,
     agent_listen: SocketAddr,
     plugins: PathBuf,
+    server_args: Vec<String>,
     server: Option<Child>,
     /// Agents by their data directories.
     pub agents: Vec<Agent>,
@@ -138,6 +142,7 @@ impl TestHost {
             listen: free_address(),
             agent_listen: free_address(),
             plugins: setup.plugins.clone().unwrap_or_else(plugins),
+            server_args: setup.server_args.clone(),
             server: None,
             agents: Vec::new(),
             api: Client::new("", ""),
@@ -232,6 +237,7 @@ impl TestHost {
             ])
             .arg("--plugins")
             .arg(&self.plugins)
+            .args(&self.server_args)
             .envs(
                 env.iter()
                     .map(|(name, value)| (name.as_str(), value.as_str())),

@@ -26,12 +26,15 @@ mod order_logs;
 mod order_traffic;
 mod orders;
 mod packages;
+mod plugin_calls;
+mod plugin_files;
 mod plugins;
 mod pools;
 mod problem;
 mod reply;
 mod secrets;
 mod servers;
+mod shadows;
 mod stream;
 mod tokens;
 mod workspaces;
@@ -44,7 +47,7 @@ use axum::{
     middleware,
 };
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use utoipa::openapi::{
     Components, ContentBuilder, Info, OpenApi, OpenApiBuilder, Ref, RefOr, Required,
@@ -61,8 +64,8 @@ use crate::{
     service::{
         activation_codes::ActivationCodes, apps::Apps, idempotency::Idempotency,
         instances::Instances, notifications::Notifications, orders::Orders, packages::Packages,
-        plugins::PluginService, pools::Pools, servers::Servers, tokens::Tokens,
-        workspaces::Workspaces,
+        plugin_calls::PluginCalls, plugin_events::PluginEvents, plugins::PluginService,
+        pools::Pools, servers::Servers, shadows::Shadows, tokens::Tokens, workspaces::Workspaces,
     },
 };
 use metrics::Metrics;
@@ -91,6 +94,12 @@ pub struct ApiParts {
     pub pools: Pools,
     /// Plugins.
     pub plugins: PluginService,
+    /// Recorded calls of plugins.
+    pub plugin_calls: PluginCalls,
+    /// What happened to plugins.
+    pub plugin_events: PluginEvents,
+    /// Versions of plugins that are compared with the default.
+    pub shadows: Shadows,
     /// Orders.
     pub orders: Orders,
     /// Agents' sessions.
@@ -120,6 +129,8 @@ pub(crate) struct Shared {
     metrics: Metrics,
     /// Streams of events: each ends with its listener, its token, its order or the server.
     streams: TaskTracker,
+    /// Places for plugin files that are held in memory.
+    plugin_bodies: Semaphore,
     document: Bytes,
 }
 
@@ -147,6 +158,7 @@ pub(crate) fn build(parts: ApiParts, streams: TaskTracker) -> Router {
         parts,
         metrics: Metrics::new(),
         streams,
+        plugin_bodies: Semaphore::new(plugin_files::AT_ONCE),
         document: document.into(),
     }));
     router
@@ -187,6 +199,9 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(order_logs::router())
         .merge(dashboard::router())
         .merge(plugins::router())
+        .merge(plugin_files::router())
+        .merge(plugin_calls::router())
+        .merge(shadows::router())
         .merge(tokens::router())
 }
 

@@ -3,6 +3,7 @@
 use std::{
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 /// Settings of a server.
@@ -25,8 +26,41 @@ pub struct ServerConfig {
     pub tls: Tls,
     /// Networks that notifications are not sent to.
     pub notification_deny: Vec<ipnet::IpNet>,
+    /// Which plugin files are trusted.
+    pub trust: PluginTrust,
+    /// How the call journal is kept.
+    pub journal: JournalLimits,
     /// The program that compiles plugins; this program's own subcommand unless given (tests run in another program).
     pub compile_command: Option<Vec<std::ffi::OsString>>,
+}
+
+/// Which plugin files are trusted; the default trusts all.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PluginTrust {
+    /// A file with an Ed25519 public key, or a directory of such files (`*.pub`, `*.pem`).
+    pub keys: Option<PathBuf>,
+    /// Whether a file that none of the keys signed is refused.
+    pub require_signature: bool,
+    /// A file of SHA-256 digests, one a line: only these are plugins.
+    pub allow_list: Option<PathBuf>,
+}
+
+/// How much of the calls of plugins is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JournalLimits {
+    /// Older calls are dropped.
+    pub max_age: Duration,
+    /// The oldest calls are dropped beyond this size, in bytes.
+    pub max_bytes: u64,
+}
+
+impl Default for JournalLimits {
+    fn default() -> Self {
+        Self {
+            max_age: Duration::from_secs(7 * 24 * 3600),
+            max_bytes: 512 * 1024 * 1024,
+        }
+    }
 }
 
 /// TLS of the API. Agents' connections have TLS always.
@@ -61,6 +95,8 @@ impl ServerConfig {
             shipped_plugins: shipped_plugins(),
             tls: Tls::ByAddress,
             notification_deny: crate::notify::request::denied_by_default(),
+            trust: PluginTrust::default(),
+            journal: JournalLimits::default(),
             compile_command: None,
         }
     }

@@ -21,6 +21,8 @@
 //! | `delivery-due/{id}` | when it is attempted next (rows of the notifier) |
 //! | `idempotency/{token}/{hash of key}` | what was asked and answered |
 //! | `plugin-decisions` | what operators decided about plugins |
+//! | `plugin-shadow/{name}/{version}` | `Shadow`: a comparison of a version with the default |
+//! | `plugin-event/{uuid}` | `PluginEvent` |
 
 use windlass_domain::{
     Digest,
@@ -189,6 +191,29 @@ pub(crate) fn notice_workspace(key: &Key) -> Option<&str> {
 /// What operators decided about plugins.
 pub(crate) fn plugin_decisions() -> Key {
     key(["plugin-decisions"])
+}
+
+/// The comparison of a version with the default.
+pub(crate) fn plugin_shadow(name: &str, version: &str) -> Key {
+    key(["plugin-shadow", name, version])
+}
+
+/// The comparisons of a plugin, or of all.
+pub(crate) fn plugin_shadows(name: Option<&str>) -> Prefix {
+    match name {
+        Some(name) => key(["plugin-shadow", name]).below(),
+        None => key(["plugin-shadow"]).below(),
+    }
+}
+
+/// One event of the plugins' history.
+pub(crate) fn plugin_event(id: &str) -> Key {
+    key(["plugin-event", id])
+}
+
+/// The plugins' history, oldest first.
+pub(crate) fn plugin_events() -> Prefix {
+    key(["plugin-event"]).below()
 }
 
 /// The secrets of a workspace (rows of the gateway's vault).

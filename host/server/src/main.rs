@@ -1,12 +1,12 @@
 //! The `windlass` program: reads options, starts what they name, ends in order on SIGTERM and SIGINT.
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use windlass::{
-    config::{self, ServerConfig, Tls},
+    config::{self, JournalLimits, PluginTrust, ServerConfig, Tls},
     demo, dev, platform,
     telemetry::{self, LogFormat},
 };
@@ -90,6 +90,22 @@ struct Server {
     /// link-local addresses (the metadata services of clouds among them) and addresses of many receivers.
     #[arg(long)]
     notification_deny: Vec<ipnet::IpNet>,
+    /// Ed25519 public keys whose signatures of plugins (`name.wasm.sig`) are checked: a file, or a directory of `*.pub` and
+    /// `*.pem`.
+    #[arg(long)]
+    plugin_keys: Option<PathBuf>,
+    /// Refuse plugins that none of the keys signed.
+    #[arg(long, requires = "plugin_keys")]
+    require_signed_plugins: bool,
+    /// Accept only plugins whose SHA-256 stands in this file, one a line.
+    #[arg(long)]
+    plugin_allow_list: Option<PathBuf>,
+    /// Recorded calls of plugins are kept for so many days.
+    #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u64).range(1..=3650))]
+    plugin_calls_days: u64,
+    /// And for so many MiB, whichever is less.
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    plugin_calls_mib: u64,
 }
 
 #[derive(Args)]
@@ -255,6 +271,15 @@ async fn serve(options: Server) -> anyhow::Result<()> {
             windlass::notify::request::denied_by_default()
         } else {
             options.notification_deny
+        },
+        trust: PluginTrust {
+            keys: options.plugin_keys,
+            require_signature: options.require_signed_plugins,
+            allow_list: options.plugin_allow_list,
+        },
+        journal: JournalLimits {
+            max_age: Duration::from_secs(options.plugin_calls_days * 24 * 3600),
+            max_bytes: options.plugin_calls_mib * 1024 * 1024,
         },
         compile_command: None,
     })

@@ -11,6 +11,7 @@
 //! | `store/` | rows; its `LOCK` says that a server runs here |
 //! | `blobs/` | packages, plans |
 //! | `plugins-state/` | kept bytes and compiled code of plugins |
+//! | `plugin-calls/` | the journal of calls of plugins: not part of a backup |
 //! | `platform.key`, `agent-tls.key`, `secrets.key` | the platform's keys, 0600 |
 //! | `admin.token` | the first administrator's token, 0600 |
 //! | `control.sock` | asked by `windlass backup` while the server runs |
@@ -28,10 +29,19 @@ use std::{
 };
 
 use async_trait::async_trait;
-use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use windlass_domain::manifest::PluginRef;
 use windlass_protocol::Fingerprint;
-use windlass_runtime::{OpenError, Plugins, PluginsConfig};
+use windlass_runtime::{
+    CallRecord, Failing, Figures as CallFigures, OpenError, PluginFigures, PluginStatus, Plugins,
+    PluginsConfig, Sinks, Trust, TrustError,
+    journal::{Journal, JournalError, JournalSettings},
+};
 use windlass_store::{
     BlobError, Blobs, Store, StoreError,
     backup::{BLOBS_DIRECTORY, STORE_DIRECTORY},
@@ -40,6 +50,7 @@ use windlass_store::{
 
 use crate::{
     api::{self, ApiParts, Gauge, Gauges, agents::AgentListenerSettings},
+    clock,
     config::ServerConfig,
     engine::{Engine, EngineParts, rows, rows::RowError, traffic::SimulatedPools},
     gateway::{
@@ -47,6 +58,7 @@ use crate::{
         identity::{IdentityError, PlatformIdentity},
         secrets::{SecretError, SecretVault},
     },
+    ids,
     notify::{Notifier, NotifierParts, request::Requests},
     service::{
         ServiceError,
@@ -58,10 +70,13 @@ use crate::{
         orders::Orders,
         packages::Packages,
         planning::{Planner, PlannerParts},
+        plugin_calls::PluginCalls,
+        plugin_events::PluginEvents,
         plugins::PluginService,
         pools::Pools,
         retention::{Retention, RetentionSettings},
         servers::Servers,
+        shadows::{ShadowQueue, Shadows},
         tokens::{ADMIN_TOKEN_FILE, AdminTokenError, Tokens},
         workspaces::Workspaces,
     },
@@ -119,6 +134,12 @@ pub enum StartError {
     /// The plugins.
     #[error(transparent)]
     Plugins(#[from] OpenError),
+    /// Which plugins are trusted.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
+    /// The call journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// This program's own path is not known.
     #[error("this program cannot find its own file, which compiles plugins")]
     OwnPath(#[source] io::Error),
@@ -158,6 +179,7 @@ pub struct Running {
     pub gateway: Gateway,
     store: Arc<dyn Store>,
     plugins: Arc<Plugins>,
+    journal: Arc<Journal>,
     ready: watch::Receiver<bool>,
     stop: CancellationToken,
     api: JoinHandle<()>,
@@ -191,6 +213,7 @@ impl Running {
         self.keepers.close();
         self.keepers.wait().await;
         self.plugins.close().await;
+        self.journal.close().await;
         self.store.close().await
     }
 }
@@ -243,6 +266,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     let Opened {
         blobs,
         plugins,
+        calls,
         identity,
         secrets,
         tls,
@@ -257,7 +281,25 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     let servers = Servers::new(store.clone());
     let tokens = Tokens::new(store.clone());
     let idempotency = Idempotency::new(store.clone());
-    let plugin_service = PluginService::new(store.clone(), plugins.clone());
+    let Calls {
+        journal,
+        figures,
+        failing,
+        shadow_queue,
+        shadowed,
+    } = calls;
+    let plugin_service = PluginService::new(
+        store.clone(),
+        blobs.clone(),
+        plugins.clone(),
+        figures.clone(),
+    );
+    let shadows = Shadows::new(
+        store.clone(),
+        plugins.clone(),
+        plugin_service.clone(),
+        shadow_queue,
+    );
     let gateway = Gateway::new(GatewayParts {
         store: store.clone(),
         blobs: blobs.clone(),
@@ -292,6 +334,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     };
     let prepared = async {
         tokens.ensure_admin(&data).await?;
+        shadows.load().await?;
         let socket = control.listen().map_err(|source| StartError::Control {
             path: data.clone(),
             source,
@@ -304,6 +347,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         Err(error) => {
             engine.shutdown().await;
             plugins.close().await;
+            journal.close().await;
             return Err(close_after(&store, error).await);
         }
     };
@@ -328,6 +372,10 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         plugin_service.clone(),
         keepers_stop.clone(),
     ));
+    let (marking, stop_marking) = (plugin_service.clone(), keepers_stop.clone());
+    keepers.spawn(async move { marking.mark_failing(failing, stop_marking).await });
+    let (comparing, stop_comparing) = (shadows.clone(), keepers_stop.clone());
+    keepers.spawn(async move { comparing.run(shadowed, stop_comparing).await });
     let (set_ready, ready) = watch::channel(false);
     let shipped = config.shipped_plugins.clone();
     keepers.spawn(first_pass(
@@ -344,6 +392,8 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         store: store.clone(),
         gateway: gateway.clone(),
         plugins: plugins.clone(),
+        calls: figures,
+        journal: journal.clone(),
     });
     let router = api::build(
         ApiParts {
@@ -357,6 +407,9 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
             notifications: Notifications::new(store.clone()),
             pools: Pools::new(store.clone()),
             plugins: plugin_service,
+            plugin_calls: PluginCalls::new(journal.clone(), plugins.clone()),
+            plugin_events: PluginEvents::new(store.clone()),
+            shadows,
             orders: Orders::new(engine.clone(), planner),
             gateway: gateway.clone(),
             secrets,
@@ -389,6 +442,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         gateway,
         store,
         plugins,
+        journal,
         ready,
         stop,
         api,
@@ -451,9 +505,19 @@ async fn close_after(store: &Arc<dyn Store>, error: StartError) -> StartError {
     error
 }
 
+/// Where calls of plugins are told.
+struct Calls {
+    journal: Arc<Journal>,
+    figures: Arc<CallFigures>,
+    failing: mpsc::Receiver<Failing>,
+    shadow_queue: Arc<ShadowQueue>,
+    shadowed: mpsc::Receiver<Arc<CallRecord>>,
+}
+
 struct Opened {
     blobs: Blobs,
     plugins: Plugins,
+    calls: Calls,
     identity: PlatformIdentity,
     secrets: SecretVault,
     tls: Option<Arc<rustls::ServerConfig>>,
@@ -470,10 +534,35 @@ async fn open_parts(
     let tls = tls::of(&config.tls, config.listen, &identity)?;
     let blobs = Blobs::open_directory(data.join(BLOBS_DIRECTORY)).await?;
     plugins.decisions = PluginService::load_decisions(&**store).await?;
+    plugins.trust = Trust::read(
+        config.trust.keys.as_deref(),
+        config.trust.require_signature,
+        config.trust.allow_list.as_deref(),
+    )?;
+    let journal = Arc::new(Journal::open(JournalSettings {
+        max_age: config.journal.max_age,
+        max_bytes: config.journal.max_bytes,
+        ..JournalSettings::new(data.join("plugin-calls"), clock::now, ids::new_uuid)
+    })?);
+    let (figures, failing) = CallFigures::new(clock::now);
+    let (shadow_queue, shadowed) = ShadowQueue::new();
+    plugins.sink = Some(Arc::new(Sinks(vec![
+        figures.clone(),
+        journal.clone(),
+        shadow_queue.clone(),
+    ])));
     let plugins = Plugins::open(plugins).await?;
+    let calls = Calls {
+        journal,
+        figures,
+        failing,
+        shadow_queue,
+        shadowed,
+    };
     Ok(Opened {
         blobs,
         plugins,
+        calls,
         identity,
         secrets,
         tls,
@@ -567,13 +656,22 @@ struct Figures {
     store: Arc<dyn Store>,
     gateway: Gateway,
     plugins: Arc<Plugins>,
+    calls: Arc<CallFigures>,
+    journal: Arc<Journal>,
 }
 
 #[async_trait]
 impl Gauges for Figures {
     async fn read(&self) -> Vec<Gauge> {
         let mut gauges = Vec::new();
-        let mut add = |name, help, value| gauges.push(Gauge { name, help, value });
+        let mut add = |name, help, value| {
+            gauges.push(Gauge {
+                name,
+                help,
+                labels: Vec::new(),
+                value,
+            });
+        };
         add(
             "agent_sessions",
             "Agents that are connected.",
@@ -608,6 +706,99 @@ impl Gauges for Figures {
                 active.len() as u64,
             );
         }
+        self.add_plugins(&plugins, &mut gauges);
         gauges
+    }
+}
+
+impl Figures {
+    fn add_plugins(&self, plugins: &[PluginStatus], gauges: &mut Vec<Gauge>) {
+        let journal = self.journal.state();
+        for (name, help, value) in [
+            (
+                "plugin_journal_written_total",
+                "Calls of plugins that were recorded.",
+                journal.written,
+            ),
+            (
+                "plugin_journal_dropped_total",
+                "Calls of plugins that were not recorded: the queue was full, or the disk refused them.",
+                journal.dropped,
+            ),
+            (
+                "plugin_journal_bytes",
+                "Size of the recorded calls.",
+                journal.bytes,
+            ),
+            (
+                "plugins_failing",
+                "Versions that failed again and again and wait for an operator.",
+                plugins
+                    .iter()
+                    .filter(|plugin| plugin.failing.is_some())
+                    .count() as u64,
+            ),
+        ] {
+            gauges.push(Gauge {
+                name,
+                help,
+                labels: Vec::new(),
+                value,
+            });
+        }
+        let calls = self.calls.all();
+        let of = |plugin: &PluginRef| {
+            vec![
+                ("plugin", plugin.name.clone()),
+                ("version", plugin.version.to_string()),
+                ("digest", plugin.digest.short()),
+            ]
+        };
+        type Read = fn(&PluginFigures) -> u64;
+        let simple: [(&'static str, &'static str, Read); 5] = [
+            ("plugin_calls_total", "Finished calls.", |figures| {
+                figures.calls
+            }),
+            (
+                "plugin_call_p50_us",
+                "Half of the calls took less time, in microseconds.",
+                |figures| figures.p50_us,
+            ),
+            (
+                "plugin_call_p99_us",
+                "99 of 100 calls took less time, in microseconds.",
+                |figures| figures.p99_us,
+            ),
+            (
+                "plugin_guest_time_us_total",
+                "Time that calls computed, in microseconds.",
+                |figures| figures.guest_time_us,
+            ),
+            (
+                "plugin_peak_memory_bytes",
+                "Largest peak of memory of a call.",
+                |figures| figures.peak_memory_bytes,
+            ),
+        ];
+        for (name, help, read) in simple {
+            gauges.extend(calls.iter().map(|(plugin, figures)| Gauge {
+                name,
+                help,
+                labels: of(plugin),
+                value: read(figures),
+            }));
+        }
+        for (plugin, figures) in &calls {
+            gauges.extend(figures.failures.iter().map(|(code, count)| {
+                let mut labels = of(plugin);
+                labels.push(("code", code.clone()));
+                Gauge {
+                    name: "plugin_failures_total",
+                    help: "Failed calls, by the code of the failure.",
+                    labels,
+                    value: *count,
+                }
+            }));
+        }
     }
 }

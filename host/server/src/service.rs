@@ -17,11 +17,14 @@ pub mod notifications;
 pub mod orders;
 pub mod packages;
 pub mod planning;
+pub mod plugin_calls;
+pub mod plugin_events;
 pub mod plugins;
 pub mod pools;
 pub(crate) mod records;
 pub mod retention;
 pub mod servers;
+pub mod shadows;
 pub mod tokens;
 pub mod workspaces;
 

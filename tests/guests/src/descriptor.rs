@@ -11,20 +11,30 @@ pub const MARKER_BYTES: usize = 160;
 /// Overwritten in the component's bytes.
 static TEXT: [u8; MARKER_BYTES] = *b"windlass-test-marker:;1.0.0;ok;                                                                                                                                 ";
 
-/// What this guest is. `default_name` is used when the marker names none.
-#[must_use]
-pub fn describe(default_name: &str, is_diagnostic: IsDiagnostic) -> Descriptor {
+/// The fields of the marker: name, version, mode.
+fn fields() -> [String; 3] {
     // Read through a black box: the compiler must not know what is in it.
     let text = std::hint::black_box(&TEXT);
     let text = String::from_utf8_lossy(text);
     let mut fields = text.trim_start_matches(MARKER).split(';');
-    let mut field = |default: &str| match fields.next() {
-        None | Some("") => default.to_owned(),
-        Some(field) => field.to_owned(),
+    [(); 3].map(|()| fields.next().unwrap_or_default().to_owned())
+}
+
+/// Whether its answers differ from those of others of its kind: the mode `other`.
+#[must_use]
+pub fn answers_otherwise() -> bool {
+    fields()[2] == "other"
+}
+
+/// What this guest is. `default_name` is used when the marker names none.
+#[must_use]
+pub fn describe(default_name: &str, is_diagnostic: IsDiagnostic) -> Descriptor {
+    let [name, version, mode] = fields();
+    let or = |field: String, default: &str| match field.as_str() {
+        "" => default.to_owned(),
+        _ => field,
     };
-    let name = field(default_name);
-    let version = field("1.0.0");
-    let mode = field("ok");
+    let (name, version, mode) = (or(name, default_name), or(version, "1.0.0"), or(mode, "ok"));
 
     let mut descriptor = Descriptor::new(&name, &version)
         .title("A guest for tests")
@@ -48,6 +58,10 @@ pub fn describe(default_name: &str, is_diagnostic: IsDiagnostic) -> Descriptor {
         }
         "schema-regex" => {
             descriptor.parameters_schema = r#"{"pattern": "^(?=(a+)+$)\\1"}"#.into();
+        }
+        "schema-bomb" => {
+            descriptor.parameters_schema =
+                r#"{"pattern": "^((((a{100}){100}){100}){100})$"}"#.into();
         }
         "no-title" => descriptor.title = String::new(),
         "wish" => descriptor = descriptor.wish_user("root").wish_path_root("/srv"),

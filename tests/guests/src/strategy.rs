@@ -2,7 +2,8 @@
 //!
 //! `behave` is one of those that all kinds share, or `all-at-once` (every server of every application in one group),
 //! `skip-servers` (leaves out every second server), `cut-traffic` (sets every weight to 0 first), `judge-all-good` (a judge
-//! after every server, answered with go on whatever was seen), `judge-roll-back`, `unknown-server`, `duplicate-server`,
+//! after every server, answered with go on whatever was seen), `judge-and-gate` (the same, and a
+//! gate after the first server), `judge-roll-back`, `unknown-server`, `duplicate-server`,
 //! `unknown-application`, `bad-parent`, `empty`, `late-parent`, `twice-in-parallel`, `rollback-empty`, `bad-share`, `bad-weight`, `unknown-node`, `endless-gates`, `rollback-trap`, `rollback-all-at-once`.
 //! Shifts that go wrong before the servers' turns: `cut-slowly` (a weight of 0, one server after the other), `cut-twice` (the
 //! same, each hidden behind a weight of 100), `shift-bad-weight`, `shift-unknown-server`.
@@ -17,7 +18,7 @@ use windlass_sdk::{
 
 use crate::{
     behave::{behave, how},
-    descriptor::{IsDiagnostic, describe},
+    descriptor::{IsDiagnostic, answers_otherwise, describe},
 };
 
 /// The guest.
@@ -125,6 +126,7 @@ impl DeploymentStrategy for Strategy {
         Ok(match how.as_str() {
             "judge-roll-back" => Judgement::new(Verdict::RollBack, "for the test"),
             "judge-hold" => Judgement::new(Verdict::Hold, "for the test"),
+            _ if answers_otherwise() => Judgement::new(Verdict::RollBack, "otherwise"),
             _ => Judgement::new(Verdict::GoOn, "all is always good"),
         })
     }
@@ -239,6 +241,9 @@ fn one_by_one(request: &PlanRequest, how: &str) -> ReleasePlan {
             plan.release(Some(parent), &server.name, unit);
             if how.starts_with("judge-") {
                 plan.judge(Some(parent), "judge", &server.name, 0);
+            }
+            if how == "judge-and-gate" && index == 0 {
+                plan.gate(Some(parent), "look", "at the first server");
             }
         }
     }

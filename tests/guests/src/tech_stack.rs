@@ -7,7 +7,7 @@ use windlass_sdk::{
 
 use crate::{
     behave::{behave, giant_text, how},
-    descriptor::{IsDiagnostic, describe},
+    descriptor::{IsDiagnostic, answers_otherwise, describe},
 };
 
 /// The guest.
@@ -22,7 +22,12 @@ impl TechStack for Stack {
     fn lifecycle(request: LifecycleRequest) -> Result<LifecyclePlan, PluginError> {
         let how = how(&request.parameters);
         behave(&how);
-        let step = Step::script(Phase::Start, "start", "true");
+        let script = if answers_otherwise() {
+            "true # otherwise"
+        } else {
+            "true"
+        };
+        let step = Step::script(Phase::Start, "start", script);
         match how.as_str() {
             "refuse" => Err(PluginError::invalid_parameter(
                 "/behave",

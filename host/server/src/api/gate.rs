@@ -20,6 +20,7 @@ use axum::{
 use futures_util::FutureExt as _;
 use sha2::{Digest as _, Sha256};
 use windlass_domain::{Digest, id::TokenId};
+use windlass_runtime::{CallContext, on_behalf_of};
 use windlass_store::Txn;
 
 use super::{Api, extract, listener::Peer, problem::Problem, reply::ShownOnce};
@@ -146,12 +147,22 @@ async fn admit(api: &Api, mut request: Request, next: Next) -> Result<Response, 
                 .field("Idempotency-Key")
                 .mend("send for example a UUID")
             })?;
-            once(api, token, key, caller, request, next).await
+            let context = calling(&caller);
+            on_behalf_of(context, once(api, token, key, caller, request, next)).await
         }
         Some(_) | None => {
+            let context = calling(&caller);
             request.extensions_mut().insert(caller);
-            Ok(next.run(request).await)
+            Ok(on_behalf_of(context, next.run(request)).await)
         }
+    }
+}
+
+/// Calls of plugins that a request causes are recorded under the caller's name.
+fn calling(caller: &Caller) -> CallContext {
+    CallContext {
+        caller: caller.name.clone(),
+        order: None,
     }
 }
 
@@ -182,9 +193,14 @@ fn is_secret(uri: &Uri) -> bool {
         && segments.nth(1) == Some("secrets")
 }
 
-/// Package uploads are streams: their query and the digest that they promise stand for them.
+/// Uploads of packages and plugins are streams: their query and the digest that they promise stand for them. A plugin's bytes
+/// stand for themselves: uploading them again does nothing.
 fn is_upload(request: &Request) -> bool {
-    request.method() == Method::POST && request.uri().path().ends_with("/packages")
+    let path = request.uri().path();
+    request.method() == Method::POST
+        && (path.ends_with("/packages")
+            || path == "/v1/plugins"
+            || (path.starts_with("/v1/plugins/") && path.ends_with("/preview")))
 }
 
 /// Carries a request out once for its idempotency key.

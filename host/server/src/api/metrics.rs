@@ -26,6 +26,8 @@ pub struct Gauge {
     pub name: &'static str,
     /// What it is.
     pub help: &'static str,
+    /// Labels: name and value. Figures of one name stand beside each other.
+    pub labels: Vec<(&'static str, String)>,
     /// Its value now.
     pub value: u64,
 }
@@ -86,9 +88,31 @@ impl Metrics {
             "windlass_process_start_time_ms {}\n",
             self.started_at.unix_ms()
         ));
+        let mut last = "";
         for gauge in gauges {
-            head(&mut text, gauge.name, gauge.help, "gauge");
-            text.push_str(&format!("windlass_{} {}\n", gauge.name, gauge.value));
+            if std::mem::replace(&mut last, gauge.name) != gauge.name {
+                // By convention of the format's users, what only rises has this ending.
+                let kind = if gauge.name.ends_with("_total") {
+                    "counter"
+                } else {
+                    "gauge"
+                };
+                head(&mut text, gauge.name, gauge.help, kind);
+            }
+            let labels: Vec<String> = gauge
+                .labels
+                .iter()
+                .map(|(name, value)| format!("{name}=\"{}\"", escaped(value)))
+                .collect();
+            let labels = if labels.is_empty() {
+                String::new()
+            } else {
+                format!("{{{}}}", labels.join(","))
+            };
+            text.push_str(&format!(
+                "windlass_{}{labels} {}\n",
+                gauge.name, gauge.value
+            ));
         }
         head(
             &mut text,
@@ -111,4 +135,12 @@ impl Metrics {
         lines.into_iter().for_each(|line| text.push_str(&line));
         text
     }
+}
+
+/// A label's value, as the format wants it.
+fn escaped(value: &str) -> String {
+    value
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
 }

@@ -20,6 +20,7 @@ use windlass_domain::{
     reducer::{self, Refused},
     server::{ConnectionState, Server},
 };
+use windlass_runtime::for_order;
 use windlass_store::{CommitError, Revision, Watch};
 
 use super::{Caller, PageOf, PageRequest, ServiceError, planning::Planner, records};
@@ -190,7 +191,12 @@ impl Orders {
             .iter()
             .map(|target| target.package.to_string())
             .collect();
-        let plan = self.planner.plan_release(workspace, &release).await?;
+        let id = OrderId::from_uuid(ids::new_uuid());
+        let plan = for_order(
+            id.to_string(),
+            self.planner.plan_release(workspace, &release),
+        )
+        .await?;
         let digest = self.keep(&plan).await?;
         if let Some(previewed) = plan_digest.filter(|previewed| *previewed != digest) {
             return Err(self.changed_since(previewed, &plan).await);
@@ -199,7 +205,6 @@ impl Orders {
             .await
             .map_err(|error| failed("keep the order's specification", error))?;
         let at = clock::now();
-        let id = OrderId::from_uuid(ids::new_uuid());
         let order = Order {
             schema: Order::SCHEMA,
             id,

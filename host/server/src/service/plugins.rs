@@ -4,16 +4,25 @@
 //! Plugins that ship with the platform are approved once, when they are first seen, unless they want `root`: what an operator
 //! withdraws later stays withdrawn.
 
+mod files;
+mod users;
+
 use std::{collections::BTreeSet, path::Path, sync::Arc};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use windlass_domain::Digest;
-use windlass_runtime::{Decisions, PluginState, PluginStatus, Plugins};
-use windlass_store::{Prefix, Store, Txn, VALUE_MAX_BYTES, WatchError};
+use windlass_domain::{Digest, manifest::PluginRef};
+use windlass_runtime::{Decisions, Failing, Figures, PluginState, PluginStatus, Plugins};
+use windlass_store::{Blobs, Prefix, Store, Txn, VALUE_MAX_BYTES, WatchError};
 
-use super::{Caller, ServiceError, records};
+use super::{
+    Caller, ServiceError,
+    plugin_events::{PluginEventKind, PluginEvents},
+    records,
+};
 use crate::keys;
+pub use users::{PluginUsers, UsedBy, VersionUsers};
 
 /// What an operator decides about one plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -35,6 +44,8 @@ pub enum Decision {
     Pin,
     /// Let the highest enabled version be the default again.
     Unpin,
+    /// It failed again and again, and was looked at: it counts anew.
+    ClearFailing,
 }
 
 /// The row.
@@ -52,18 +63,27 @@ struct Row {
 #[derive(Clone)]
 pub struct PluginService {
     store: Arc<dyn Store>,
+    blobs: Blobs,
     plugins: Arc<Plugins>,
+    figures: Arc<Figures>,
     /// The registry is given what is stored by one task at a time: an older reading never replaces a newer one.
     applying: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl PluginService {
-    /// Over a store and the registry.
+    /// Over a store and its blobs (plans), the registry and the figures of its calls.
     #[must_use]
-    pub fn new(store: Arc<dyn Store>, plugins: Arc<Plugins>) -> Self {
+    pub fn new(
+        store: Arc<dyn Store>,
+        blobs: Blobs,
+        plugins: Arc<Plugins>,
+        figures: Arc<Figures>,
+    ) -> Self {
         Self {
             store,
+            blobs,
             plugins,
+            figures,
             applying: Arc::default(),
         }
     }
@@ -79,7 +99,14 @@ impl PluginService {
     /// Every plugin, and every file that is loading or rejected; by name, version and file.
     #[must_use]
     pub fn list(&self) -> Vec<PluginStatus> {
-        self.plugins.list()
+        let mut list = self.plugins.list();
+        for status in &mut list {
+            // Files that are no plugins have no figures.
+            if let (Some(_), Some(digest)) = (&status.descriptor, status.digest) {
+                status.figures = Some(self.figures.of(digest));
+            }
+        }
+        list
     }
 
     /// The plugin that a text names: a digest, `name@version`, a file of the plugin directory, or a name, which stands for its
@@ -115,17 +142,35 @@ impl PluginService {
         };
         let version = (descriptor.name.clone(), descriptor.version.clone());
         let store = &*self.store;
+        let reference = PluginRef {
+            name: version.0.clone(),
+            version: version.1.clone(),
+            digest,
+        };
         records::change_showing(
             store,
             &caller,
             |()| serde_json::json!({"digest": digest, "decision": decision}),
             || async {
                 let (mut row, guard) = read(store).await?;
+                let failing = row.decisions.failing.contains_key(&digest);
                 apply(&mut row.decisions, digest, &version, decision);
-                Ok((write(&row, guard)?, ()))
+                let mut txn = write(&row, guard)?;
+                if decision == Decision::ClearFailing && failing {
+                    txn = txn.and(PluginEvents::put(
+                        PluginEventKind::FailingCleared,
+                        &reference,
+                        &caller.name,
+                        "an operator looked at it",
+                    ));
+                }
+                Ok((txn, ()))
             },
         )
         .await?;
+        if decision == Decision::ClearFailing {
+            self.figures.forget_row(digest);
+        }
         self.refresh().await?;
         self.get(&digest.to_string())
     }
@@ -194,8 +239,77 @@ impl PluginService {
         Ok(shipped)
     }
 
+    /// Marks versions that failed again and again until `stop`. Run by one owned task. Nothing is switched: the mark and the event
+    /// are for an operator.
+    pub async fn mark_failing(
+        &self,
+        mut reports: mpsc::Receiver<Failing>,
+        stop: CancellationToken,
+    ) {
+        loop {
+            let report = tokio::select! {
+                () = stop.cancelled() => return,
+                report = reports.recv() => report,
+            };
+            let Some(report) = report else { return };
+            if let Err(error) = self.mark(&report).await {
+                tracing::error!(
+                    plugin.name = report.plugin.name,
+                    error = &error as &dyn std::error::Error,
+                    "a plugin that fails again and again was not marked; its next failure tries again"
+                );
+            }
+        }
+    }
+
+    async fn mark(&self, report: &Failing) -> Result<(), ServiceError> {
+        let store = &*self.store;
+        let digest = report.plugin.digest;
+        if read(store).await?.0.decisions.failing.contains_key(&digest) {
+            return Ok(());
+        }
+        let message = format!(
+            "`{}` failed {} times in a row, last with {}: {}",
+            report.export, report.failures, report.failure.code, report.failure.message
+        );
+        tracing::error!(
+            plugin.name = report.plugin.name,
+            plugin.version = %report.plugin.version,
+            plugin.digest = %digest,
+            "a plugin is failing: {message}. It is called all the same: disable it, or clear the mark"
+        );
+        let caller = Caller::default();
+        records::change(store, &caller, || async {
+            let (mut row, guard) = read(store).await?;
+            let mut report = report.clone();
+            report.failure.message = report.failure.message.chars().take(300).collect();
+            row.decisions.failing.insert(digest, report.clone());
+            let txn = write(&row, guard)?.and(PluginEvents::put(
+                PluginEventKind::Failing,
+                &report.plugin,
+                "windlass",
+                &message,
+            ));
+            Ok((txn, ()))
+        })
+        .await?;
+        self.refresh().await
+    }
+
+    /// The part of a transaction that makes a version the default.
+    pub(crate) async fn pinning(&self, plugin: &PluginRef) -> Result<Txn, ServiceError> {
+        let (mut row, guard) = read(&*self.store).await?;
+        apply(
+            &mut row.decisions,
+            plugin.digest,
+            &(plugin.name.clone(), plugin.version.clone()),
+            Decision::Pin,
+        );
+        write(&row, guard)
+    }
+
     /// Gives the registry what is stored.
-    async fn refresh(&self) -> Result<(), ServiceError> {
+    pub(crate) async fn refresh(&self) -> Result<(), ServiceError> {
         let _turn = self.applying.lock().await;
         let stored = read(&*self.store).await?.0.decisions;
         self.plugins.decide(|decisions| *decisions = stored);
@@ -279,6 +393,20 @@ async fn read(store: &dyn Store) -> Result<(Row, Txn), ServiceError> {
     })
 }
 
+async fn apply_change(
+    store: &dyn Store,
+    caller: &Caller,
+    change: impl Fn(&mut Decisions) + Send + Sync,
+) -> Result<(), ServiceError> {
+    records::change(store, caller, || async {
+        let (mut row, guard) = read(store).await?;
+        change(&mut row.decisions);
+        Ok((write(&row, guard)?, ()))
+    })
+    .await?;
+    Ok(())
+}
+
 fn write(row: &Row, guard: Txn) -> Result<Txn, ServiceError> {
     let row = Row {
         schema: 1,
@@ -334,6 +462,9 @@ fn apply(
         }
         Decision::Unpin => {
             decisions.pinned.remove(&version.0);
+        }
+        Decision::ClearFailing => {
+            decisions.failing.remove(&digest);
         }
     }
 }
@@ -442,7 +573,11 @@ mod tests {
         let config = PluginsConfig::new(plugin_dir, dir.path().join("state")).unwrap();
         let plugins = Arc::new(Plugins::open(config).await.unwrap());
         plugins.settled().await;
-        let service = PluginService::new(memory_store(), plugins.clone());
+        let blobs = Blobs::open_directory(dir.path().join("blobs"))
+            .await
+            .unwrap();
+        let (figures, _failing) = Figures::new(crate::clock::now);
+        let service = PluginService::new(memory_store(), blobs, plugins.clone(), figures);
         assert_eq!(service.list().len(), 1);
         assert_eq!(service.approve_built_ins(&shipped).await.unwrap(), 0);
         let refused = service

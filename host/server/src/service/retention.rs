@@ -6,6 +6,7 @@
 //! | upload records | older than [`RetentionSettings::keep_ms`] |
 //! | orders with their nodes, logs and events | over, older than that, not among the newest of their workspace, and no order that is not over refers to them |
 //! | deliveries of notifications | ended, and older than that |
+//! | events of plugins | not among the newest 1,000 |
 //! | blobs | no package, kept order or installed release refers to them, and older than [`RetentionSettings::blob_grace_ms`] |
 //!
 //! One task owns the sweep ([`Retention::run`]). Every part can be cut off anywhere and is done again by the next sweep.
@@ -144,6 +145,13 @@ impl Retention {
         let upload_records = self.prune_uploads(now).await?;
         let deliveries = self.prune_deliveries(now).await?;
         let orders = self.prune_orders(now).await?;
+        retention::prune(
+            &*self.store,
+            &keys::plugin_events(),
+            super::plugin_events::KEPT,
+            |_| true,
+        )
+        .await?;
         let collected = self.collect_blobs(now).await?;
         Ok(Swept {
             idempotency_records,

@@ -364,8 +364,7 @@ impl Planner {
             request,
             progress: units.to_vec(),
         };
-        plugin
-            .rollback(&request)
+        windlass_runtime::for_order(order.id.to_string(), plugin.rollback(&request))
             .await
             .map_err(|error| error.to_string())
     }

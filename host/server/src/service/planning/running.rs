@@ -113,8 +113,7 @@ impl Planning for Planner {
             parameters: spec.parameters,
             observations,
         };
-        plugin
-            .judge(&request)
+        windlass_runtime::for_order(order.id.to_string(), plugin.judge(&request))
             .await
             .map_err(|error| error.to_string())
     }
