@@ -17,6 +17,13 @@ server_ready_ms <= 300
 plugin_drop_ms <= 1000
 plugin_call_p50_us <= 60
 plugin_call_p99_us <= 250
+registry_call_ratio <= 1.3
+registry_call_journal_ratio <= 2.0
+plugin_calls_per_s >= 20000
+warm_start_100_plugins_ms <= 500
+plugin_idle_kb <= 300
+replay_identical >= 1000
+hostile_p99_ms <= 50
 engine_steps_per_s >= 5000
 store_commits_per_s >= 30000
 store_vs_sled_ratio >= 0.85
@@ -26,7 +33,7 @@ agent_binary_mb <= 10
 agent_rss_mb <= 15
 idle_agent_kb <= 40
 '
-all='bench_ready plugin_bench bench_engine store_bench bench_api_get bench_upload agent_footprint idle_agents'
+all='bench_ready plugin_bench registry_bench bench_hostile bench_engine store_bench bench_api_get bench_upload agent_footprint idle_agents'
 
 say() { echo "bench: $*" >&2; }
 load() { cut -d ' ' -f 1-3 /proc/loadavg; }
@@ -39,11 +46,14 @@ machine() {
 # The same packages as `make build`, so that the same features are chosen and nothing is built twice.
 say "building"
 cargo build --release -p windlass -p windlass-agent -p windlass-sample -p windlass-runtime -p windlass-tests \
-    --bins --example bench_ready --example bench_engine --example bench_api_get --example bench_upload \
-    --example plugin_bench --example idle_agents --example agent_footprint >&2
+    --bins --example bench_ready --example bench_engine --example bench_api_get --example bench_upload --example bench_hostile \
+    --example plugin_bench --example registry_bench --example idle_agents --example agent_footprint >&2
 # The store's measurement is a feature of the store: this builds the store once more, and nothing else.
 cargo build --release -p windlass -p windlass-agent -p windlass-store --features windlass-store/bench \
     --example store_bench >&2
+
+# A hundred plugins are a hundred test guests.
+sh plugins/build.sh --guests >&2
 
 figures=$(mktemp)
 trap 'rm -f "$figures"' EXIT

@@ -218,7 +218,7 @@ impl Fleet {
     pub async fn start(
         store: Arc<dyn Store>,
         blobs: Blobs,
-        planning: GivenPlans,
+        planning: impl Planning + 'static,
         answer: Arc<Answer>,
     ) -> Self {
         Self::resume(store, blobs, planning, answer, Journal::default()).await
