@@ -38,16 +38,16 @@ const CALLS: [(&str, &str); 6] = [
 ];
 /// A guest whose `describe` does something wrong, and what it is rejected for.
 const DESCRIBES: [(&str, &str); 10] = [
-    ("loop", "describe-timeout"),
-    ("recurse", "describe-failed"),
-    ("allocate", "memory-limit"),
-    ("trap", "describe-failed"),
-    ("schema-broken", "schema-invalid"),
-    ("schema-wrong", "schema-invalid"),
-    ("schema-enormous", "schema-too-large"),
-    ("schema-remote", "schema-remote-reference"),
-    ("schema-regex", "schema-regex"),
-    ("schema-bomb", "schema-regex"),
+    ("loop", "describe_timeout"),
+    ("recurse", "describe_failed"),
+    ("allocate", "memory_limit"),
+    ("trap", "describe_failed"),
+    ("schema-broken", "schema_invalid"),
+    ("schema-wrong", "schema_invalid"),
+    ("schema-enormous", "schema_too_large"),
+    ("schema-remote", "schema_remote_reference"),
+    ("schema-regex", "schema_regex"),
+    ("schema-bomb", "schema_regex"),
 ];
 
 /// How long requests took while plugins were hostile.
@@ -159,10 +159,10 @@ fn drop_files(directory: &Path) -> BTreeMap<String, &'static str> {
         (
             "truncated.wasm",
             &whole[..whole.len() / 2],
-            "invalid-component",
+            "invalid_component",
         ),
-        ("empty.wasm", &b""[..], "not-wasm"),
-        ("module.wasm", b"\0asm\x01\0\0\0", "core-module"),
+        ("empty.wasm", &b""[..], "not_wasm"),
+        ("module.wasm", b"\0asm\x01\0\0\0", "core_module"),
         (
             "native.wasm",
             b"\x7fELF\x02\x01\x01\0\0\0\0\0",
@@ -173,15 +173,15 @@ fn drop_files(directory: &Path) -> BTreeMap<String, &'static str> {
         expected.insert(file.to_owned(), code);
     }
     symlink("/etc/passwd", directory.join("outside.wasm")).expect("a link");
-    expected.insert("outside.wasm".to_owned(), "symlink-outside");
+    expected.insert("outside.wasm".to_owned(), "symlink_outside");
     symlink("nowhere.wasm", directory.join("dangling.wasm")).expect("a link");
     expected.insert("dangling.wasm".to_owned(), "unreadable");
     fs::create_dir(directory.join("directory.wasm")).expect("a directory");
-    expected.insert("directory.wasm".to_owned(), "not-a-file");
+    expected.insert("directory.wasm".to_owned(), "not_a_file");
     for number in 0..FILES {
         let file = format!("many-{number}.wasm");
         fs::write(directory.join(&file), format!("no plugin {number}")).expect("a file");
-        expected.insert(file, "not-wasm");
+        expected.insert(file, "not_wasm");
     }
     expected
 }

@@ -205,7 +205,7 @@ async fn a_plugin_is_uploaded_recorded_previewed_compared_and_deleted() {
     let twin = guest_that("tech-stack", "asked", "1.0.0", "other");
     let answer = send(&host, Method::POST, "/v1/plugins", twin).await;
     assert!(
-        answer.text().contains("duplicate-version"),
+        answer.text().contains("duplicate_version"),
         "{}",
         answer.text()
     );
@@ -321,10 +321,10 @@ async fn a_plugin_is_uploaded_recorded_previewed_compared_and_deleted() {
     })
     .await;
     assert_eq!(marked["failing"]["export"], "lifecycle");
-    assert_eq!(marked["failing"]["failure"]["code"], "plugin-trap");
+    assert_eq!(marked["failing"]["failure"]["code"], "plugin_trap");
     assert_eq!(marked["state"], "active");
     assert_eq!(marked["is_default"], true);
-    assert_eq!(marked["figures"]["failures"]["plugin-trap"], 5);
+    assert_eq!(marked["figures"]["failures"]["plugin_trap"], 5);
     assert_eq!(marked["figures"]["last_error"]["export"], "lifecycle");
     let metrics = send(&host, Method::GET, "/metrics", Vec::new())
         .await
@@ -517,7 +517,7 @@ async fn only_signed_and_listed_files_are_plugins_where_the_server_says_so() {
             .get("/v1/plugins/unsigned.wasm")
             .await
             .map_err(|error| error.to_string())?;
-        if status["rejection"]["code"] == "signature-invalid" {
+        if status["rejection"]["code"] == "signature_invalid" {
             Ok(())
         } else {
             Err(status.to_string())

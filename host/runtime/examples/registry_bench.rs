@@ -7,7 +7,7 @@
 //!   beforehand. `registry_call_journal_ratio`: the same with the call journal on. Rounds of 500 calls, the three arms in turn,
 //!   median of 15 rounds' ratios.
 //! - `plugin_calls_per_s`: two threads, the `judge` of the `grouped` strategy, figures and journal on; median of 5 seconds.
-//! - `warm_start_100_plugins_ms`: opening a directory of 100 plugins whose compiled code is cached; median of 5.
+//! - `warm_start_100_plugins_ms`: opening a directory of 100 small plugins whose compiled code is cached; median of 5.
 //! - `plugin_idle_kb`: growth of resident memory by those plugins, each.
 //! - `replay_identical`: of 1,000 recorded calls of the shipped plugins, those whose replay gives the identical answer.
 
@@ -167,7 +167,7 @@ impl Home {
 async fn many(guests: &Path) -> Outcome<()> {
     const MARKER: &[u8] = b"windlass-test-marker:;1.0.0;ok;";
     const MARKER_BYTES: usize = 160;
-    let guest = fs::read(guests.join("test-tech-stack.wasm"))?;
+    let guest = fs::read(guests.join("test-tiny.wasm"))?;
     let at = guest
         .windows(MARKER.len())
         .position(|window| window == MARKER)

@@ -508,7 +508,12 @@ impl Caller {
                 context.data_mut().out_of_time = true;
                 Ok(UpdateDeadline::Interrupt)
             } else {
-                Ok(UpdateDeadline::Yield(1))
+                // Tokio's own yield lets the worker look at its sockets and timers first: with one that wakes at once, guests
+                // that compute on every worker would keep everybody's requests waiting for a third of a second.
+                Ok(UpdateDeadline::YieldCustom(
+                    1,
+                    Box::pin(tokio::task::yield_now()),
+                ))
             }
         });
         Ok(Invocation {

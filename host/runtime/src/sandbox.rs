@@ -1,7 +1,7 @@
 //! The engine and everything that is made once: pool, linkers, ticker, places for calls.
 //!
 //! Isolation: a guest runs in a fresh store, in a slot of a pool, under a memory meter and the epoch. The ticker raises the
-//! epoch every 5 ms while calls run; a guest that runs through a tick yields its worker, and one that computed through its
+//! epoch every 2 ms while calls run; a guest that runs through a tick yields its worker, and one that computed through its
 //! budget is interrupted: fair, and still a hard stop. Epochs do not reach into host calls: those have time-outs
 //! of their own (see `state`).
 
@@ -31,7 +31,7 @@ use crate::{
 };
 
 /// Length of one tick of the epoch.
-const TICK: Duration = Duration::from_millis(5);
+const TICK: Duration = Duration::from_millis(2);
 
 /// Cache of compiled code: cleaned by wasmtime when it outgrows these.
 const CACHE_BYTES: u64 = 512 * 1024 * 1024;

@@ -12,7 +12,7 @@ pub const MARKER_BYTES: usize = 160;
 static TEXT: [u8; MARKER_BYTES] = *b"windlass-test-marker:;1.0.0;ok;                                                                                                                                 ";
 
 /// The fields of the marker: name, version, mode.
-fn fields() -> [String; 3] {
+pub(crate) fn fields() -> [String; 3] {
     // Read through a black box: the compiler must not know what is in it.
     let text = std::hint::black_box(&TEXT);
     let text = String::from_utf8_lossy(text);

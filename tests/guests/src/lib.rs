@@ -14,3 +14,5 @@ pub mod public_command;
 pub mod strategy;
 #[cfg(feature = "tech-stack")]
 pub mod tech_stack;
+#[cfg(feature = "tiny")]
+pub mod tiny;

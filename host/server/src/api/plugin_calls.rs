@@ -52,7 +52,7 @@ struct ListCalls {
     version: Option<semver::Version>,
     /// Of this function.
     export: Option<Export>,
-    /// That ended so: `ok`, `failed`, or the code of a failure, for example `plugin-trap`.
+    /// That ended so: `ok`, `failed`, or the code of a failure, for example `plugin_trap`.
     outcome: Option<String>,
     /// For this order.
     order: Option<String>,
