@@ -15,7 +15,9 @@ use windlass_domain::{
     limits::{Amount, Limits},
     order::{Action, Order, OrderState},
     plan::{Plan, Read},
-    plugin::{JudgeRequest, Judgement, OnFailure, StrategyApp, StrategyRequest, StrategyServer},
+    plugin::{
+        AppRole, JudgeRequest, Judgement, OnFailure, StrategyApp, StrategyRequest, StrategyServer,
+    },
     progress::Progress,
     task::Outcome,
 };
@@ -177,9 +179,11 @@ async fn planned(plugins: &Plugins, number: u32) -> Plan {
     let request = StrategyRequest {
         parameters: serde_json::json!({ "behave": "judge-and-gate" }),
         limits: limits.clone(),
+        cells: vec!["cell-a".to_owned()],
         applications: vec![StrategyApp {
             key: "app".to_owned(),
             stage: 1,
+            role: AppRole::Release,
             has_pools: false,
             target_version: "1.0.0".to_owned(),
             servers: (1..=SERVERS)

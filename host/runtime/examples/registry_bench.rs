@@ -34,8 +34,8 @@ use windlass_domain::{
     Timestamp,
     limits::Limits,
     plugin::{
-        CommandOutcome, CommandRequest, CommandRun, JudgeRequest, LifecycleRequest, Observation,
-        Phase, ServerFacts, StrategyApp, StrategyRequest, StrategyServer,
+        AppRole, CommandOutcome, CommandRequest, CommandRun, JudgeRequest, LifecycleRequest,
+        Observation, Phase, ServerFacts, StrategyApp, StrategyRequest, StrategyServer,
     },
     task::{PackageFormat, PackageRef},
 };
@@ -507,9 +507,11 @@ fn plan(servers: usize) -> StrategyRequest {
     StrategyRequest {
         parameters: serde_json::json!({ "grouping": "quick" }),
         limits: Limits::default(),
+        cells: vec!["a".into()],
         applications: vec![StrategyApp {
             key: "shop".into(),
             stage: 1,
+            role: AppRole::Release,
             has_pools: true,
             target_version: "2".into(),
             servers: (0..servers)
