@@ -218,7 +218,7 @@ impl Fleet {
     pub async fn start(
         store: Arc<dyn Store>,
         blobs: Blobs,
-        planning: impl Planning + 'static,
+        planning: GivenPlans,
         answer: Arc<Answer>,
     ) -> Self {
         Self::resume(store, blobs, planning, answer, Journal::default()).await
@@ -235,12 +235,27 @@ impl Fleet {
         answer: Arc<Answer>,
         journal: Journal,
     ) -> Self {
+        let members = planning.members.clone();
+        Self::with_planner(store, blobs, planning, members, answer, journal).await
+    }
+
+    /// Likewise, with a planner of the test's own.
+    ///
+    /// # Panics
+    /// When the engine cannot start.
+    pub async fn with_planner(
+        store: Arc<dyn Store>,
+        blobs: Blobs,
+        planning: impl Planning + 'static,
+        members: Vec<(ServerId, String)>,
+        answer: Arc<Answer>,
+        journal: Journal,
+    ) -> Self {
         let (nudges, nudged) = mpsc::channel(100_000);
         let sessions = Arc::new(Sessions {
             offline: Mutex::default(),
             nudges,
         });
-        let members = planning.members.clone();
         let pools = Arc::new(SimulatedPools::new(store.clone()));
         let engine = Engine::new(EngineParts {
             store: store.clone(),

@@ -16,7 +16,8 @@ use windlass_domain::{
     order::{Action, Order, OrderState},
     plan::{Plan, Read},
     plugin::{
-        AppRole, JudgeRequest, Judgement, OnFailure, StrategyApp, StrategyRequest, StrategyServer,
+        AppRole, JudgeRequest, Judgement, Observation, OnFailure, StrategyApp, StrategyRequest,
+        StrategyServer,
     },
     progress::Progress,
     task::Outcome,
@@ -28,7 +29,7 @@ use windlass_store::{Blobs, Store, Txn, sled};
 use windlass_tests::{
     guests::{guest, guest_that},
     host::{eventually, program},
-    simulated::{Fleet, GivenPlans, Release, plan, server},
+    simulated::{Fleet, GivenPlans, Journal, Release, plan, server},
 };
 
 const ORDERS: u32 = 50;
@@ -64,6 +65,7 @@ impl Planning for PinnedStrategies {
         plan: &Plan,
         _: &Progress,
         stage: &str,
+        observations: Vec<Observation>,
     ) -> Result<Judgement, String> {
         let strategy = plan.strategy.as_ref().ok_or("a plan without a strategy")?;
         let plugin = self
@@ -74,7 +76,7 @@ impl Planning for PinnedStrategies {
         let request = JudgeRequest {
             stage: stage.to_owned(),
             parameters: serde_json::json!({}),
-            observations: Vec::new(),
+            observations,
         };
         for_order(order.id.to_string(), plugin.judge(&request))
             .await
@@ -89,6 +91,18 @@ impl Planning for PinnedStrategies {
         reason: &str,
     ) -> Result<PlannedRollback, String> {
         self.given.plan_rollback(of, plan, progress, reason).await
+    }
+
+    async fn plan_stage_rollback(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+        stage: (u32, &str),
+    ) -> Result<Option<PlannedRollback>, String> {
+        self.given
+            .plan_stage_rollback(order, plan, progress, stage)
+            .await
     }
 }
 
@@ -153,18 +167,28 @@ async fn fleet(root: &Path, store: Arc<dyn Store>, plugins: &Arc<Plugins>) -> Fl
     let blobs = Blobs::open_directory(root.join("blobs"))
         .await
         .expect("blobs");
+    let members: Vec<_> = (1..=ORDERS * SERVERS)
+        .map(|number| (server(number), "cell-a".to_owned()))
+        .collect();
     let planning = PinnedStrategies {
         given: GivenPlans {
             reads: Mutex::default(),
-            members: (1..=ORDERS * SERVERS)
-                .map(|number| (server(number), "cell-a".to_owned()))
-                .collect(),
+            members: members.clone(),
             rollback: None,
+            stage_rollbacks: Default::default(),
             blobs: blobs.clone(),
         },
         plugins: plugins.clone(),
     };
-    Fleet::start(store, blobs, planning, Arc::new(|_, _| Outcome::Succeeded)).await
+    Fleet::with_planner(
+        store,
+        blobs,
+        planning,
+        members,
+        Arc::new(|_, _| Outcome::Succeeded),
+        Journal::default(),
+    )
+    .await
 }
 
 /// The plan of one order, on servers of its own, made by the plugin.
