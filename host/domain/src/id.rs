@@ -140,6 +140,8 @@ ids! {
     ChannelId = "chn", "a notification channel id";
     /// One message to one notification channel.
     DeliveryId = "dlv", "a delivery id";
+    /// A run of a diagnostic.
+    DiagnosisId = "dgn", "a diagnosis id";
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod application;
+pub mod diagnosis;
 pub mod digest;
 pub mod dispatch;
 pub mod expand;

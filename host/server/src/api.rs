@@ -15,6 +15,7 @@ pub mod agents;
 mod apps;
 pub mod client;
 mod dashboard;
+mod diagnoses;
 mod extract;
 mod gate;
 mod instances;
@@ -62,7 +63,7 @@ use crate::{
     engine::traffic::SimulatedPools,
     gateway::{Gateway, secrets::SecretVault},
     service::{
-        activation_codes::ActivationCodes, apps::Apps, idempotency::Idempotency,
+        activation_codes::ActivationCodes, apps::Apps, diagnoses::Diagnoses, idempotency::Idempotency,
         instances::Instances, notifications::Notifications, orders::Orders, packages::Packages,
         plugin_calls::PluginCalls, plugin_events::PluginEvents, plugins::PluginService,
         pools::Pools, servers::Servers, shadows::Shadows, tokens::Tokens, workspaces::Workspaces,
@@ -102,6 +103,8 @@ pub struct ApiParts {
     pub shadows: Shadows,
     /// Orders.
     pub orders: Orders,
+    /// Diagnoses.
+    pub diagnoses: Diagnoses,
     /// Agents' sessions.
     pub gateway: Gateway,
     /// Secrets.
@@ -198,6 +201,7 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(order_traffic::router())
         .merge(order_logs::router())
         .merge(dashboard::router())
+        .merge(diagnoses::router())
         .merge(plugins::router())
         .merge(plugin_files::router())
         .merge(plugin_calls::router())

@@ -15,6 +15,7 @@
 //! | `activation/{id}`, `activation-of/{ws}/{id}`, `activation-hash/{hash}` | `ActivationCode`, empty, its id |
 //! | `pool/{id}`, `pool-of/{ws}/{id}`, `pool-name/{ws}/{name}` | `Pool`, empty, its id |
 //! | `token/{id}`, `token-name/{name}`, `token-hash/{hash}` | `Token`, its id, its id |
+//! | `diagnosis/{id}`, `diagnosis-of/{ws}/{id}`, `diagnosis-active/{ws}/{id}` | `Diagnosis`, empty, empty: it runs |
 //! | `use/{kind}/{id}` | touched by every write that begins to refer to a record: a deletion compares it |
 //! | `channel/{id}`, `channel-of/{ws}/{id}`, `channel-name/{ws}/{name}` | `Channel`, empty, its id |
 //! | `delivery/{id}`, `delivery-of/{ws}/{id}` | `Delivery`, empty |
@@ -26,7 +27,7 @@
 
 use windlass_domain::{
     Digest,
-    id::{AppId, DeliveryId, InstanceId, ServerId, TokenId},
+    id::{AppId, DeliveryId, DiagnosisId, InstanceId, ServerId, TokenId},
 };
 use windlass_store::{Key, Prefix};
 
@@ -51,6 +52,7 @@ pub(crate) enum Kind {
     Token,
     Channel,
     Delivery,
+    Diagnosis,
 }
 
 impl Kind {
@@ -67,6 +69,7 @@ impl Kind {
             Self::Token => "token",
             Self::Channel => "channel",
             Self::Delivery => "delivery",
+            Self::Diagnosis => "diagnosis",
         }
     }
 
@@ -83,6 +86,7 @@ impl Kind {
             Self::Token => "token",
             Self::Channel => "notification channel",
             Self::Delivery => "delivery",
+            Self::Diagnosis => "diagnosis",
         }
     }
 }
@@ -214,6 +218,21 @@ pub(crate) fn plugin_event(id: &str) -> Key {
 /// The plugins' history, oldest first.
 pub(crate) fn plugin_events() -> Prefix {
     key(["plugin-event"]).below()
+}
+
+/// That a diagnosis runs.
+pub(crate) fn active_diagnosis(ws: &str, id: DiagnosisId) -> Key {
+    key(["diagnosis-active", ws, &id.to_string()])
+}
+
+/// The diagnoses of a workspace that run.
+pub(crate) fn active_diagnoses_of(ws: &str) -> Prefix {
+    key(["diagnosis-active", ws]).below()
+}
+
+/// All diagnoses that run.
+pub(crate) fn active_diagnoses() -> Prefix {
+    key(["diagnosis-active"]).below()
 }
 
 /// The secrets of a workspace (rows of the gateway's vault).

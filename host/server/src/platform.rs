@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! start:    directory ─► ports ─► store, plugins (side by side) ─► services ─► engine ─► gateway ─► API ─► ready
-//! shutdown: not ready ─► API and streams ─► gateway ─► engine ─► keepers, control ─► plugins ─► store
+//! shutdown: not ready ─► API and streams ─► diagnoses ─► gateway ─► engine ─► keepers, control ─► plugins ─► store
 //! ```
 //! Every task has its owner here and is awaited at shutdown. Owns the layout of the data directory:
 //!
@@ -64,9 +64,11 @@ use crate::{
         ServiceError,
         activation_codes::ActivationCodes,
         apps::Apps,
+        diagnoses::{Diagnoses, DiagnosesParts},
         idempotency::Idempotency,
         instances::Instances,
         notifications::Notifications,
+        looks::Sights,
         orders::Orders,
         packages::Packages,
         planning::{Planner, PlannerParts},
@@ -177,6 +179,7 @@ pub struct Running {
     pub engine: Engine,
     /// Holds agents' sessions.
     pub gateway: Gateway,
+    diagnoses: Diagnoses,
     store: Arc<dyn Store>,
     plugins: Arc<Plugins>,
     journal: Arc<Journal>,
@@ -206,6 +209,7 @@ impl Running {
         joined("API", self.api).await;
         self.streams.close();
         self.streams.wait().await;
+        self.diagnoses.shutdown().await;
         self.gateway.shutdown().await;
         joined("agents' listener", self.agents).await;
         self.engine.shutdown().await;
@@ -327,6 +331,21 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         planning: Arc::new(planner.clone()),
         pools: traffic.clone(),
     });
+    let orders = Orders::new(engine.clone(), planner);
+    let diagnoses = Diagnoses::new(DiagnosesParts {
+        store: store.clone(),
+        blobs: blobs.clone(),
+        plugins: plugins.clone(),
+        sights: Sights {
+            inquiry: Arc::new(gateway.clone()),
+            workspaces: workspaces.clone(),
+            apps: apps.clone(),
+            packages: packages.clone(),
+            instances: instances.clone(),
+            servers: servers.clone(),
+            orders: orders.clone(),
+        },
+    });
     let control = control::Control {
         store: store.clone(),
         blobs: blobs.clone(),
@@ -339,6 +358,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
             path: data.clone(),
             source,
         })?;
+        diagnoses.recover().await?;
         engine.start().await?;
         Ok(socket)
     };
@@ -410,7 +430,8 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
             plugin_calls: PluginCalls::new(journal.clone(), plugins.clone()),
             plugin_events: PluginEvents::new(store.clone()),
             shadows,
-            orders: Orders::new(engine.clone(), planner),
+            orders,
+            diagnoses: diagnoses.clone(),
             gateway: gateway.clone(),
             secrets,
             traffic,
@@ -440,6 +461,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         fingerprint,
         engine,
         gateway,
+        diagnoses,
         store,
         plugins,
         journal,

@@ -11,9 +11,12 @@
 
 pub mod activation_codes;
 pub mod apps;
+mod chosen;
+pub mod diagnoses;
 pub mod idempotency;
 pub mod instances;
 pub mod notifications;
+pub mod looks;
 pub mod orders;
 pub mod packages;
 pub mod planning;

@@ -1,7 +1,7 @@
-//! A public command: by default `true`; parameters choose what goes wrong.
+//! A public command: by default `true`; parameters choose what goes wrong, or (`run`) what runs.
 
 use windlass_sdk::{
-    Descriptor, PluginError, PublicCommand, Script,
+    Descriptor, PluginError, PublicCommand, Script, Value,
     command::{CommandResult, InterpretRequest, RenderRequest, RenderedCommand},
 };
 
@@ -21,7 +21,15 @@ impl PublicCommand for Command {
 
     fn render(request: RenderRequest) -> Result<RenderedCommand, PluginError> {
         behave(&how(&request.parameters));
-        Ok(RenderedCommand::new(Script::shell("true")))
+        let run = serde_json::from_str::<serde_json::Value>(&request.parameters)
+            .ok()
+            .and_then(|parameters| Some(parameters["run"].as_str()?.to_owned()));
+        Ok(match run {
+            Some(run) => {
+                RenderedCommand::new(Script::shell("eval \"$RUN\"")).env("RUN", Value::plain(run))
+            }
+            None => RenderedCommand::new(Script::shell("true")),
+        })
     }
 
     fn interpret(request: InterpretRequest) -> Result<CommandResult, PluginError> {

@@ -10,6 +10,7 @@ use windlass_domain::{
     Digest,
     activation::ActivationCode,
     application::Application,
+    diagnosis::Diagnosis,
     instance::ServiceInstance,
     notification::{Channel, Delivery},
     package::Package,
@@ -101,6 +102,7 @@ records! {
     Token = Token, id;
     Channel = Channel, id;
     Delivery = Delivery, id;
+    Diagnosis = Diagnosis, id;
 }
 
 /// A row that is not what it should be.

@@ -7,7 +7,8 @@
 //! | orders with their nodes, logs and events | over, older than that, not among the newest of their workspace, and no order that is not over refers to them |
 //! | deliveries of notifications | ended, and older than that |
 //! | events of plugins | not among the newest 1,000 |
-//! | blobs | no package, kept order or installed release refers to them, and older than [`RetentionSettings::blob_grace_ms`] |
+//! | diagnoses | over, and older than [`RetentionSettings::keep_diagnoses_ms`] |
+//! | blobs | no package, kept order, diagnosis or installed release refers to them, and older than [`RetentionSettings::blob_grace_ms`] |
 //!
 //! One task owns the sweep ([`Retention::run`]). Every part can be cut off anywhere and is done again by the next sweep.
 
@@ -20,6 +21,7 @@ use std::{
 use tokio_util::sync::CancellationToken;
 use windlass_domain::{
     Digest, Timestamp,
+    diagnosis::Diagnosis,
     id::OrderId,
     manifest::Manifest,
     notification::Delivery,
@@ -51,6 +53,8 @@ pub struct RetentionSettings {
     pub keep_ms: u64,
     /// So many of the newest orders of each workspace stay whatever their age. Default 1000.
     pub keep_orders: usize,
+    /// Diagnoses are kept for so long, in milliseconds. Default 30 days.
+    pub keep_diagnoses_ms: u64,
     /// A blob that nothing refers to is kept for so long after it was written, in milliseconds: the time in which a previewed
     /// plan can be made an order, and an upload can be committed. Default 24 hours.
     pub blob_grace_ms: u64,
@@ -63,6 +67,7 @@ impl Default for RetentionSettings {
             first_after: Duration::from_secs(600),
             keep_ms: 90 * 24 * 3_600_000,
             keep_orders: 1000,
+            keep_diagnoses_ms: 30 * 24 * 3_600_000,
             blob_grace_ms: 24 * 3_600_000,
         }
     }
@@ -79,6 +84,8 @@ pub struct Swept {
     pub deliveries: u64,
     /// Orders.
     pub orders: u64,
+    /// Diagnoses.
+    pub diagnoses: u64,
     /// Blobs.
     pub blobs: u64,
     /// Their bytes.
@@ -119,6 +126,7 @@ impl Retention {
                 Ok(swept) if swept == Swept::default() => {}
                 Ok(swept) => tracing::info!(
                     orders = swept.orders,
+                    diagnoses = swept.diagnoses,
                     upload_records = swept.upload_records,
                     deliveries = swept.deliveries,
                     idempotency_records = swept.idempotency_records,
@@ -152,12 +160,14 @@ impl Retention {
             |_| true,
         )
         .await?;
+        let diagnoses = self.prune_diagnoses(now).await?;
         let collected = self.collect_blobs(now).await?;
         Ok(Swept {
             idempotency_records,
             upload_records,
             deliveries,
             orders,
+            diagnoses,
             blobs: collected.deleted,
             blob_bytes: collected.deleted_bytes,
         })
@@ -276,6 +286,37 @@ impl Retention {
         }
     }
 
+    async fn diagnoses(&self) -> Result<Vec<(Diagnosis, windlass_store::Revision)>, ServiceError> {
+        records::all(&*self.store, &keys::records(Kind::Diagnosis))
+            .await?
+            .iter()
+            .map(|entry| Ok((records::decode(entry)?, entry.revision)))
+            .collect()
+    }
+
+    async fn prune_diagnoses(&self, now: Timestamp) -> Result<u64, ServiceError> {
+        let mut deleted = 0;
+        for (diagnosis, revision) in self.diagnoses().await? {
+            let is_old = diagnosis
+                .finished_at
+                .is_some_and(|at| now.since_ms(at) >= self.settings.keep_diagnoses_ms);
+            if !is_old {
+                continue;
+            }
+            let (ws, id) = (diagnosis.workspace.as_str(), diagnosis.id.to_string());
+            let txn = records::remove(&diagnosis, revision).delete(keys::of_workspace(
+                Kind::Diagnosis,
+                ws,
+                &id,
+            ));
+            match records::commit(&*self.store, txn).await? {
+                Committed::Done(_) => deleted += 1,
+                Committed::Conflict => {}
+            }
+        }
+        Ok(deleted)
+    }
+
     /// Every digest that a row refers to.
     async fn live(&self) -> Result<HashSet<Digest>, ServiceError> {
         let store = &*self.store;
@@ -285,6 +326,8 @@ impl Retention {
             live.extend([order.plan, order.spec]);
             live.extend(order.revisions.iter().map(|revision| revision.digest));
         }
+        let diagnoses = self.diagnoses().await?;
+        live.extend(diagnoses.iter().filter_map(|(found, _)| found.record));
         for prefix in keys::all_installed() {
             for entry in records::all(store, &prefix).await? {
                 let manifest: Manifest = records::decode_plain(&entry, "what is installed")?;

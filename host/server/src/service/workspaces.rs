@@ -331,7 +331,11 @@ impl Workspaces {
             Ok((records::remove(&workspace, revision).and(unused), ()))
         })
         .await?;
-        for prefix in [keys::uploads(name), keys::orders_of(name)] {
+        for prefix in [
+            keys::uploads(name),
+            keys::orders_of(name),
+            keys::all_of_workspace(Kind::Diagnosis, name),
+        ] {
             if let Err(error) = retention::delete_prefix(store, &prefix).await {
                 tracing::warn!(
                     workspace = name,
