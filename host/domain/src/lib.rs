@@ -12,6 +12,7 @@ pub mod expand;
 pub mod id;
 pub mod inbox;
 pub mod instance;
+pub mod invocation;
 pub mod limits;
 pub mod manifest;
 pub mod name;

@@ -19,6 +19,7 @@ mod diagnoses;
 mod extract;
 mod gate;
 mod instances;
+mod invocations;
 pub(crate) mod listener;
 mod meta;
 mod metrics;
@@ -63,8 +64,9 @@ use crate::{
     engine::traffic::SimulatedPools,
     gateway::{Gateway, secrets::SecretVault},
     service::{
-        activation_codes::ActivationCodes, apps::Apps, diagnoses::Diagnoses, idempotency::Idempotency,
-        instances::Instances, notifications::Notifications, orders::Orders, packages::Packages,
+        activation_codes::ActivationCodes, apps::Apps, diagnoses::Diagnoses,
+        idempotency::Idempotency, instances::Instances, invocations::Invocations,
+        notifications::Notifications, orders::Orders, packages::Packages,
         plugin_calls::PluginCalls, plugin_events::PluginEvents, plugins::PluginService,
         pools::Pools, servers::Servers, shadows::Shadows, tokens::Tokens, workspaces::Workspaces,
     },
@@ -105,6 +107,8 @@ pub struct ApiParts {
     pub orders: Orders,
     /// Diagnoses.
     pub diagnoses: Diagnoses,
+    /// Invocations.
+    pub invocations: Invocations,
     /// Agents' sessions.
     pub gateway: Gateway,
     /// Secrets.
@@ -202,6 +206,7 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(order_logs::router())
         .merge(dashboard::router())
         .merge(diagnoses::router())
+        .merge(invocations::router())
         .merge(plugins::router())
         .merge(plugin_files::router())
         .merge(plugin_calls::router())

@@ -67,8 +67,9 @@ use crate::{
         diagnoses::{Diagnoses, DiagnosesParts},
         idempotency::Idempotency,
         instances::Instances,
-        notifications::Notifications,
+        invocations::{Invocations, InvocationsParts},
         looks::Sights,
+        notifications::Notifications,
         orders::Orders,
         packages::Packages,
         planning::{Planner, PlannerParts},
@@ -346,6 +347,12 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
             orders: orders.clone(),
         },
     });
+    let invocations = Invocations::new(InvocationsParts {
+        engine: engine.clone(),
+        orders: orders.clone(),
+        plugins: plugins.clone(),
+        servers: servers.clone(),
+    });
     let control = control::Control {
         store: store.clone(),
         blobs: blobs.clone(),
@@ -432,6 +439,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
             shadows,
             orders,
             diagnoses: diagnoses.clone(),
+            invocations,
             gateway: gateway.clone(),
             secrets,
             traffic,

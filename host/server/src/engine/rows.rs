@@ -102,6 +102,10 @@ pub(crate) fn invocation_of(workspace: &str, id: OrderId) -> Key {
     key(["invocation-of", workspace, &id.to_string()])
 }
 
+pub(crate) fn invocations_of(workspace: &str) -> Prefix {
+    prefix(["invocation-of", workspace])
+}
+
 /// The row that lists an order in its workspace.
 pub(crate) fn listed(order: &Order) -> Key {
     match order.purpose {

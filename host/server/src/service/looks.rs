@@ -422,22 +422,9 @@ impl Host for WorkspaceSights {
                 self.listed(filters, limit, "id", page).await
             }
             "order" => {
-                let (orders, _) = sights
-                    .orders
-                    .list(ws, &OrderFilter { state: None }, 100, None)
-                    .await
-                    .map_err(denied)?;
-                Ok(orders
-                    .iter()
-                    .filter(|order| {
-                        let order = json!(order);
-                        filters
-                            .iter()
-                            .all(|(name, wanted)| is(&order, name, wanted))
-                    })
-                    .take(limit as usize)
-                    .map(|order| order.id.to_string())
-                    .collect())
+                let filter = &OrderFilter::default();
+                let page = |request| async move { sights.orders.list(ws, filter, &request).await };
+                self.listed(filters, limit, "id", page).await
             }
             other => Err(unsupported(
                 "found",

@@ -577,7 +577,11 @@ impl Orders {
         Ok(server)
     }
 
-    async fn progress(
+    /// An order with its plan and where everything in it is.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`].
+    pub(super) async fn progress(
         &self,
         workspace: &str,
         id: OrderId,
@@ -735,7 +739,7 @@ fn failed(
 }
 
 /// A conflict can only be one on the idempotency record: the order's id is new.
-fn not_committed(error: CommitError) -> ServiceError {
+pub(super) fn not_committed(error: CommitError) -> ServiceError {
     match error {
         CommitError::Conflict { .. } => ServiceError::Replay,
         error @ (CommitError::Limit(_) | CommitError::LeaseOver { .. } | CommitError::Store(_)) => {

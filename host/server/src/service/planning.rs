@@ -53,7 +53,6 @@ use windlass_store::{Blobs, Store};
 use self::{
     faults::{
         check_environment, check_limits, internal, invalid, lookup_failed, parameters_invalid,
-        plugin_failed,
     },
     reads::{
         installed_subject, instance_subject, members_subject, package_subject, plugin_subject,
@@ -66,6 +65,7 @@ use super::{
     workspaces::Workspaces,
 };
 use crate::engine::{Agents, rows};
+pub(super) use faults::plugin_failed;
 
 /// Phases of a release, in order.
 const RELEASE_PHASES: [Phase; 7] = [

@@ -89,7 +89,10 @@ pub(super) fn parameters_invalid(
 
 /// A plugin's call that gave nothing. What it refused, it refused because of what it was asked: that is the order's fault, not
 /// the plugin's. `field` is where its parameters come from.
-pub(super) fn plugin_failed(field: &str, error: &windlass_runtime::CallError) -> ServiceError {
+pub(in crate::service) fn plugin_failed(
+    field: &str,
+    error: &windlass_runtime::CallError,
+) -> ServiceError {
     let cause =
         std::error::Error::source(error).map_or_else(String::new, |source| format!(": {source}"));
     let message = format!("{error}{cause}");
