@@ -7,6 +7,12 @@ use crate::{Script, ServerFacts, Value};
 
 impl RenderRequest {
     /// A request; for tests.
+    ///
+    /// ```
+    /// # use windlass_sdk::{ServerFacts, command::RenderRequest};
+    /// let request = RenderRequest::new(&serde_json::json!({ "path": "/" }), ServerFacts::new("s1", "web-1"));
+    /// assert_eq!(request.parameters, r#"{"path":"/"}"#);
+    /// ```
     #[must_use]
     pub fn new(parameters: &serde_json::Value, target: ServerFacts) -> Self {
         Self {
@@ -19,6 +25,14 @@ impl RenderRequest {
 
 impl RenderedCommand {
     /// A command run as the agent's own user, with a time-out of 60 s.
+    ///
+    /// ```
+    /// # use windlass_sdk::{Script, Value, command::RenderedCommand};
+    /// let command = RenderedCommand::new(Script::shell(r#"df -Pk -- "$DISK""#))
+    ///     .env("DISK", Value::plain("/data"))
+    ///     .timeout_ms(30_000);
+    /// assert_eq!(command.env.len(), 1);
+    /// ```
     #[must_use]
     pub fn new(script: Script) -> Self {
         Self {
@@ -47,6 +61,12 @@ impl RenderedCommand {
 
 impl InterpretRequest {
     /// A run that finished; for tests.
+    ///
+    /// ```
+    /// # use windlass_sdk::command::InterpretRequest;
+    /// let run = InterpretRequest::finished(0, "12\n");
+    /// assert_eq!((run.exit_code, run.output.trim()), (Some(0), "12"));
+    /// ```
     #[must_use]
     pub fn finished(exit_code: i32, output: &str) -> Self {
         Self {
@@ -62,6 +82,12 @@ impl InterpretRequest {
 
 impl CommandResult {
     /// A result with its data.
+    ///
+    /// ```
+    /// # use windlass_sdk::command::CommandResult;
+    /// let result = CommandResult::new(true, "12 entries", &serde_json::json!({ "entries": 12 }));
+    /// assert_eq!(result.data, r#"{"entries":12}"#);
+    /// ```
     #[must_use]
     pub fn new(succeeded: bool, summary: impl Into<String>, data: &serde_json::Value) -> Self {
         Self {

@@ -10,6 +10,23 @@ impl Descriptor {
     ///
     /// The name holds lower-case letters, digits and `-`, starts with a letter and has at most 60 characters; the version
     /// is semver 2.0. The host refuses a plugin whose descriptor breaks this, and says which field does.
+    ///
+    /// ```
+    /// # use windlass_sdk::{Descriptor, Severity};
+    /// let descriptor = Descriptor::new("disk-room", "1.0.0")
+    ///     .title("Disk room")
+    ///     .summary("Whether the disks have room left.")
+    ///     .provider("you")
+    ///     .category("server")
+    ///     .operating_system("linux")
+    ///     .item("disk", "Disk space", Severity::Critical)
+    ///     .parameters(&serde_json::json!({
+    ///         "type": "object", "additionalProperties": false,
+    ///         "properties": { "limit": { "type": "integer", "minimum": 1, "maximum": 100 } }
+    ///     }))
+    ///     .preset("strict", "Early warning", &serde_json::json!({ "limit": 70 }));
+    /// assert_eq!(descriptor.items[0].code, "disk");
+    /// ```
     #[must_use]
     pub fn new(name: &str, version: &str) -> Self {
         Self {
@@ -76,6 +93,12 @@ impl Descriptor {
     }
 
     /// An OS user that its scripts want to run as, beside the agent's own.
+    ///
+    /// ```
+    /// # use windlass_sdk::Descriptor;
+    /// let descriptor = Descriptor::new("tomcat", "1.0.0").wish_user("tomcat").wish_path_root("/opt/tomcat");
+    /// assert_eq!(descriptor.wishes.users, ["tomcat"]);
+    /// ```
     #[must_use]
     pub fn wish_user(mut self, user: &str) -> Self {
         self.wishes.users.push(user.into());
@@ -115,6 +138,12 @@ impl Descriptor {
     }
 
     /// An attribute, for what the fixed fields do not hold.
+    ///
+    /// ```
+    /// # use windlass_sdk::Descriptor;
+    /// let descriptor = Descriptor::new("x", "1.0.0").attribute("vendor.example/icon", "disk");
+    /// assert_eq!(descriptor.attributes.len(), 1);
+    /// ```
     #[must_use]
     pub fn attribute(mut self, key: &str, value: &str) -> Self {
         self.attributes.push((key.into(), value.into()));
@@ -124,6 +153,12 @@ impl Descriptor {
 
 impl PluginError {
     /// An error with a code of the contract or your own, and a message that says what is wrong and what to do.
+    ///
+    /// ```
+    /// # use windlass_sdk::PluginError;
+    /// let error = PluginError::new("vendor-licence", "the licence ended: renew it");
+    /// assert_eq!(error.field, None);
+    /// ```
     #[must_use]
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         Self {
@@ -134,6 +169,12 @@ impl PluginError {
     }
 
     /// A parameter is wrong; `field` is a JSON pointer into the parameters (`/port`).
+    ///
+    /// ```
+    /// # use windlass_sdk::PluginError;
+    /// let error = PluginError::invalid_parameter("/port", "port 22 is the server's own: choose another");
+    /// assert_eq!(error.field.as_deref(), Some("/port"));
+    /// ```
     #[must_use]
     pub fn invalid_parameter(field: &str, message: impl Into<String>) -> Self {
         Self {
@@ -144,12 +185,22 @@ impl PluginError {
     }
 
     /// Something that this version does not know was asked for.
+    ///
+    /// ```
+    /// # use windlass_sdk::PluginError;
+    /// assert_eq!(PluginError::unsupported("only servers can be looked at").code, "unsupported");
+    /// ```
     #[must_use]
     pub fn unsupported(message: impl Into<String>) -> Self {
         Self::new("unsupported", message)
     }
 
     /// It was understood, and the facts do not allow it.
+    ///
+    /// ```
+    /// # use windlass_sdk::PluginError;
+    /// assert_eq!(PluginError::not_possible("no server is healthy").code, "not-possible");
+    /// ```
     #[must_use]
     pub fn not_possible(message: impl Into<String>) -> Self {
         Self::new("not-possible", message)
@@ -158,6 +209,11 @@ impl PluginError {
 
 impl Value {
     /// Plain text.
+    ///
+    /// ```
+    /// # use windlass_sdk::Value;
+    /// assert_eq!(Value::plain("8080"), Value::Plain("8080".into()));
+    /// ```
     #[must_use]
     pub fn plain(text: impl Into<String>) -> Self {
         Self::Plain(text.into())
@@ -166,6 +222,11 @@ impl Value {
 
 impl Script {
     /// A script for `/bin/sh -eu`, run in the release directory.
+    ///
+    /// ```
+    /// # use windlass_sdk::Script;
+    /// assert_eq!(Script::shell("uptime").interpreter, ["/bin/sh", "-eu"]);
+    /// ```
     #[must_use]
     pub fn shell(text: impl Into<String>) -> Self {
         Self {
@@ -178,6 +239,12 @@ impl Script {
 
 impl ServerFacts {
     /// A Linux server with an id and a name; for tests.
+    ///
+    /// ```
+    /// # use windlass_sdk::ServerFacts;
+    /// let server = ServerFacts::new("s1", "web-1").variable("PORT", "8081");
+    /// assert_eq!(server.variables, [("PORT".into(), "8081".into())]);
+    /// ```
     #[must_use]
     pub fn new(id: &str, name: &str) -> Self {
         Self {
@@ -204,6 +271,11 @@ impl ServerFacts {
 
 impl PackageRef {
     /// A package; for tests.
+    ///
+    /// ```
+    /// # use windlass_sdk::PackageRef;
+    /// assert_eq!(PackageRef::new("1.0.0", "tar_gz", "shop.tar.gz").digest.len(), 64);
+    /// ```
     #[must_use]
     pub fn new(version: &str, format: &str, file_name: &str) -> Self {
         Self {

@@ -12,6 +12,33 @@ pub use crate::bindings::diagnostic::{
 };
 
 /// What a diagnostic sees the world through: read-only. In a plugin the platform stands behind it; tests bring their own.
+///
+/// ```
+/// use windlass_sdk::{PluginError, diagnosis::{Connection, Endpoint, Host, MetricRange, ProbeAnswer, Sample}};
+///
+/// /// For tests: its disks are full, and it knows nothing else.
+/// struct Full;
+///
+/// fn unknown<T>() -> Result<T, PluginError> {
+///     Err(PluginError::unsupported("not in this test"))
+/// }
+///
+/// impl Host for Full {
+///     fn available(&self, _: &str) -> Result<Vec<String>, PluginError> {
+///         Ok(vec!["disk".into()])
+///     }
+///     fn run(&self, _: &str, _: &str, _: &[(String, String)], _: u64) -> Result<ProbeAnswer, PluginError> {
+///         Ok(ProbeAnswer { data: r#"{"path":"/","used_percent":99}"#.into(), text: String::new(), attributes: Vec::new() })
+///     }
+///     fn connect(&self, _: &str, _: &Endpoint, _: u64) -> Result<Connection, PluginError> { unknown() }
+///     fn read(&self, _: &str, _: &str) -> Result<String, PluginError> { unknown() }
+///     fn find(&self, _: &str, _: &[(String, String)], _: u32) -> Result<Vec<String>, PluginError> { unknown() }
+///     fn metrics(&self, _: &str, _: &str, _: &str, _: MetricRange) -> Result<Vec<Sample>, PluginError> { unknown() }
+///     fn order_log(&self, _: &str, _: Option<u32>, _: u32) -> Result<String, PluginError> { unknown() }
+/// }
+///
+/// assert!(Full.run("s1", "disk", &[], 1_000).unwrap().data.contains("99"));
+/// ```
 pub trait Host {
     /// Codes of the probes that exist for a server.
     ///
@@ -149,6 +176,12 @@ impl Host for Platform {
 
 impl DiagnosisRequest {
     /// All items of one subject; for tests.
+    ///
+    /// ```
+    /// # use windlass_sdk::diagnosis::DiagnosisRequest;
+    /// let request = DiagnosisRequest::new("server", "s1", &serde_json::json!({}));
+    /// assert!(request.wants("disk"), "all items, unless some are named");
+    /// ```
     #[must_use]
     pub fn new(kind: &str, id: &str, parameters: &serde_json::Value) -> Self {
         Self {
@@ -172,6 +205,12 @@ impl DiagnosisRequest {
 
 impl Finding {
     /// What was seen of an item.
+    ///
+    /// ```
+    /// # use windlass_sdk::diagnosis::{Finding, FindingState};
+    /// let finding = Finding::new("disk", FindingState::Failed, "/ is 99% full").suggest("Remove what is not needed.");
+    /// assert_eq!(finding.state, FindingState::Failed);
+    /// ```
     #[must_use]
     pub fn new(code: &str, state: FindingState, seen: impl Into<String>) -> Self {
         Self {
@@ -193,6 +232,12 @@ impl Finding {
 
 impl Report {
     /// A report of findings.
+    ///
+    /// ```
+    /// # use windlass_sdk::diagnosis::{Finding, FindingState, Report};
+    /// let report = Report::new("all is well", vec![Finding::new("disk", FindingState::Ok, "/ is 40% full")]);
+    /// assert_eq!(report.verdict, None, "the host derives it from the critical items");
+    /// ```
     #[must_use]
     pub fn new(summary: impl Into<String>, findings: Vec<Finding>) -> Self {
         Self {

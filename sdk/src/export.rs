@@ -9,6 +9,31 @@ use crate::{
 };
 
 /// How an application is prepared, installed, started, stopped and checked. Functions are pure.
+///
+/// ```
+/// use windlass_sdk::{Descriptor, PluginError, TechStack, lifecycle::{LifecyclePlan, LifecycleRequest, Phase, Step, Supervise}};
+///
+/// struct Runner;
+///
+/// impl TechStack for Runner {
+///     fn describe() -> Descriptor {
+///         Descriptor::new("runner", "1.0.0")
+///     }
+///
+///     fn lifecycle(request: LifecycleRequest) -> Result<LifecyclePlan, PluginError> {
+///         let mut plan = LifecyclePlan::new();
+///         if request.wants(Phase::Start) {
+///             plan = plan.step(Step::start(Phase::Start, "start", Supervise::new(vec!["./run".into()])));
+///         }
+///         Ok(plan)
+///     }
+/// }
+///
+/// windlass_sdk::tech_stack!(Runner);
+///
+/// let plan = Runner::lifecycle(LifecycleRequest::new("shop", &serde_json::json!({}))).unwrap();
+/// assert_eq!(plan.steps[0].name, "start");
+/// ```
 pub trait TechStack {
     /// What this plugin is.
     fn describe() -> Descriptor;
@@ -21,6 +46,32 @@ pub trait TechStack {
 }
 
 /// In which order and waves servers are released. Functions are pure.
+///
+/// ```
+/// use windlass_sdk::{DeploymentStrategy, Descriptor, PluginError, strategy::{PlanBuilder, PlanRequest, ReleasePlan, ReleaseUnit}};
+///
+/// struct OneByOne;
+///
+/// impl DeploymentStrategy for OneByOne {
+///     fn describe() -> Descriptor {
+///         Descriptor::new("one-by-one", "1.0.0")
+///     }
+///
+///     fn plan(request: PlanRequest) -> Result<ReleasePlan, PluginError> {
+///         let mut plan = PlanBuilder::new();
+///         for application in &request.applications {
+///             for server in &application.servers {
+///                 plan.release(None, &server.name, ReleaseUnit::new(&application.key, &server.id));
+///             }
+///         }
+///         Ok(plan.build())
+///     }
+/// }
+///
+/// windlass_sdk::deployment_strategy!(OneByOne);
+///
+/// assert!(OneByOne::plan(PlanRequest::new(&serde_json::json!({}))).unwrap().nodes.is_empty());
+/// ```
 pub trait DeploymentStrategy {
     /// What this plugin is.
     fn describe() -> Descriptor;
@@ -56,6 +107,30 @@ pub trait DeploymentStrategy {
 }
 
 /// Finds out what is wrong.
+///
+/// ```
+/// use windlass_sdk::{Descriptor, Diagnostic, PluginError, Severity, diagnosis::{DiagnosisRequest, Finding, FindingState, Host, Report}};
+///
+/// struct Reachable;
+///
+/// impl Diagnostic for Reachable {
+///     fn describe() -> Descriptor {
+///         Descriptor::new("reachable", "1.0.0").item("agent", "The agent answers", Severity::Critical)
+///     }
+///
+///     fn diagnose(request: DiagnosisRequest, host: &dyn Host) -> Result<Report, PluginError> {
+///         let finding = match host.available(&request.subject.id) {
+///             Ok(probes) => Finding::new("agent", FindingState::Ok, format!("{} probes", probes.len())),
+///             Err(error) => Finding::new("agent", FindingState::Skipped, error.message),
+///         };
+///         Ok(Report::new("looked", vec![finding]))
+///     }
+/// }
+///
+/// windlass_sdk::diagnostic!(Reachable);
+///
+/// assert_eq!(Reachable::describe().items.len(), 1);
+/// ```
 pub trait Diagnostic {
     /// What this plugin is.
     fn describe() -> Descriptor;
@@ -68,6 +143,27 @@ pub trait Diagnostic {
 }
 
 /// A command offered to everyone. Functions are pure.
+///
+/// ```
+/// use windlass_sdk::{Descriptor, PluginError, PublicCommand, Script, command::{InterpretRequest, RenderRequest, RenderedCommand}};
+///
+/// struct Uptime;
+///
+/// impl PublicCommand for Uptime {
+///     fn describe() -> Descriptor {
+///         Descriptor::new("uptime", "1.0.0")
+///     }
+///
+///     fn render(_: RenderRequest) -> Result<RenderedCommand, PluginError> {
+///         Ok(RenderedCommand::new(Script::shell("uptime")))
+///     }
+/// }
+///
+/// windlass_sdk::public_command!(Uptime);
+///
+/// // Unless it says otherwise, exit code 0 is success.
+/// assert!(Uptime::interpret(InterpretRequest::finished(0, "up 3 days")).unwrap().succeeded);
+/// ```
 pub trait PublicCommand {
     /// What this plugin is.
     fn describe() -> Descriptor;

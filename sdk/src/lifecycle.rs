@@ -7,6 +7,11 @@ pub use crate::bindings::tech_stack::exports::windlass::plugin::lifecycle::{
 use crate::{Environment, PackageRef, Script, ServerFacts, Value};
 
 /// The phases that this version of the SDK knows, in the order of a release.
+///
+/// ```
+/// # use windlass_sdk::lifecycle::Phase;
+/// assert_eq!(Phase::ALL.map(Phase::code)[3..7], ["stop", "deploy", "start", "check"]);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
     /// Make the server fit.
@@ -62,6 +67,14 @@ impl Phase {
 
 impl LifecycleRequest {
     /// A request for all phases of a release; for tests.
+    ///
+    /// ```
+    /// # use windlass_sdk::{PackageRef, ServerFacts, lifecycle::{LifecycleRequest, Phase}};
+    /// let request = LifecycleRequest::new("shop", &serde_json::json!({ "port": 8080 }))
+    ///     .package(PackageRef::new("1.0.0", "jar", "shop.jar"))
+    ///     .server(ServerFacts::new("s1", "web-1"));
+    /// assert!(request.wants(Phase::Start));
+    /// ```
     #[must_use]
     pub fn new(application: &str, parameters: &serde_json::Value) -> Self {
         Self {
@@ -110,6 +123,14 @@ impl LifecyclePlan {
     }
 
     /// One more step. The order of the calls is the order within a phase.
+    ///
+    /// ```
+    /// # use windlass_sdk::{Value, lifecycle::{LifecyclePlan, Phase, Step}};
+    /// let plan = LifecyclePlan::new()
+    ///     .step(Step::script(Phase::Configure, "write config", "envsubst < app.tmpl > app.conf"))
+    ///     .server_env("s1", vec![("PORT".into(), Value::plain("8080"))]);
+    /// assert_eq!(plan.steps.len(), 1);
+    /// ```
     #[must_use]
     pub fn step(mut self, step: Step) -> Self {
         self.steps.push(step);
@@ -135,6 +156,16 @@ impl Default for LifecyclePlan {
 
 impl Step {
     /// Any action: time-out 60 s, no new attempts, not repeatable.
+    ///
+    /// ```
+    /// # use windlass_sdk::{Value, lifecycle::{Action, Phase, Step}};
+    /// let step = Step::new(Phase::Stop, "stop", Action::Stop(10_000))
+    ///     .timeout_ms(40_000)
+    ///     .run_as(Some("app"))
+    ///     .env("LANG", Value::plain("C"))
+    ///     .retries(2);
+    /// assert!(step.repeatable, "what is tried again must be repeatable");
+    /// ```
     #[must_use]
     pub fn new(phase: Phase, name: &str, action: Action) -> Self {
         Self {
@@ -151,12 +182,24 @@ impl Step {
     }
 
     /// A script for `/bin/sh -eu`.
+    ///
+    /// ```
+    /// # use windlass_sdk::lifecycle::{Phase, Step};
+    /// let step = Step::script(Phase::Prepare, "make directories", "mkdir -p logs").repeatable();
+    /// assert_eq!(step.phase, "prepare");
+    /// ```
     #[must_use]
     pub fn script(phase: Phase, name: &str, text: impl Into<String>) -> Self {
         Self::new(phase, name, Action::Script(Script::shell(text)))
     }
 
     /// A file: relative to the release directory, or absolute below an approved root. Writing it again does no harm.
+    ///
+    /// ```
+    /// # use windlass_sdk::lifecycle::{Phase, Step};
+    /// let step = Step::write_file(Phase::Configure, "logging", "log.properties", "level=info\n", 0o644);
+    /// assert!(step.repeatable);
+    /// ```
     #[must_use]
     pub fn write_file(phase: Phase, name: &str, path: &str, content: &str, mode: u32) -> Self {
         let file = File {
@@ -168,6 +211,13 @@ impl Step {
     }
 
     /// Start the application and keep it running.
+    ///
+    /// ```
+    /// # use windlass_sdk::lifecycle::{Phase, Step, Supervise};
+    /// let supervise = Supervise::new(vec!["java".into(), "-jar".into(), "shop.jar".into(), "--port=${PORT}".into()]);
+    /// let step = Step::start(Phase::Start, "start", supervise);
+    /// assert!(!step.repeatable);
+    /// ```
     #[must_use]
     pub fn start(phase: Phase, name: &str, supervise: Supervise) -> Self {
         Self::new(phase, name, Action::Start(supervise))
@@ -184,6 +234,11 @@ impl Step {
 
     /// Stop the application: `SIGTERM`, after the grace `SIGKILL`. The time-out is the grace and 30 s. Stopping what is
     /// stopped does no harm.
+    ///
+    /// ```
+    /// # use windlass_sdk::lifecycle::{Phase, Step};
+    /// assert_eq!(Step::stop(Phase::Stop, "stop", 10_000).timeout_ms, 40_000);
+    /// ```
     #[must_use]
     pub fn stop(phase: Phase, name: &str, grace_ms: u64) -> Self {
         Self::new(phase, name, Action::Stop(grace_ms))
@@ -192,6 +247,12 @@ impl Step {
     }
 
     /// Check its health, by default every second, 5 s for one try; the time-out is the health deadline, 120 s.
+    ///
+    /// ```
+    /// # use windlass_sdk::lifecycle::{Phase, Probe, Step};
+    /// let step = Step::check(Phase::Check, "port", Probe::Tcp("127.0.0.1:${PORT}".into()));
+    /// assert_eq!(step.timeout_ms, 120_000);
+    /// ```
     #[must_use]
     pub fn check(phase: Phase, name: &str, probe: Probe) -> Self {
         let check = HealthCheck {
@@ -244,6 +305,12 @@ impl Step {
 
 impl Supervise {
     /// An application in the current release directory, restarted whenever it ends by itself.
+    ///
+    /// ```
+    /// # use windlass_sdk::lifecycle::Supervise;
+    /// assert_eq!(Supervise::new(vec!["./server".into()]).restart, "always");
+    /// assert_eq!(Supervise::new(vec!["./job".into()]).never_restarted().restart, "never");
+    /// ```
     #[must_use]
     pub fn new(command: Vec<String>) -> Self {
         Self {

@@ -7,10 +7,22 @@ pub use crate::bindings::deployment_strategy::exports::windlass::plugin::strateg
 };
 
 /// A node of a plan that is being built: the place under which others are added.
+///
+/// ```
+/// # use windlass_sdk::strategy::{PlanBuilder, Role};
+/// let mut plan = PlanBuilder::new();
+/// let parent = plan.sequence(None, "shop", Role::Application);
+/// plan.pause(Some(parent), "settle", 5_000);
+/// assert_eq!(plan.build().nodes[1].parent, Some(0));
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NodeRef(u32);
 
 /// What an inner node stands for.
+///
+/// ```
+/// assert_eq!(windlass_sdk::strategy::Role::Group.code(), "group");
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
     /// Structure only.
@@ -49,6 +61,27 @@ impl Role {
 
 /// Builds a plan. Parents are made before their children, so that the result is always a tree. `None` as the parent is the
 /// top; nodes at the top run one after the other.
+///
+/// ```
+/// use windlass_sdk::strategy::{ParallelLimits, PlanBuilder, ReleaseUnit, Role, TrafficShift, Weight};
+///
+/// let mut plan = PlanBuilder::new();
+/// plan.roll_back_on_failure().progress_deadline_ms(Some(1_800_000));
+/// let shop = plan.sequence(None, "shop", Role::Application);
+/// let first = plan.sequence(Some(shop), "first", Role::Group);
+/// plan.release(Some(first), "web-1", ReleaseUnit::new("shop", "s1"));
+/// plan.gate(Some(shop), "look at web-1", "Is the new version well?");
+/// plan.judge(Some(shop), "errors", "after-first", 60_000);
+/// let rest = plan.parallel(Some(shop), "rest", Role::Group, ParallelLimits { max_in_flight: 2, max_failures: 0 });
+/// for server in ["s2", "s3"] {
+///     plan.release(Some(rest), server, ReleaseUnit::new("shop", server));
+/// }
+/// plan.shift(None, "all of the traffic", TrafficShift {
+///     application: "shop".into(),
+///     weights: vec![("s1".into(), Weight::Exactly(100))],
+/// });
+/// assert_eq!(plan.build().nodes.len(), 9);
+/// ```
 #[derive(Debug, Clone)]
 pub struct PlanBuilder {
     plan: ReleasePlan,
@@ -178,6 +211,11 @@ impl PlanBuilder {
 
 impl ReleaseUnit {
     /// One server of one application; its weight is restored, and the stack's deadline holds.
+    ///
+    /// ```
+    /// # use windlass_sdk::strategy::{ReleaseUnit, Weight};
+    /// assert_eq!(ReleaseUnit::new("shop", "s1").restore, Weight::Remembered);
+    /// ```
     #[must_use]
     pub fn new(application: &str, server: &str) -> Self {
         Self {
@@ -192,6 +230,13 @@ impl ReleaseUnit {
 
 impl PlanRequest {
     /// A release without applications, under the default limits; for tests.
+    ///
+    /// ```
+    /// # use windlass_sdk::strategy::{Application, PlanRequest};
+    /// let request = PlanRequest::new(&serde_json::json!({ "batch": 2 }))
+    ///     .application(Application::new("shop", 1).server("s1", "cell-1", "zone-1"));
+    /// assert_eq!(request.applications[0].servers.len(), 1);
+    /// ```
     #[must_use]
     pub fn new(parameters: &serde_json::Value) -> Self {
         Self {
@@ -234,6 +279,11 @@ impl PlanRequest {
 
 impl Application {
     /// An application of a stage; for tests.
+    ///
+    /// ```
+    /// # use windlass_sdk::strategy::Application;
+    /// assert!(Application::new("shop", 1).server("s1", "cell-1", "zone-1").servers[0].healthy);
+    /// ```
     #[must_use]
     pub fn new(key: &str, stage: u32) -> Self {
         Self {
@@ -265,6 +315,11 @@ impl Application {
 
 impl Judgement {
     /// A judgement and why.
+    ///
+    /// ```
+    /// # use windlass_sdk::strategy::{Judgement, Verdict};
+    /// assert_eq!(Judgement::new(Verdict::Hold, "errors rose by 3%").verdict, Verdict::Hold);
+    /// ```
     #[must_use]
     pub fn new(verdict: Verdict, reason: &str) -> Self {
         Self {
