@@ -4,6 +4,8 @@
 # Needed: a C compiler (rustls' ring is C and assembly), rustup's toolchain of rust-toolchain.toml. Tests of load balancers
 # need HAProxy (they start it themselves: the packaged service may stay off), nftables, and ip for network namespaces. The
 # standard library for WebAssembly is looked after by plugins/build.sh.
+# Python 3.11 and node 20, for the plugins in these languages that tests build; componentize-py and componentize-js are installed
+# by the plugins' own build scripts, below target/.
 set -eu
 
 missing=
@@ -11,6 +13,9 @@ need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
 need cc gcc
 need make make
 need ps procps
+need node nodejs
+need npm npm
+python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || missing="$missing python3 python3-venv"
 need /usr/sbin/haproxy haproxy
 need /usr/sbin/nft nftables
 need ip iproute2

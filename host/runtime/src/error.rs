@@ -77,6 +77,8 @@ pub enum RejectionCode {
     SchemaRemoteReference,
     /// A pattern of its schema cannot be matched in linear time.
     SchemaRegex,
+    /// It breaks a rule of the conformance kit that is checked whenever a plugin is loaded.
+    NotConforming,
     /// The file could not be read.
     Unreadable,
     /// Not a regular file.

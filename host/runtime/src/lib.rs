@@ -8,6 +8,7 @@
 //! directory ─► registry ─► compile (child process) ─► load (checks, describe) ─► plugin (calls) ─► convert ─► domain types
 //!                 └─ keep (bytes by digest)              └─ sandbox (engine, pool, epoch), state (one call), schema
 //! file (one plugin, for authors) ─► json (calls with JSON) ─► replay (again, from a transcript)
+//!                                                          └► conformance (what a plugin must keep to)
 //! every call ─► call (record) ─► sinks: journal (files), figures (counters)
 //! ```
 //!
@@ -15,7 +16,9 @@
 
 mod bindings;
 mod call;
+pub mod compatibility;
 mod compile;
+pub mod conformance;
 mod convert;
 pub mod diagnostic;
 mod directory;

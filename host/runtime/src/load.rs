@@ -14,6 +14,7 @@ use windlass_domain::{digest::Digest, manifest::PluginRef, plugin::PluginKind};
 use crate::{
     bindings::{deployment_strategy, diagnostic, public_command, tech_stack},
     call::{CallSink, Usage},
+    conformance,
     convert::descriptor::descriptor_from_guest,
     error::{CallFailure, Rejection, RejectionCode},
     plugin::{Caller, Guest, Loaded},
@@ -116,6 +117,7 @@ pub(crate) async fn from_component(
             .limits
             .memory_bytes
             .min(sandbox.limits.max_memory_bytes),
+        guest_time: sandbox.limits.guest_time,
         sink: None,
     };
     let (described, usage) = caller.describe(&guest).await;
@@ -148,8 +150,9 @@ pub(crate) async fn from_component(
         guest,
         caller,
         descriptor: Arc::new(descriptor),
-        schema,
+        schema: Arc::new(schema),
     };
+    conformance::accept(&loaded).await?;
     Ok((loaded, usage))
 }
 

@@ -3,7 +3,11 @@
 //! Every call has a fresh store. Whatever a guest does, a call ends in an answer or in a [`CallError`] that is attributed;
 //! the store is dropped either way, and nothing of one call is seen by the next.
 
-use std::{fmt, sync::Arc, time::Instant};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, TryAcquireError};
@@ -41,6 +45,7 @@ pub struct Diagnosis {
 }
 
 /// A component linked to its world.
+#[derive(Clone)]
 pub(crate) enum Guest {
     TechStack(tech_stack::TechStackPre<State>),
     DeploymentStrategy(deployment_strategy::DeploymentStrategyPre<State>),
@@ -65,6 +70,7 @@ pub(crate) struct Caller {
     pub(crate) reference: PluginRef,
     pub(crate) label: Arc<str>,
     pub(crate) memory_limit: u64,
+    pub(crate) guest_time: Duration,
     pub(crate) sink: Option<Arc<dyn CallSink>>,
 }
 
@@ -72,7 +78,7 @@ pub(crate) struct Loaded {
     pub(crate) guest: Guest,
     pub(crate) caller: Caller,
     pub(crate) descriptor: Arc<Descriptor>,
-    pub(crate) schema: Schema,
+    pub(crate) schema: Arc<Schema>,
 }
 
 /// A plugin that can be called. Cheap to clone; keeps working after its file was removed or replaced.
@@ -138,6 +144,36 @@ impl Plugin {
     pub fn unrecorded(&self) -> Self {
         Self {
             loaded: Arc::clone(&self.loaded),
+            recording: Recording::Off,
+        }
+    }
+
+    /// The same plugin with less: memory of a call in bytes, time that a call may compute. Its calls are not recorded. No time at
+    /// all stops a call at its first instruction.
+    #[must_use]
+    pub fn constrained(&self, memory_bytes: Option<u64>, guest_time: Option<Duration>) -> Self {
+        let Loaded {
+            guest,
+            caller,
+            descriptor,
+            schema,
+        } = &*self.loaded;
+        Self {
+            loaded: Arc::new(Loaded {
+                guest: guest.clone(),
+                caller: Caller {
+                    sandbox: Arc::clone(&caller.sandbox),
+                    reference: caller.reference.clone(),
+                    label: Arc::clone(&caller.label),
+                    memory_limit: memory_bytes
+                        .map_or(caller.memory_limit, |bytes| bytes.min(caller.memory_limit)),
+                    guest_time: guest_time
+                        .map_or(caller.guest_time, |time| time.min(caller.guest_time)),
+                    sink: None,
+                },
+                descriptor: Arc::clone(descriptor),
+                schema: Arc::clone(schema),
+            }),
             recording: Recording::Off,
         }
     }
@@ -501,8 +537,9 @@ impl Caller {
         store.set_hostcall_fuel(limits.output_bytes);
         store.set_max_component_handles(limits.handles);
         let clock = Arc::new(GuestClock::default());
-        let (budget, running) = (limits.guest_time, Arc::clone(&clock));
-        store.set_epoch_deadline(1);
+        let (budget, running) = (self.guest_time, Arc::clone(&clock));
+        // Without any time the first instruction looks at the clock; else the first tick does.
+        store.set_epoch_deadline(u64::from(!budget.is_zero()));
         store.epoch_deadline_callback(move |mut context| {
             if running.used() >= budget {
                 context.data_mut().out_of_time = true;
@@ -556,7 +593,7 @@ impl Caller {
         }
         if state.out_of_time {
             return CallFailure::GuestTime {
-                limit_ms: millis(limits.guest_time),
+                limit_ms: millis(self.guest_time),
             };
         }
         if state.memory.denied {

@@ -334,6 +334,10 @@ pub async fn run(options: &DevOptions) -> anyhow::Result<()> {
         dev.running.admin_token_file.display()
     );
     println!(
+        "  plugins:   {} (a component that is dropped there is live within a second)",
+        options.plugins.display()
+    );
+    println!(
         "  workspace: {WORKSPACE}, {} agents connected",
         options.agents
     );

@@ -14,5 +14,6 @@ pub mod ids;
 mod keys;
 pub mod notify;
 pub mod platform;
+pub mod plugin_cli;
 pub mod service;
 pub mod telemetry;

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use windlass::{
     config::{self, JournalLimits, PluginTrust, ServerConfig, Tls},
-    demo, dev, platform,
+    demo, dev, platform, plugin_cli,
     telemetry::{self, LogFormat},
 };
 
@@ -52,6 +52,9 @@ enum Command {
         /// The archive.
         archive: PathBuf,
     },
+    /// Make, check, call and test plugins.
+    #[command(subcommand)]
+    Plugin(plugin_cli::PluginCommand),
     /// Compiles a plugin for a server, which starts it.
     #[command(name = windlass_runtime::COMPILE_SUBCOMMAND, hide = true)]
     CompilePlugin {
@@ -160,6 +163,8 @@ fn main() -> ExitCode {
     let filter = match &arguments.command {
         // What people came to see is on standard output.
         Command::Dev(_) | Command::Demo(_) => "warn",
+        // What a plugin logs is for its author.
+        Command::Plugin(_) => "warn,windlass_runtime::state=info",
         Command::Server(_)
         | Command::Backup { .. }
         | Command::Restore { .. }
@@ -167,7 +172,7 @@ fn main() -> ExitCode {
     };
     telemetry::init(arguments.log_format, filter);
     match run(arguments.command) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("windlass: {error:#}");
             ExitCode::FAILURE
@@ -175,14 +180,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<()> {
+fn run(command: Command) -> anyhow::Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("the runtime cannot be started")?;
     runtime.block_on(async {
         match command {
-            Command::Server(options) => serve(options).await,
+            Command::Plugin(command) => return plugin_cli::run(command).await,
+            Command::Server(options) => serve(options).await?,
             Command::Dev(Dev {
                 data,
                 listen,
@@ -195,7 +201,7 @@ fn run(command: Command) -> anyhow::Result<()> {
                     agents,
                     plugins: shipped(plugins)?,
                 })
-                .await
+                .await?;
             }
             Command::Demo(Demo {
                 data,
@@ -209,7 +215,7 @@ fn run(command: Command) -> anyhow::Result<()> {
                     plugins: shipped(plugins)?,
                     exit,
                 })
-                .await
+                .await?;
             }
             Command::Backup { data, archive } => {
                 let manifest = platform::back_up(&data, &archive).await?;
@@ -219,7 +225,6 @@ fn run(command: Command) -> anyhow::Result<()> {
                     manifest.revision.0,
                     manifest.blobs
                 );
-                Ok(())
             }
             Command::Restore { data, archive } => {
                 let manifest = windlass_store::backup::restore(&archive, &data).await?;
@@ -229,10 +234,10 @@ fn run(command: Command) -> anyhow::Result<()> {
                     manifest.revision.0,
                     manifest.blobs
                 );
-                Ok(())
             }
-            Command::CompilePlugin { .. } => Ok(()),
+            Command::CompilePlugin { .. } => {}
         }
+        Ok(ExitCode::SUCCESS)
     })
 }
 
