@@ -430,24 +430,29 @@ impl Kit {
                     .of_call(export, &input),
                 );
             }
-            let report = call
+            let reported = call
                 .output
                 .as_ref()
-                .map(|output| &output["report"]["findings"]);
-            for finding in report.and_then(Value::as_array).into_iter().flatten() {
-                if nothing_answered && looks > 0 && finding["state"] == "ok" {
-                    findings.push(
-                        Finding::new(
-                            Rule::HostErrors,
-                            Severity::Failed,
-                            format!(
-                                "with {what} it reports `{}` as ok: what was not seen is skipped",
-                                finding["code"].as_str().unwrap_or("?")
-                            ),
-                        )
-                        .of_call(export, &input),
-                    );
-                }
+                .and_then(|output| output["report"]["findings"].as_array());
+            let (true, Some(reported)) = (nothing_answered && looks > 0, reported) else {
+                continue;
+            };
+            // An item that its parameters leave nothing to look at may be well: not a whole report.
+            let fine: Vec<&str> = reported
+                .iter()
+                .filter(|finding| finding["state"] == "ok")
+                .filter_map(|finding| finding["code"].as_str())
+                .collect();
+            let severity = if fine.len() == reported.len() {
+                Severity::Failed
+            } else {
+                Severity::Warning
+            };
+            for code in fine {
+                let text =
+                    format!("with {what} it reports `{code}` as ok: what was not seen is skipped");
+                findings
+                    .push(Finding::new(Rule::HostErrors, severity, text).of_call(export, &input));
             }
         }
         self.examination.add(
