@@ -32,12 +32,15 @@ const PROBE_TIMEOUT_MS: u64 = 10_000;
 /// How long one connection attempt may take.
 const CONNECT_TIMEOUT_MS: u64 = 3000;
 
+/// A probe with its arguments.
+type Asked = (String, Vec<(String, String)>);
+
 /// Looks of one diagnosis: each probe runs once, however many items want its answer.
 struct Looks<'a> {
     server: &'a str,
     host: &'a dyn Host,
     parameters: &'a Parameters,
-    answers: RefCell<BTreeMap<(String, Vec<(String, String)>), Result<Value, String>>>,
+    answers: RefCell<BTreeMap<Asked, Result<Value, String>>>,
 }
 
 impl Looks<'_> {

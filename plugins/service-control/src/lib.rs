@@ -193,6 +193,8 @@ windlass_sdk::public_command!(ServiceControl);
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Mutex, PoisonError};
+
     use super::*;
     use windlass_sdk::ServerFacts;
 
@@ -206,11 +208,16 @@ mod tests {
         (result.succeeded, result.summary, data)
     }
 
+    /// One at a time: a program that another thread's child still holds open for writing cannot be run.
+    static TURN: Mutex<u32> = Mutex::new(0);
+
     /// Runs the script with a `systemctl` of the test, or none.
     fn run(systemctl: Option<&str>, action: &str) -> (i32, String) {
         use std::os::unix::fs::PermissionsExt as _;
+        let mut turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        *turn += 1;
         let directory =
-            std::env::temp_dir().join(format!("service-control-{}-{action}", std::process::id()));
+            std::env::temp_dir().join(format!("service-control-{}-{turn}", std::process::id()));
         std::fs::create_dir_all(&directory).unwrap();
         let script = match systemctl {
             Some(body) => {

@@ -129,7 +129,7 @@ impl WorkspaceSights {
         })
     }
 
-    async fn listed<T: Serialize, F>(
+    async fn listed<T, F>(
         &self,
         filters: &Attributes,
         limit: u32,
@@ -137,7 +137,7 @@ impl WorkspaceSights {
         page: impl Fn(PageRequest) -> F + Send + Sync,
     ) -> Result<Vec<String>, HostError>
     where
-        T: Send,
+        T: Serialize + Send,
         F: Future<Output = Result<PageOf<T>, ServiceError>> + Send,
     {
         let mut found = Vec::new();
@@ -202,7 +202,10 @@ fn is(item: &Value, name: &str, wanted: &str) -> bool {
     match &item[name] {
         Value::String(text) => text == wanted,
         Value::Null => false,
-        other => other.to_string() == wanted,
+        other => {
+            let text = other.to_string();
+            text == wanted
+        }
     }
 }
 

@@ -266,7 +266,7 @@ eth1\t0000000A\t00000000\t0000\t0\t0\t0\t000000FF\t0\t0\t0
         let routes = routes();
         assert_eq!(
             routes.len(),
-            3,
+            4,
             "routes that are not up are none: {routes:?}"
         );
         let via = |target: &str| {
