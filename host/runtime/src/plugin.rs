@@ -571,6 +571,10 @@ impl Caller {
         let state = invocation.store.data_mut();
         let host_calls = std::mem::take(&mut state.host_calls);
         let result = match outcome {
+            // A guest that was refused memory and went on answers something that depends on the limit: never its answer.
+            Ok(Ok(_)) if state.memory.denied => Err(CallFailure::Memory {
+                limit_bytes: self.memory_limit,
+            }),
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(error)) => Err(self.classify(state, &error)),
             Err(_) => Err(CallFailure::CallTime {

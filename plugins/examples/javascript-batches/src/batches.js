@@ -2,6 +2,8 @@
 //
 // The functions are pure: equal requests get equal answers. Whatever is planned here, the core enforces the order's limits.
 
+import { u64 } from './u64.js';
+
 const schema = {
   type: 'object',
   additionalProperties: false,
@@ -43,13 +45,13 @@ export function plan(request) {
     const parent = add(undefined, key, 'application', { tag: 'sequence' });
     for (let at = 0; at < servers.length; at += size) {
       if (at > 0 && pauseMs > 0) {
-        add(parent, 'pause', 'plain', { tag: 'pause', val: BigInt(pauseMs) });
+        add(parent, 'pause', 'plain', { tag: 'pause', val: u64(pauseMs) });
       }
       const limits = { maxInFlight: 0, maxFailures: 0 };
       const group = add(parent, `batch ${at / size + 1}`, 'group', { tag: 'parallel', val: limits });
       for (const server of servers.slice(at, at + size)) {
         const unit = {
-          application: key, server: server.id, restore: { tag: 'remembered' }, healthyForMs: 0n, healthDeadlineMs: undefined,
+          application: key, server: server.id, restore: { tag: 'remembered' }, healthyForMs: u64(0), healthDeadlineMs: undefined,
         };
         add(group, server.name, 'plain', { tag: 'release', val: unit });
       }
