@@ -84,7 +84,7 @@ impl Mortal {
 
     /// The rows of a process go with it.
     async fn bury(&self) {
-        let leases = std::mem::take(&mut *self.leases.lock().unwrap());
+        let leases = std::mem::take(&mut *self.leases.lock().expect("nobody panicked with it"));
         for lease in leases {
             lease.revoke().await.expect("the lease is revoked");
         }
@@ -144,7 +144,10 @@ impl Store for Mortal {
     async fn lease(&self, ttl_ms: u64) -> Result<Lease, StoreError> {
         self.alive()?;
         let lease = self.inner.lease(ttl_ms).await?;
-        self.leases.lock().unwrap().push(lease.clone());
+        self.leases
+            .lock()
+            .expect("nobody panicked with it")
+            .push(lease.clone());
         Ok(lease)
     }
 
@@ -220,7 +223,7 @@ fn gate() -> StrategyNodeKind {
 fn blue_green() -> StrategyPlan {
     let mut nodes = Vec::new();
     let mut stage = |name: &str, rollback, kinds: Vec<(&str, StrategyNodeKind)>| {
-        let parent = u32::try_from(nodes.len()).unwrap();
+        let parent = u32::try_from(nodes.len()).expect("a small plan");
         nodes.push(node(
             None,
             name,
@@ -362,7 +365,7 @@ fn stage(plan: &Plan, name: &str) -> NodeIndex {
         .nodes
         .iter()
         .position(|node| node.level == Level::Stage && node.name.starts_with(name));
-    u32::try_from(found.expect("the stage")).unwrap()
+    u32::try_from(found.expect("the stage")).expect("a small plan")
 }
 
 /// What the person does next, if anything.
@@ -420,11 +423,11 @@ struct Run {
 
 impl Run {
     async fn new(story: Story) -> (Self, OrderId) {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = tempfile::tempdir().expect("a temporary directory");
         let blobs = Blobs::open_directory(directory.path().join("blobs"))
             .await
-            .unwrap();
-        let inner = memory::open(MemoryOptions::default()).unwrap();
+            .expect("blobs open");
+        let inner = memory::open(MemoryOptions::default()).expect("an empty store opens");
         let run = Self {
             inner,
             blobs,
@@ -473,7 +476,7 @@ impl Run {
             fleet
                 .executed
                 .lock()
-                .unwrap()
+                .expect("nobody panicked with it")
                 .iter()
                 .map(|(server, task)| (*server, task.id)),
         );
@@ -494,7 +497,11 @@ impl Run {
         for number in [1, 2] {
             let weight = {
                 use windlass::engine::traffic::TrafficPools as _;
-                fleet.pools.weight(pool(), server(number)).await.unwrap()
+                fleet
+                    .pools
+                    .weight(pool(), server(number))
+                    .await
+                    .expect("a simulated pool answers")
             };
             assert_eq!(weight, 100, "{what}: the weight of server {number}");
         }
@@ -572,7 +579,8 @@ async fn at_every_boundary(story: Story) {
         let boundaries = boundaries.clone();
         lanes.spawn(async move {
             loop {
-                let Some((at, death)) = boundaries.lock().unwrap().pop() else {
+                let Some((at, death)) = boundaries.lock().expect("nobody panicked with it").pop()
+                else {
                     return;
                 };
                 let what = format!("{story:?}, death {death:?} commit {at}");

@@ -698,10 +698,11 @@ fn shortened(mut replayed: Replayed) -> Replayed {
     while records::encode(&replayed).len() > DIFFERENCE_MAX_BYTES
         && (replayed.differences.first.pop().is_some() || replayed.host_calls.pop().is_some())
     {}
-    for failure in [&mut replayed.failure, &mut replayed.failure_before] {
-        if let Some(failure) = failure {
-            failure.message = failure.message.chars().take(500).collect();
-        }
+    for failure in [&mut replayed.failure, &mut replayed.failure_before]
+        .into_iter()
+        .flatten()
+    {
+        failure.message = failure.message.chars().take(500).collect();
     }
     replayed
 }
