@@ -320,6 +320,7 @@ impl Agent {
         }
         self.take_reserve();
         self.look_at_apps();
+        self.context.balancers.look_after();
         self.tell_state();
     }
 

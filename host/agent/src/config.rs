@@ -15,6 +15,7 @@
 //!     app.json              the application to keep running; apps/<task>/ its shim's directory and log
 //!     data/                 the application's own, kept over releases
 //! server/         where scripts start that are of no service instance
+//! balancers/<load balancer>/ see `balancer`
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -71,6 +72,9 @@ pub struct Policy {
     pub unpack_ratio: u64,
     /// Whether process trees are kept in cgroups where that is possible.
     pub cgroups: bool,
+    /// Whether this server may host load balancers: HAProxy, started by the agent as its own user (its workers become
+    /// `haproxy` where that is root).
+    pub load_balancers: bool,
 }
 
 impl Default for Policy {
@@ -86,6 +90,7 @@ impl Default for Policy {
             unpack_entries: 200_000,
             unpack_ratio: 200,
             cgroups: true,
+            load_balancers: true,
         }
     }
 }
@@ -182,6 +187,12 @@ impl DataDir {
     #[must_use]
     pub fn server(&self) -> PathBuf {
         self.0.join("server")
+    }
+
+    /// All load balancers.
+    #[must_use]
+    pub fn balancers(&self) -> PathBuf {
+        self.0.join("balancers")
     }
 
     /// Reads the configuration.

@@ -28,7 +28,9 @@ use windlass_domain::{
 use windlass_protocol::{DownloadGrant, OutputChunk, SecretText};
 
 use crate::{
-    app, cache, clock,
+    app,
+    balancer::Balancers,
+    cache, clock,
     config::{DataDir, Policy},
     files::{FileError, chain},
     instance::{InstanceDir, InstanceError},
@@ -50,6 +52,8 @@ pub struct Context {
     pub policy: Policy,
     /// Where packages come from.
     pub platform: Platform,
+    /// Load balancers that this server hosts.
+    pub balancers: Balancers,
     /// The subtree for process trees, where there is one.
     pub cgroup: Option<Cgroup>,
 }

@@ -14,6 +14,7 @@
 
 pub mod agent;
 pub mod app;
+pub mod balancer;
 pub mod cache;
 pub mod capture;
 pub mod clock;
@@ -47,6 +48,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::Agent,
+    balancer::Balancers,
     config::{ConfigError, DataDir},
     execute::Context,
     files::FileError,
@@ -118,6 +120,7 @@ pub async fn run(data: &DataDir) -> Result<(), RunError> {
         .flatten();
     let context = Arc::new(Context {
         data: data.clone(),
+        balancers: Balancers::open(data, config.policy.load_balancers),
         policy: config.policy,
         platform: platform.clone(),
         cgroup,

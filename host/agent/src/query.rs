@@ -145,6 +145,10 @@ async fn answer(body: Query, scope: &Scope, limit: Duration) -> Answer {
             } => connect::attempt(&protocol, &target, port, limit)
                 .await
                 .map(QueryReply::Connect),
+            Query::LoadBalancer { request } => {
+                let state = scope.context.balancers.answer(*request).await?;
+                Ok(QueryReply::LoadBalancer(Box::new(state)))
+            }
             Query::Unknown => Err(QueryError::new(
                 QueryErrorCode::Unsupported,
                 format!(
@@ -189,7 +193,9 @@ fn bounded(reply: QueryReply) -> Answer {
                 dropped_bytes: dropped_bytes + cut,
             }))
         }
-        reply @ (QueryReply::Connect(_) | QueryReply::Unknown) => Ok(reply),
+        reply @ (QueryReply::Connect(_) | QueryReply::LoadBalancer(_) | QueryReply::Unknown) => {
+            Ok(reply)
+        }
     }
 }
 

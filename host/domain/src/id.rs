@@ -142,6 +142,12 @@ ids! {
     DeliveryId = "dlv", "a delivery id";
     /// A run of a diagnostic.
     DiagnosisId = "dgn", "a diagnosis id";
+    /// A load balancer: HAProxy on a managed server.
+    LoadBalancerId = "lb", "a load balancer id";
+    /// A listener of a load balancer.
+    ListenerId = "lsn", "a listener id";
+    /// A certificate of a workspace.
+    CertificateId = "crt", "a certificate id";
 }
 
 #[cfg(test)]

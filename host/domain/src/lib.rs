@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod application;
+pub mod certificate;
 pub mod diagnosis;
 pub mod digest;
 pub mod dispatch;
@@ -14,6 +15,7 @@ pub mod inbox;
 pub mod instance;
 pub mod invocation;
 pub mod limits;
+pub mod load_balancer;
 pub mod manifest;
 pub mod name;
 pub mod notification;

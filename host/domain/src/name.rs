@@ -103,6 +103,14 @@ fn alphanumeric(c: char) -> bool {
     c.is_ascii_alphanumeric()
 }
 
+fn path_char(c: char) -> bool {
+    alphanumeric(c)
+        || matches!(
+            c,
+            '/' | '-' | '_' | '.' | '~' | '%' | '+' | ',' | ':' | '@' | '!'
+        )
+}
+
 macro_rules! names {
     ($($(#[$doc:meta])* $name:ident = $rule:expr;)*) => {$(
         $(#[$doc])*
@@ -207,6 +215,36 @@ names! {
         what: "the channel name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
+    };
+    /// A load balancer's name.
+    LoadBalancerName = Rule {
+        what: "the load balancer name", min: 1, max: 60,
+        allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
+    };
+    /// A certificate's name.
+    CertificateName = Rule {
+        what: "the certificate name", min: 1, max: 60,
+        allowed: |c| alphanumeric(c) || matches!(c, '-' | '_' | '.'), first: alphanumeric, last: alphanumeric,
+        says: "letters, digits, `-`, `_` and `.`; starts and ends with a letter or digit",
+    };
+    /// The path that a health check asks for, with its query. Nothing in it has a meaning in a load balancer's configuration.
+    HealthPath = Rule {
+        what: "the path of the health check", min: 1, max: 200,
+        allowed: |c| path_char(c) || matches!(c, '?' | '=' | '&'), first: |c| c == '/', last: |_| true,
+        says: "starts with `/`; letters, digits and `/ - _ . ~ % + , : @ ! ? = &`, no blanks, quotes, `#`, `\\` or `;`",
+    };
+    /// The beginning of request paths that a virtual server group takes.
+    PathPrefix = Rule {
+        what: "the path of the server group", min: 1, max: 200,
+        allowed: path_char, first: |c| c == '/', last: |_| true,
+        says: "starts with `/`; letters, digits and `/ - _ . ~ % + , : @ !`, no blanks, quotes, `#`, `\\` or `;`",
+    };
+    /// A host name as requests carry it, lower case.
+    HostName = Rule {
+        what: "the host name", min: 1, max: 253,
+        allowed: |c| lower(c) || c.is_ascii_digit() || matches!(c, '-' | '.'), first: |c| lower(c) || c.is_ascii_digit(), last: |c| lower(c) || c.is_ascii_digit(),
+        says: "lower-case letters, digits, `-` and `.`; starts and ends with a letter or digit",
     };
     /// A plugin's name. Source: design, "Plugins".
     PluginName = Rule {

@@ -76,6 +76,7 @@
 //! - A result is sent again in every session until it is acknowledged.
 //! - A new epoch means: what this agent did before is not known to it. It runs nothing again by itself.
 
+pub mod balancer;
 pub mod code;
 pub mod fixed;
 pub mod identity;
@@ -84,6 +85,7 @@ pub mod query;
 pub mod register;
 pub mod secret;
 
+pub use balancer::{BalancerRequest, BalancerState, MemberState, MemberWeight};
 pub use code::{ActivationCode, InvalidActivationCode};
 pub use fixed::{Epoch, Nonce, PublicKey, SessionId, Signature};
 pub use identity::{BadSignature, Fingerprint, Identity, Transcript};

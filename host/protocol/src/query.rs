@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::balancer::{BalancerRequest, BalancerState};
+
 /// The first version of the protocol with queries.
 pub const QUERIES_SINCE: u32 = 2;
 
@@ -52,6 +54,11 @@ pub enum Query {
         #[serde(default)]
         port: Option<u16>,
     },
+    /// Something to do with a load balancer that the server hosts.
+    LoadBalancer {
+        /// What.
+        request: Box<BalancerRequest>,
+    },
     /// A query of a later version.
     #[serde(other)]
     Unknown,
@@ -65,6 +72,8 @@ pub enum QueryReply {
     Probe(ProbeReply),
     /// How a connection attempt ended.
     Connect(ConnectReply),
+    /// A load balancer as it is then.
+    LoadBalancer(Box<BalancerState>),
     /// A reply of a later version.
     #[serde(other)]
     Unknown,

@@ -215,7 +215,9 @@ async fn ask(
                 "it answered in a form of a later version; upgrade the platform",
             ),
         }),
-        Ok(Ok(Ok(reply @ (QueryReply::Probe(_) | QueryReply::Connect(_))))) => Ok(reply),
+        Ok(Ok(Ok(
+            reply @ (QueryReply::Probe(_) | QueryReply::Connect(_) | QueryReply::LoadBalancer(_)),
+        ))) => Ok(reply),
         Ok(Ok(Err(source))) => Err(QueryFailure::Agent { server, source }),
         Ok(Err(_)) => Err(QueryFailure::SessionLost { server }),
         Err(_) => Err(QueryFailure::Timeout {

@@ -326,10 +326,12 @@ impl Host for WorkspaceSights {
                 elapsed_us: reply.elapsed_us,
                 detail: reply.detail,
             }),
-            QueryReply::Probe(_) | QueryReply::Unknown => Err(HostError::new(
-                "failed",
-                "the agent answered another question than was asked",
-            )),
+            QueryReply::Probe(_) | QueryReply::LoadBalancer(_) | QueryReply::Unknown => {
+                Err(HostError::new(
+                    "failed",
+                    "the agent answered another question than was asked",
+                ))
+            }
         }
     }
 
