@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    id::{PoolId, ServerId},
+    id::{ListenerId, LoadBalancerId, PoolId, ServerId},
     name::{PoolName, WorkspaceName},
     time::Timestamp,
 };
@@ -37,6 +37,13 @@ pub enum PoolKind {
     /// Keeps weights durably and sends no traffic.
     #[default]
     Simulated,
+    /// The servers of a listener, or of one of its virtual server groups: made and deleted with it.
+    LoadBalancer {
+        /// The load balancer.
+        load_balancer: LoadBalancerId,
+        /// The listener.
+        listener: ListenerId,
+    },
 }
 
 /// What a pool knows of one of its members, as its back end counts it.

@@ -13,6 +13,8 @@
 mod activation_codes;
 pub mod agents;
 mod apps;
+mod back_ends;
+mod certificates;
 pub mod client;
 mod dashboard;
 mod diagnoses;
@@ -21,6 +23,7 @@ mod gate;
 mod instances;
 mod invocations;
 pub(crate) mod listener;
+mod load_balancers;
 mod meta;
 mod metrics;
 mod notifications;
@@ -64,11 +67,12 @@ use crate::{
     engine::traffic::SimulatedPools,
     gateway::{Gateway, secrets::SecretVault},
     service::{
-        activation_codes::ActivationCodes, apps::Apps, diagnoses::Diagnoses,
-        idempotency::Idempotency, instances::Instances, invocations::Invocations,
-        notifications::Notifications, orders::Orders, packages::Packages,
-        plugin_calls::PluginCalls, plugin_events::PluginEvents, plugins::PluginService,
-        pools::Pools, servers::Servers, shadows::Shadows, tokens::Tokens, workspaces::Workspaces,
+        activation_codes::ActivationCodes, apps::Apps, certificates::Certificates,
+        diagnoses::Diagnoses, idempotency::Idempotency, instances::Instances,
+        invocations::Invocations, load_balancers::LoadBalancers, notifications::Notifications,
+        orders::Orders, packages::Packages, plugin_calls::PluginCalls, plugin_events::PluginEvents,
+        plugins::PluginService, pools::Pools, servers::Servers, shadows::Shadows, tokens::Tokens,
+        workspaces::Workspaces,
     },
 };
 use metrics::Metrics;
@@ -113,6 +117,10 @@ pub struct ApiParts {
     pub gateway: Gateway,
     /// Secrets.
     pub secrets: SecretVault,
+    /// Load balancers.
+    pub load_balancers: LoadBalancers,
+    /// Certificates.
+    pub certificates: Certificates,
     /// Weights and faults of simulated pools.
     pub traffic: Arc<SimulatedPools>,
     /// Idempotency records.
@@ -200,6 +208,9 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(activation_codes::router())
         .merge(pools::router())
         .merge(notifications::router())
+        .merge(load_balancers::router())
+        .merge(back_ends::router())
+        .merge(certificates::router())
         .merge(secrets::router())
         .merge(orders::router())
         .merge(order_traffic::router())

@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+use windlass_domain::load_balancer::PortRanges;
+
 /// Settings of a server.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
@@ -30,6 +32,8 @@ pub struct ServerConfig {
     pub trust: PluginTrust,
     /// How the call journal is kept.
     pub journal: JournalLimits,
+    /// Front ports that listeners of load balancers may have.
+    pub front_ports: PortRanges,
     /// The program that compiles plugins; this program's own subcommand unless given (tests run in another program).
     pub compile_command: Option<Vec<std::ffi::OsString>>,
 }
@@ -97,6 +101,7 @@ impl ServerConfig {
             notification_deny: crate::notify::request::denied_by_default(),
             trust: PluginTrust::default(),
             journal: JournalLimits::default(),
+            front_ports: PortRanges::default(),
             compile_command: None,
         }
     }

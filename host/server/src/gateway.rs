@@ -59,7 +59,7 @@ use windlass_domain::{
 };
 use windlass_protocol::{
     ActivationCode, AgentState, GoodbyeReason, InvalidActivationCode, OutputChunk, PublicKey,
-    RegisterRequest, RegisterResponse, ServerFacts, identity::verify_registration,
+    RegisterRequest, RegisterResponse, ServerFacts, SessionId, identity::verify_registration,
 };
 use windlass_store::{BlobDigest, BlobError, Blobs, Prefix, Store, StoreError, WatchError};
 
@@ -415,6 +415,12 @@ impl Gateway {
     #[must_use]
     pub fn current_epoch(&self, server: ServerId) -> Option<JournalEpoch> {
         self.find(server).map(|session| session.epoch)
+    }
+
+    /// Which session of the server is up.
+    #[must_use]
+    pub fn session_id(&self, server: ServerId) -> Option<SessionId> {
+        self.find(server).map(|session| session.id)
     }
 
     /// Whether a session is up.

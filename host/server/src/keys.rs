@@ -14,6 +14,13 @@
 //! | `server/{id}`, `server-of/{ws}/{id}`, `server-name/{ws}/{name}`, `server-key/{hash}` | `Server`, empty, its id, its id |
 //! | `activation/{id}`, `activation-of/{ws}/{id}`, `activation-hash/{hash}` | `ActivationCode`, empty, its id |
 //! | `pool/{id}`, `pool-of/{ws}/{id}`, `pool-name/{ws}/{name}` | `Pool`, empty, its id |
+//! | `load-balancer/{id}`, `load-balancer-of/{ws}/{id}`, `load-balancer-name/{ws}/{name}` | `LoadBalancer`, empty, its id |
+//! | `load-balancer-gone/{server}/{id}` | empty: deleted, and the agent of its server does not know yet |
+//! | `listener/{id}`, `listener-of/{load balancer}/{id}` | `Listener`, empty |
+//! | `front-port/{server}/{port}` | the listener that has the port |
+//! | `back-end/{pool}/{server}` | `BackEnd`: weight and address of a server behind a listener |
+//! | `certificate/{id}`, `certificate-of/{ws}/{id}`, `certificate-name/{ws}/{name}` | `Certificate`, empty, its id |
+//! | `certificate-key/{id}` | its private key, sealed |
 //! | `token/{id}`, `token-name/{name}`, `token-hash/{hash}` | `Token`, its id, its id |
 //! | `diagnosis/{id}`, `diagnosis-of/{ws}/{id}`, `diagnosis-active/{ws}/{id}` | `Diagnosis`, empty, empty: it runs |
 //! | `use/{kind}/{id}` | touched by every write that begins to refer to a record: a deletion compares it |
@@ -27,7 +34,10 @@
 
 use windlass_domain::{
     Digest,
-    id::{AppId, DeliveryId, DiagnosisId, InstanceId, ServerId, TokenId},
+    id::{
+        AppId, CertificateId, DeliveryId, DiagnosisId, InstanceId, LoadBalancerId, PoolId,
+        ServerId, TokenId,
+    },
 };
 use windlass_store::{Key, Prefix};
 
@@ -49,6 +59,9 @@ pub(crate) enum Kind {
     Server,
     Activation,
     Pool,
+    LoadBalancer,
+    Listener,
+    Certificate,
     Token,
     Channel,
     Delivery,
@@ -66,6 +79,9 @@ impl Kind {
             Self::Server => "server",
             Self::Activation => "activation",
             Self::Pool => "pool",
+            Self::LoadBalancer => "load-balancer",
+            Self::Listener => "listener",
+            Self::Certificate => "certificate",
             Self::Token => "token",
             Self::Channel => "channel",
             Self::Delivery => "delivery",
@@ -83,6 +99,9 @@ impl Kind {
             Self::Server => "server",
             Self::Activation => "activation code",
             Self::Pool => "pool",
+            Self::LoadBalancer => "load balancer",
+            Self::Listener => "listener",
+            Self::Certificate => "certificate",
             Self::Token => "token",
             Self::Channel => "notification channel",
             Self::Delivery => "delivery",
@@ -159,6 +178,36 @@ pub(crate) fn binding(instance: InstanceId, server: ServerId) -> Key {
 /// The servers bound to a service instance.
 pub(crate) fn bindings(instance: InstanceId) -> Prefix {
     key(["binding", &instance.to_string()]).below()
+}
+
+/// A server behind a pool.
+pub(crate) fn back_end(pool: PoolId, server: ServerId) -> Key {
+    key(["back-end", &pool.to_string(), &server.to_string()])
+}
+
+/// What is kept of the servers behind a pool.
+pub(crate) fn back_ends(pool: PoolId) -> Prefix {
+    key(["back-end", &pool.to_string()]).below()
+}
+
+/// Which listener has a front port of a server.
+pub(crate) fn front_port(server: ServerId, port: u16) -> Key {
+    key(["front-port", &server.to_string(), &port.to_string()])
+}
+
+/// A load balancer that was deleted before its agent was told.
+pub(crate) fn balancer_gone(server: ServerId, id: LoadBalancerId) -> Key {
+    key(["load-balancer-gone", &server.to_string(), &id.to_string()])
+}
+
+/// All of them.
+pub(crate) fn balancers_gone() -> Prefix {
+    key(["load-balancer-gone"]).below()
+}
+
+/// The private key of a certificate (sealed by the gateway's vault).
+pub(crate) fn certificate_key(id: CertificateId) -> Key {
+    key(["certificate-key", &id.to_string()])
 }
 
 /// The answer that a caller was given for an idempotency key.

@@ -10,6 +10,7 @@ use windlass::{
     demo, dev, platform, plugin_cli,
     telemetry::{self, LogFormat},
 };
+use windlass_domain::load_balancer::PortRanges;
 
 /// A platform for running applications on fleets of Linux servers.
 #[derive(Parser)]
@@ -109,6 +110,9 @@ struct Server {
     /// And for so many MiB, whichever is less.
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
     plugin_calls_mib: u64,
+    /// Front ports that listeners of load balancers may have, for example `80,443,8000-8999`.
+    #[arg(long, env = "WINDLASS_FRONT_PORTS", default_value_t)]
+    front_ports: PortRanges,
 }
 
 #[derive(Args)]
@@ -286,6 +290,7 @@ async fn serve(options: Server) -> anyhow::Result<()> {
             max_age: Duration::from_secs(options.plugin_calls_days * 24 * 3600),
             max_bytes: options.plugin_calls_mib * 1024 * 1024,
         },
+        front_ports: options.front_ports,
         compile_command: None,
     })
     .await?;

@@ -64,10 +64,12 @@ use crate::{
         ServiceError,
         activation_codes::ActivationCodes,
         apps::Apps,
+        certificates::Certificates,
         diagnoses::{Diagnoses, DiagnosesParts},
         idempotency::Idempotency,
         instances::Instances,
         invocations::{Invocations, InvocationsParts},
+        load_balancers::{LoadBalancerParts, LoadBalancers, pools::AllPools},
         looks::Sights,
         notifications::Notifications,
         orders::Orders,
@@ -314,6 +316,13 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         settings: GatewaySettings::default(),
     });
     let traffic = Arc::new(SimulatedPools::new(store.clone()));
+    let certificates = Certificates::new(store.clone(), secrets.clone());
+    let load_balancers = LoadBalancers::new(LoadBalancerParts {
+        store: store.clone(),
+        secrets: secrets.clone(),
+        gateway: gateway.clone(),
+        front_ports: config.front_ports.clone(),
+    });
     let planner = Planner::new(PlannerParts {
         store: store.clone(),
         blobs: blobs.clone(),
@@ -330,7 +339,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         blobs: blobs.clone(),
         agents: Arc::new(gateway.clone()),
         planning: Arc::new(planner.clone()),
-        pools: traffic.clone(),
+        pools: Arc::new(AllPools::new(traffic.clone(), load_balancers.clone())),
     });
     let orders = Orders::new(engine.clone(), planner);
     let diagnoses = Diagnoses::new(DiagnosesParts {
@@ -403,6 +412,8 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     keepers.spawn(async move { marking.mark_failing(failing, stop_marking).await });
     let (comparing, stop_comparing) = (shadows.clone(), keepers_stop.clone());
     keepers.spawn(async move { comparing.run(shadowed, stop_comparing).await });
+    keepers.spawn(load_balancers.clone().run(keepers_stop.clone()));
+    keepers.spawn(certificates.clone().watch_ends(keepers_stop.clone()));
     let (set_ready, ready) = watch::channel(false);
     let shipped = config.shipped_plugins.clone();
     keepers.spawn(first_pass(
@@ -433,6 +444,8 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
             tokens,
             notifications: Notifications::new(store.clone()),
             pools: Pools::new(store.clone()),
+            load_balancers,
+            certificates,
             plugins: plugin_service,
             plugin_calls: PluginCalls::new(journal.clone(), plugins.clone()),
             plugin_events: PluginEvents::new(store.clone()),

@@ -11,11 +11,13 @@
 
 pub mod activation_codes;
 pub mod apps;
+pub mod certificates;
 mod chosen;
 pub mod diagnoses;
 pub mod idempotency;
 pub mod instances;
 pub mod invocations;
+pub mod load_balancers;
 pub mod looks;
 pub mod notifications;
 pub mod orders;
@@ -259,6 +261,12 @@ impl From<CommitError> for ServiceError {
                 Self::internal("commit a change", error)
             }
         }
+    }
+}
+
+impl From<windlass_store::LimitError> for ServiceError {
+    fn from(error: windlass_store::LimitError) -> Self {
+        Self::internal("commit a change", error)
     }
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use windlass_domain::{
     id::{PoolId, ServerId},
-    pool::Pool,
+    pool::{Pool, PoolKind},
 };
 
 use super::{
@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     engine::traffic::{PoolFault, SimulatedTraffic},
-    service::{Caller, pools::CreatePool},
+    service::{Caller, ServiceError, pools::CreatePool},
 };
 
 const PAGES: PageLimits = PageLimits {
@@ -100,10 +100,19 @@ async fn delete_pool(
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/pools/{id}/weights", operation_id = "get_pool_weights", tag = "pools",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PoolId, Path, description = "The pool's id.")),
-    responses((status = 200, description = "Weights that were set, on one page; a member that is missing has 100.", body = Page<MemberWeight>)))]
+    responses((status = 200, description = "Weights that were set, on one page; a member that is missing has 100. Of a load balancer: those that are kept.", body = Page<MemberWeight>)))]
 async fn get_pool_weights(State(api): State<Api>, Path((ws, id)): Path<(String, PoolId)>) -> Reply {
-    api.pools.get(&ws, id).await?;
-    let weights = api.traffic.weights(id).await?;
+    let (pool, _) = api.pools.get(&ws, id).await?;
+    let weights = match pool.kind {
+        PoolKind::Simulated => api.traffic.weights(id).await?,
+        PoolKind::LoadBalancer { .. } => {
+            let members = api.load_balancers.back_ends(&ws, id).await?;
+            members
+                .iter()
+                .map(|member| (member.server, member.weight))
+                .collect()
+        }
+    };
     let items = weights
         .into_iter()
         .map(|(server, weight)| MemberWeight { server, weight })
@@ -121,7 +130,7 @@ async fn get_pool_weights(State(api): State<Api>, Path((ws, id)): Path<(String, 
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PoolId, Path, description = "The pool's id.")),
     responses((status = 200, description = "What the simulated pool does wrong.", body = PoolFault)))]
 async fn get_pool_fault(State(api): State<Api>, Path((ws, id)): Path<(String, PoolId)>) -> Reply {
-    api.pools.get(&ws, id).await?;
+    simulated(&api, &ws, id).await?;
     Ok(reply::json(StatusCode::OK, &api.traffic.fault(id).await?))
 }
 
@@ -133,7 +142,7 @@ async fn set_pool_fault(
     Path((ws, id)): Path<(String, PoolId)>,
     Json(body): Json<PoolFault>,
 ) -> Reply {
-    api.pools.get(&ws, id).await?;
+    simulated(&api, &ws, id).await?;
     api.traffic.set_fault(id, body).await?;
     Ok(reply::json(StatusCode::OK, &body))
 }
@@ -146,7 +155,23 @@ async fn set_pool_traffic(
     Path((ws, id)): Path<(String, PoolId)>,
     Json(body): Json<SimulatedTraffic>,
 ) -> Reply {
-    api.pools.get(&ws, id).await?;
+    simulated(&api, &ws, id).await?;
     api.traffic.set_traffic(id, body.clone()).await?;
     Ok(reply::json(StatusCode::OK, &body))
+}
+
+/// Only a simulated pool can be told to do something wrong, or to count what nobody sent.
+async fn simulated(api: &Api, ws: &str, id: PoolId) -> Result<(), ServiceError> {
+    let (pool, _) = api.pools.get(ws, id).await?;
+    match pool.kind {
+        PoolKind::Simulated => Ok(()),
+        PoolKind::LoadBalancer { .. } => Err(ServiceError::conflict(
+            "pool_not_simulated",
+            format!(
+                "the pool `{}` is of a load balancer: its members answer by themselves, and nothing of them can be set",
+                pool.name
+            ),
+            "look at the load balancer's state instead",
+        )),
+    }
 }

@@ -345,8 +345,8 @@ impl KeeperTask {
                 let mut serving = 0u32;
                 for (server, cell) in members {
                     if *server != seat.server && !out(*server, cell) {
-                        match self.pools.weight(*pool, *server).await {
-                            Ok(weight) => serving += u32::from(weight > 0),
+                        match self.pools.serves(*pool, *server).await {
+                            Ok(serves) => serving += u32::from(serves),
                             Err(error) => return Some(Hold::because(error.to_string())),
                         }
                     }

@@ -1,4 +1,5 @@
-//! The seam behind which traffic is steered, and the simulated pool that stands there until a real load balancer does.
+//! The seam behind which traffic is steered, and the simulated pool. Those of load balancers are in
+//! `service::load_balancers::pools`.
 //!
 //! A pool has members with weights from 0 to 100; a member that was never set has 100. The simulated pool keeps weights
 //! durably in the store, answers read-backs, and can be told to fail, so that everything above the seam is tried against
@@ -52,6 +53,11 @@ pub enum TrafficError {
 pub trait TrafficPools: Send + Sync + 'static {
     /// The weight of a member, 0 to 100.
     async fn weight(&self, pool: PoolId, server: ServerId) -> Result<u32, TrafficError>;
+
+    /// Whether a member takes new requests now: with weight, and up as far as the pool knows.
+    async fn serves(&self, pool: PoolId, server: ServerId) -> Result<bool, TrafficError> {
+        Ok(self.weight(pool, server).await? > 0)
+    }
 
     /// Sets the weight of a member. Setting it again does no harm.
     async fn set_weight(

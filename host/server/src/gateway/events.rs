@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 use windlass_domain::{Timestamp, id::ServerId};
-use windlass_store::{CommitError, Key, Store, Txn, sortable};
+use windlass_store::{CommitError, Key, LimitError, Store, Txn, sortable};
 
 use crate::ids;
 
@@ -28,6 +28,8 @@ pub enum EventLevel {
 pub enum EventKind {
     /// A second session of one server's key took over: a copied machine or data directory, or a restart that was not noticed.
     AgentSessionEvicted,
+    /// A certificate of a load balancer ends soon, or has ended. Source: spec "Load balancers".
+    CertificateEnds,
 }
 
 /// A system event.
@@ -52,6 +54,14 @@ pub struct SystemEvent {
 /// # Errors
 /// [`CommitError`].
 pub async fn append(store: &dyn Store, event: &SystemEvent) -> Result<(), CommitError> {
+    store.commit(put(event)?).await.map(drop)
+}
+
+/// The part of a transaction that appends an event.
+///
+/// # Errors
+/// [`LimitError`], which a time and a random text never make.
+pub fn put(event: &SystemEvent) -> Result<Txn, LimitError> {
     let at = sortable(u64::try_from(event.at.unix_ms()).unwrap_or(0));
     let key = Key::from_segments([
         "default",
@@ -60,5 +70,5 @@ pub async fn append(store: &dyn Store, event: &SystemEvent) -> Result<(), Commit
         &ids::new_uuid().simple().to_string(),
     ])?;
     let value = serde_json::to_vec(event).expect("the record has string keys");
-    store.commit(Txn::new().put(key, value)).await.map(drop)
+    Ok(Txn::new().put(key, value))
 }

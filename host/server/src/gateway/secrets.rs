@@ -161,6 +161,28 @@ impl SecretVault {
             }
         }
         let updated_at = clock::now();
+        let record = self.sealed(&key, value, updated_at);
+        self.store.commit(with.put(key, record)).await?;
+        let name = name.to_owned();
+        Ok(SecretInfo { name, updated_at })
+    }
+
+    /// A value as the row of this key keeps it: for what is no secret of a workspace's own, such as the key of a certificate.
+    #[must_use]
+    pub fn seal(&self, key: &Key, value: &SecretText) -> Vec<u8> {
+        self.sealed(key, value, clock::now())
+    }
+
+    /// The value that was [sealed](Self::seal) into a row; `None`: there is no such row.
+    ///
+    /// # Errors
+    /// [`SecretError::Sealed`], [`SecretError::Store`].
+    pub async fn open_sealed(&self, key: &Key) -> Result<Option<SecretText>, SecretError> {
+        let name = key.segments().next_back().unwrap_or_default().to_owned();
+        self.open_row(key, &name).await
+    }
+
+    fn sealed(&self, key: &Key, value: &SecretText, updated_at: Timestamp) -> Vec<u8> {
         let nonce = random_bytes::<NONCE_LEN>();
         let mut sealed = value.reveal().as_bytes().to_vec();
         self.key
@@ -176,10 +198,7 @@ impl SecretVault {
             nonce: BASE64.encode(nonce),
             sealed: BASE64.encode(sealed),
         };
-        let record = serde_json::to_vec(&record).expect("the record has string keys");
-        self.store.commit(with.put(key, record)).await?;
-        let name = name.to_owned();
-        Ok(SecretInfo { name, updated_at })
+        serde_json::to_vec(&record).expect("the record has string keys")
     }
 
     /// The names of a workspace's secrets, sorted, with the time they were set; never a value.
@@ -232,8 +251,11 @@ impl SecretVault {
         workspace: &str,
         name: &str,
     ) -> Result<Option<SecretText>, SecretError> {
-        let key = row(workspace, name)?;
-        let Some(entry) = self.store.get(&key).await? else {
+        self.open_row(&row(workspace, name)?, name).await
+    }
+
+    async fn open_row(&self, key: &Key, name: &str) -> Result<Option<SecretText>, SecretError> {
+        let Some(entry) = self.store.get(key).await? else {
             return Ok(None);
         };
         let sealed = || SecretError::Sealed {

@@ -74,7 +74,7 @@ impl Pools {
     /// Makes a pool.
     ///
     /// # Errors
-    /// `name_taken`; [`ServiceError::NotFound`] of the workspace.
+    /// `name_taken`; `pool_kind_invalid`; [`ServiceError::NotFound`] of the workspace.
     pub async fn create(
         &self,
         caller: Caller,
@@ -83,6 +83,17 @@ impl Pools {
     ) -> Result<(Pool, Revision), ServiceError> {
         let store = &*self.store;
         let id = PoolId::from_uuid(ids::new_uuid());
+        match request.kind {
+            PoolKind::Simulated => {}
+            PoolKind::LoadBalancer { .. } => {
+                return Err(ServiceError::invalid(
+                    "pool_kind_invalid",
+                    "kind",
+                    "a pool of a load balancer is made with its listener or virtual server group",
+                    "make the listener or group",
+                ));
+            }
+        }
         records::change(store, &caller, || async {
             let (workspace, _) =
                 records::get::<windlass_domain::workspace::Workspace>(store, ws).await?;
@@ -112,7 +123,7 @@ impl Pools {
     /// Deletes a pool that no service instance takes traffic from; `confirm` is its name.
     ///
     /// # Errors
-    /// `in_use`, with the service instances; `confirmation_missing`; [`ServiceError::NotFound`].
+    /// `in_use`, with the service instances; `pool_of_listener`; `confirmation_missing`; [`ServiceError::NotFound`].
     pub async fn delete(
         &self,
         caller: Caller,
@@ -125,6 +136,19 @@ impl Pools {
         records::change(store, &caller, || async {
             let (pool, revision) = self.get(ws, id).await?;
             records::check_confirm("pool", confirm, pool.name.as_str())?;
+            match pool.kind {
+                PoolKind::Simulated => {}
+                PoolKind::LoadBalancer { listener, .. } => {
+                    return Err(ServiceError::conflict(
+                        "pool_of_listener",
+                        format!(
+                            "the pool `{}` belongs to the listener {listener}",
+                            pool.name
+                        ),
+                        "delete the listener, or its server group",
+                    ));
+                }
+            }
             let unused = records::unused(store, Kind::Pool, &text).await?;
             let below = keys::all_of_workspace(Kind::Instance, ws);
             let by: Vec<String> = records::all_indexed::<ServiceInstance>(store, &below)

@@ -10,8 +10,10 @@ use windlass_domain::{
     Digest,
     activation::ActivationCode,
     application::Application,
+    certificate::Certificate,
     diagnosis::Diagnosis,
     instance::ServiceInstance,
+    load_balancer::{Listener, LoadBalancer},
     notification::{Channel, Delivery},
     package::Package,
     pool::Pool,
@@ -99,6 +101,9 @@ records! {
     Server = Server, id;
     ActivationCode = Activation, id;
     Pool = Pool, id;
+    LoadBalancer = LoadBalancer, id;
+    Listener = Listener, id;
+    Certificate = Certificate, id;
     Token = Token, id;
     Channel = Channel, id;
     Delivery = Delivery, id;

@@ -15,6 +15,7 @@ use windlass_domain::{
     Digest,
     activation::{ActivationCode, CodeRefusal},
     id::{InstanceId, ServerId},
+    load_balancer::LoadBalancer,
     manifest::Manifest,
     name::{CellName, ServerName, TagKey},
     server::{ConnectionState, MachineFacts, MachineState, ReleaseState, Server},
@@ -208,7 +209,8 @@ impl Servers {
     /// (`Gateway::deregister`), which makes the agent stop. Its binding and what is known of its installed release go with it.
     ///
     /// # Errors
-    /// `server_locked` when an order holds it; `confirmation_missing`; [`ServiceError::NotFound`].
+    /// `server_locked` when an order holds it; `in_use`, with the load balancers that it hosts; `confirmation_missing`;
+    /// [`ServiceError::NotFound`].
     pub async fn deregister(
         &self,
         caller: Caller,
@@ -221,8 +223,20 @@ impl Servers {
         records::change(store, &caller, || async {
             let (server, revision) = self.get(ws, id).await?;
             records::check_confirm("server", confirm, server.name.as_str())?;
+            let unused = records::unused(store, Kind::Server, &text).await?;
+            let below = keys::all_of_workspace(Kind::LoadBalancer, ws);
+            let hosts: Vec<String> = records::all_indexed::<LoadBalancer>(store, &below)
+                .await?
+                .into_iter()
+                .filter(|balancer| balancer.server == id)
+                .map(|balancer| format!("load balancer {} ({})", balancer.name, balancer.id))
+                .collect();
+            if !hosts.is_empty() {
+                return Err(ServiceError::in_use("server", server.name.as_str(), &hosts));
+            }
             let mut txn = unlocked(store, &server)
                 .await?
+                .and(unused)
                 .and(records::remove(&server, revision))
                 .delete(keys::name_in_workspace(
                     Kind::Server,

@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use windlass_domain::{
+    certificate::Certificate,
     instance::ServiceInstance,
+    load_balancer::LoadBalancer,
     name::{CellName, WorkspaceName, ZoneName},
     notification::Channel,
     package::Package,
@@ -359,6 +361,13 @@ impl Workspaces {
         }
         for found in records::all_indexed::<Package>(store, &below(Kind::Package)).await? {
             left.push(format!("package {} ({})", found.version, found.id));
+        }
+        for found in records::all_indexed::<LoadBalancer>(store, &below(Kind::LoadBalancer)).await?
+        {
+            left.push(format!("load balancer {} ({})", found.name, found.id));
+        }
+        for found in records::all_indexed::<Certificate>(store, &below(Kind::Certificate)).await? {
+            left.push(format!("certificate {} ({})", found.name, found.id));
         }
         for found in records::all_indexed::<Pool>(store, &below(Kind::Pool)).await? {
             left.push(format!("pool {} ({})", found.name, found.id));

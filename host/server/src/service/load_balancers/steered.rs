@@ -1,0 +1,136 @@
+//! A pool of a load balancer as the engine steers it: read from HAProxy, set there, and only then taken for true.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use windlass_domain::{
+    id::{PoolId, ServerId},
+    load_balancer::{LoadBalancer, Power},
+    pool::{MemberHealth, MemberStats, Pool},
+};
+
+use super::{LoadBalancers, back_ends::SetBackEndWeight, steering::SteeringError};
+use crate::service::{Caller, ServiceError};
+
+/// How long the load balancer's own check of a server that gets traffic again may take to find it up.
+const UP_WITHIN: Duration = Duration::from_secs(20);
+const UP_LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// A pool of a load balancer as the engine steers it; `None` from [`LoadBalancers::steered`]: it is another kind of pool.
+pub struct SteeredPool {
+    balancers: LoadBalancers,
+    pool: Pool,
+    balancer: LoadBalancer,
+    /// Whether HAProxy is to have the pool at all.
+    runs: bool,
+}
+
+impl LoadBalancers {
+    /// The pool, where it is a load balancer's.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn steered(&self, id: PoolId) -> Result<Option<SteeredPool>, ServiceError> {
+        Ok(self
+            .of_pool(id)
+            .await?
+            .map(|(pool, balancer, listener)| SteeredPool {
+                balancers: self.clone(),
+                pool,
+                runs: balancer.power == Power::Started && listener.power == Power::Started,
+                balancer,
+            }))
+    }
+}
+
+impl SteeredPool {
+    /// Its members as HAProxy shows them; of a listener that is stopped: as they are kept.
+    ///
+    /// # Errors
+    /// [`SteeringError`].
+    pub async fn stats(&self) -> Result<Vec<MemberStats>, SteeringError> {
+        if !self.runs {
+            let members = self.balancers.members_of(&self.pool).await?;
+            return Ok(members
+                .iter()
+                .map(|member| MemberStats {
+                    server: member.server.id,
+                    weight: member.weight,
+                    health: MemberHealth::Unchecked,
+                    sessions: 0,
+                    requests: 0,
+                    errors: 0,
+                    retries: 0,
+                    redispatches: 0,
+                    latency_ms: None,
+                })
+                .collect());
+        }
+        let state = self.balancers.steering.look(&self.balancer).await?;
+        Ok(state
+            .members
+            .iter()
+            .filter(|member| member.pool == self.pool.id)
+            .map(|member| member.stats.clone())
+            .collect())
+    }
+
+    /// One member as HAProxy shows it; `None`: it has none such (yet).
+    ///
+    /// # Errors
+    /// [`SteeringError`].
+    pub async fn member(&self, server: ServerId) -> Result<Option<MemberStats>, SteeringError> {
+        let found = self.stats().await?;
+        Ok(found.into_iter().find(|member| member.server == server))
+    }
+
+    /// Keeps a weight and has HAProxy take it. With a weight above 0 it returns when HAProxy's own check finds the server up:
+    /// before that it would get no traffic, and the next server must not be taken out on the strength of it.
+    ///
+    /// # Errors
+    /// [`SteeringError`]; a text where the server does not come up in time.
+    pub async fn set_weight(
+        &self,
+        server: ServerId,
+        weight: u32,
+    ) -> Result<Result<(), String>, SteeringError> {
+        let balancers = &self.balancers;
+        let set = [SetBackEndWeight { server, weight }];
+        let alone = balancers.steering.alone(self.balancer.id).await;
+        let caller = Caller::default();
+        balancers.keep_weights(&caller, &self.pool, &set).await?;
+        if !self.runs {
+            return Ok(Ok(()));
+        }
+        let steering = &balancers.steering;
+        steering
+            .tell_weights(&alone, &self.balancer, self.pool.id, &set)
+            .await?;
+        drop(alone);
+        if weight == 0 {
+            return Ok(Ok(()));
+        }
+        let deadline = Instant::now() + UP_WITHIN;
+        loop {
+            let state = steering.look(&self.balancer).await?;
+            let member = state
+                .members
+                .iter()
+                .find(|member| member.pool == self.pool.id && member.stats.server == server);
+            let down = match member {
+                Some(member) if member.stats.serves() => return Ok(Ok(())),
+                Some(member) => format!("it shows `{}`", member.check.trim()),
+                None => "it does not have the server".to_owned(),
+            };
+            if Instant::now() > deadline {
+                return Ok(Err(format!(
+                    "the load balancer `{}` does not find the server {server} up within {} s after its weight was set: {down}; \
+                     look at the listener's health check, and whether its server reaches that one",
+                    self.balancer.name,
+                    UP_WITHIN.as_secs()
+                )));
+            }
+            tokio::time::sleep(UP_LOOK_EVERY).await;
+        }
+    }
+}
