@@ -32,8 +32,10 @@ upload_rss_mb <= 20
 agent_binary_mb <= 10
 agent_rss_mb <= 15
 idle_agent_kb <= 40
+traffic_failed_requests <= 0
+traffic_share_error_pp <= 3
 '
-all='bench_ready plugin_bench registry_bench bench_hostile bench_engine store_bench bench_api_get bench_upload agent_footprint idle_agents'
+all='bench_ready plugin_bench registry_bench bench_hostile bench_engine store_bench bench_api_get bench_upload agent_footprint idle_agents bench_traffic'
 
 say() { echo "bench: $*" >&2; }
 load() { cut -d ' ' -f 1-3 /proc/loadavg; }
@@ -47,7 +49,7 @@ machine() {
 say "building"
 cargo build --release -p windlass -p windlass-agent -p windlass-sample -p windlass-runtime -p windlass-tests \
     --bins --example bench_ready --example bench_engine --example bench_api_get --example bench_upload --example bench_hostile \
-    --example plugin_bench --example registry_bench --example idle_agents --example agent_footprint >&2
+    --example bench_traffic --example plugin_bench --example registry_bench --example idle_agents --example agent_footprint >&2
 # The store's measurement is a feature of the store: this builds the store once more, and nothing else.
 cargo build --release -p windlass -p windlass-agent -p windlass-store --features windlass-store/bench \
     --example store_bench >&2

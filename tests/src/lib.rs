@@ -1,5 +1,6 @@
 //! What tests and benches of the whole share.
 
+pub mod balanced;
 pub mod guests;
 pub mod host;
 pub mod hostile;

@@ -91,6 +91,16 @@ pub struct Counts {
 }
 
 impl Counts {
+    fn add(&mut self, more: &Self) {
+        self.requests += more.requests;
+        self.failed += more.failed;
+        self.failures.extend(more.failures.iter().cloned());
+        for (who, count) in &more.by {
+            *self.by.entry(who.clone()).or_default() += count;
+        }
+        self.slowest_ms = self.slowest_ms.max(more.slowest_ms);
+    }
+
     /// The share of each answerer among the answers since an earlier look, 0 to 1.
     ///
     /// # Panics
@@ -214,13 +224,29 @@ impl Load {
     /// # Panics
     /// When they do not end within a minute and a tenth of a second for each ten of them.
     pub async fn shares_over(&self, requests: u64) -> BTreeMap<String, f64> {
-        let before = self.counts();
+        Self::shares_of_all(std::slice::from_ref(self), requests).await
+    }
+
+    /// The same of several loads together. What shares a pool out knows nothing of loads: where two of them take turns, one
+    /// server may answer more of the one than of the other.
+    ///
+    /// # Panics
+    /// As [`Load::shares_over`].
+    pub async fn shares_of_all(loads: &[Self], requests: u64) -> BTreeMap<String, f64> {
+        let counts = || {
+            let mut all = Counts::default();
+            for load in loads {
+                all.add(&load.counts());
+            }
+            all
+        };
+        let before = counts();
         let deadline =
             Instant::now() + Duration::from_secs(60) + Duration::from_millis(10 * requests);
         let mut ticks = tokio::time::interval(Duration::from_millis(20));
         loop {
             ticks.tick().await;
-            let now = self.counts();
+            let now = counts();
             if now.requests >= before.requests + requests {
                 return now.shares_since(&before);
             }
