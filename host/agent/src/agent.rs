@@ -3,7 +3,7 @@
 //! One task of the runtime owns everything here; sessions and executions are other tasks that talk to it over bounded channels.
 //! The states of a task are drawn in the head of `windlass_protocol`. What this module adds to them:
 //! - Tasks of one service instance run one after the other, in the order of their pushes; instances run side by side, and so
-//!   do orders of server work ([`Lane`]).
+//!   do orders of server work (`Lane`).
 //! - A task that was interrupted by the agent's death waits for its next push, except scripts, which are found again at once.
 //! - A journal of a new epoch knows of nothing: scripts that still run are killed (their outcome is `unknown` already, and nothing
 //!   should act behind one's back), applications go on.
