@@ -10,6 +10,7 @@ use axum::{
     extract::{FromRequest, FromRequestParts, Request},
     http::{HeaderMap, Method, StatusCode, header, request::Parts},
 };
+use http_body_util::BodyExt as _;
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 use windlass_store::Revision;
@@ -19,6 +20,10 @@ use crate::service::{Caller, PageRequest};
 
 /// Largest JSON body.
 pub(crate) const BODY_MAX_BYTES: usize = 1024 * 1024;
+/// So much of a refused body is taken and dropped.
+const REST_MAX_BYTES: usize = 64 * 1024 * 1024;
+/// For so long.
+const REST_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a JSON body may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -125,6 +130,22 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), Problem> {
     )
     .field("Content-Type")
     .mend("send JSON, with `Content-Type: application/json`"))
+}
+
+/// Takes what is still coming of a body that is refused, so that its sender gets to read why instead of a connection that
+/// breaks under its writes. Bounded: one that sends more than [`REST_MAX_BYTES`], or longer than [`REST_TIMEOUT`], is cut off.
+/// Not for a sender that asked first (`Expect: 100-continue`): taking its body would tell it to send.
+pub(super) async fn read_rest(body: &mut Body) {
+    let rest = async {
+        let mut read = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            read += frame.data_ref().map_or(0, Bytes::len);
+            if read > REST_MAX_BYTES {
+                break;
+            }
+        }
+    };
+    let _cut_off_when_elapsed = tokio::time::timeout(REST_TIMEOUT, rest).await;
 }
 
 /// A whole body of at most [`BODY_MAX_BYTES`].

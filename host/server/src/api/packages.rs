@@ -22,7 +22,7 @@ use windlass_domain::{
 
 use super::{
     Api,
-    extract::{PageLimits, Path, Query, page_of},
+    extract::{PageLimits, Path, Query, page_of, read_rest},
     problem::Problem,
     reply::{self, Page, Reply},
     workspaces::Confirm,
@@ -116,8 +116,18 @@ async fn upload_package(
         expected_digest: expected_digest.transpose()?,
         content_length,
     };
-    let upload = api.packages.begin(caller, &ws, app.id, begin).await?;
-    let made = receive(upload, request.into_body()).await?;
+    let asks_first = headers.contains_key(header::EXPECT);
+    let mut body = request.into_body();
+    let upload = match api.packages.begin(caller, &ws, app.id, begin).await {
+        Ok(upload) => upload,
+        Err(refused) => {
+            if !asks_first {
+                read_rest(&mut body).await;
+            }
+            return Err(refused.into());
+        }
+    };
+    let made = receive(upload, body).await?;
     Ok(reply::created(
         &format!("/v1/workspaces/{ws}/packages/{}", made.0.id),
         made,
@@ -133,7 +143,10 @@ async fn receive(
             Ok(None) => return Ok(upload.finish().await?),
             Ok(Some(Ok(frame))) => {
                 if let Ok(bytes) = frame.into_data() {
-                    upload.write(bytes).await?;
+                    if let Err(refused) = upload.write(bytes).await {
+                        read_rest(&mut body).await;
+                        return Err(refused.into());
+                    }
                 }
             }
             Ok(Some(Err(error))) => {

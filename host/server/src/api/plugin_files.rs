@@ -19,7 +19,7 @@ use windlass_runtime::{Export, PluginStatus, journal::CallFilter};
 
 use super::{
     Api,
-    extract::{Path, Query},
+    extract::{Path, Query, read_rest},
     problem::Problem,
     reply::{self, Reply},
 };
@@ -184,14 +184,18 @@ async fn receive(request: Request) -> Result<(Vec<u8>, Option<Vec<u8>>), Problem
         .headers()
         .get(header::CONTENT_LENGTH)
         .and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
-    if let Some(length) = announced.filter(|length| *length > FILE_MAX_BYTES) {
-        return Err(too_large(length));
-    }
+    let asks_first = request.headers().contains_key(header::EXPECT);
     let signature = request
         .headers()
         .get(SIGNATURE)
         .map(|value| value.as_bytes().to_vec());
     let mut body: Body = request.into_body();
+    if let Some(length) = announced.filter(|length| *length > FILE_MAX_BYTES) {
+        if !asks_first {
+            read_rest(&mut body).await;
+        }
+        return Err(too_large(length));
+    }
     let mut bytes = Vec::with_capacity(announced.unwrap_or(0));
     loop {
         match tokio::time::timeout(CHUNK_TIMEOUT, body.frame()).await {
@@ -199,6 +203,7 @@ async fn receive(request: Request) -> Result<(Vec<u8>, Option<Vec<u8>>), Problem
             Ok(Some(Ok(frame))) => {
                 if let Ok(chunk) = frame.into_data() {
                     if bytes.len() + chunk.len() > FILE_MAX_BYTES {
+                        read_rest(&mut body).await;
                         return Err(too_large(bytes.len() + chunk.len()));
                     }
                     bytes.extend_from_slice(&chunk);
