@@ -390,12 +390,19 @@ async fn a_plugin_is_uploaded_recorded_previewed_compared_and_deleted() {
     })
     .await;
     assert_eq!(promoted["totals"]["equal"], 4, "{promoted}");
-    let default = host
-        .api
-        .get("/v1/plugins/asked")
-        .await
-        .expect("the default");
-    assert_eq!(default["descriptor"]["version"], "1.1.0");
+    // A promotion is durable first; the registry acts on it right after.
+    eventually("1.1.0 is the default", || async {
+        let default = host
+            .api
+            .get("/v1/plugins/asked")
+            .await
+            .map_err(|error| error.to_string())?;
+        match default["descriptor"]["version"].as_str() {
+            Some("1.1.0") => Ok(()),
+            Some(_) | None => Err(default.to_string()),
+        }
+    })
+    .await;
 
     // --- one that answers otherwise is not, and the evidence says where
     host.api
