@@ -23,8 +23,8 @@ use tokio::{
     time::timeout,
 };
 use windlass_protocol::{
-    MAX_QUERIES_IN_FLIGHT, MAX_QUERY_DATA_BYTES, MAX_QUERY_TEXT_BYTES, MAX_QUERY_TIMEOUT_MS,
-    ProbeReply, Query, QueryError, QueryErrorCode, QueryReply,
+    MAX_FRAME_BYTES, MAX_QUERIES_IN_FLIGHT, MAX_QUERY_DATA_BYTES, MAX_QUERY_TEXT_BYTES,
+    MAX_QUERY_TIMEOUT_MS, ProbeReply, Query, QueryError, QueryErrorCode, QueryReply,
 };
 
 use crate::execute::Context;
@@ -33,6 +33,9 @@ use crate::execute::Context;
 const READERS: usize = 2;
 /// How much longer than its deadline a query may take to say what it found so far.
 const LAST_WORDS: Duration = Duration::from_millis(300);
+/// The longest state of a load balancer, in bytes of JSON: what a frame carries beside the rest of its message. Some three
+/// thousand servers fit.
+const MAX_STATE_BYTES: usize = MAX_FRAME_BYTES - 4 * 1024;
 
 type Answer = Result<QueryReply, QueryError>;
 
@@ -193,9 +196,21 @@ fn bounded(reply: QueryReply) -> Answer {
                 dropped_bytes: dropped_bytes + cut,
             }))
         }
-        reply @ (QueryReply::Connect(_) | QueryReply::LoadBalancer(_) | QueryReply::Unknown) => {
-            Ok(reply)
+        QueryReply::LoadBalancer(state) => {
+            let size = serde_json::to_vec(&state).map_or(usize::MAX, |json| json.len());
+            if size > MAX_STATE_BYTES {
+                return Err(QueryError::new(
+                    QueryErrorCode::LimitExceeded,
+                    format!(
+                        "the state of the load balancer's {} servers has {size} bytes, the limit is {MAX_STATE_BYTES}; share \
+                         them out over several load balancers",
+                        state.members.len()
+                    ),
+                ));
+            }
+            Ok(QueryReply::LoadBalancer(state))
         }
+        reply @ (QueryReply::Connect(_) | QueryReply::Unknown) => Ok(reply),
     }
 }
 
@@ -233,6 +248,8 @@ fn read_text(path: &str) -> Result<String, QueryError> {
 
 #[cfg(test)]
 mod tests {
+    use windlass_protocol::BalancerState;
+
     use super::*;
 
     #[test]
@@ -261,6 +278,23 @@ mod tests {
         };
         assert!(windlass_protocol::encode(&message).is_ok());
         let refused = probe("x".repeat(MAX_QUERY_DATA_BYTES), String::new()).unwrap_err();
+        assert_eq!(refused.code, QueryErrorCode::LimitExceeded);
+        let state = |bytes: usize| {
+            bounded(QueryReply::LoadBalancer(Box::new(BalancerState {
+                message: "x".repeat(bytes),
+                ..BalancerState::default()
+            })))
+        };
+        let message = windlass_protocol::ToServer::QueryAnswer {
+            id: u64::MAX,
+            result: state(MAX_STATE_BYTES - 200),
+        };
+        assert!(matches!(
+            &message,
+            windlass_protocol::ToServer::QueryAnswer { result: Ok(_), .. }
+        ));
+        assert!(windlass_protocol::encode(&message).is_ok());
+        let refused = state(MAX_STATE_BYTES).unwrap_err();
         assert_eq!(refused.code, QueryErrorCode::LimitExceeded);
     }
 }
