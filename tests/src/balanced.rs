@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::SocketAddr,
+    process::Command,
     sync::{Mutex, PoisonError},
 };
 
@@ -283,5 +284,32 @@ impl Balanced {
                     + member["stats"]["redispatches"].as_u64().expect("a counter")
             })
             .sum()
+    }
+
+    /// Kills HAProxy, master and workers.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn kill_haproxy(&self, host: &TestHost) {
+        let directory = host.agents[0].data.join("balancers").join(&self.balancer);
+        let directory = directory.canonicalize().expect("its directory");
+        let processes: Vec<String> = fs::read_dir("/proc")
+            .expect("/proc")
+            .flatten()
+            .filter(|process| {
+                let program = fs::read_to_string(process.path().join("comm"));
+                let works_in = fs::read_link(process.path().join("cwd"));
+                program.is_ok_and(|program| program.trim() == "haproxy")
+                    && works_in.is_ok_and(|works_in| works_in == directory)
+            })
+            .filter_map(|process| process.file_name().into_string().ok())
+            .collect();
+        assert!(!processes.is_empty(), "HAProxy runs");
+        // A worker of before a reload may have ended just now: what kill(1) says of it does not matter.
+        Command::new("kill")
+            .arg("-KILL")
+            .args(&processes)
+            .status()
+            .expect("kill(1)");
     }
 }

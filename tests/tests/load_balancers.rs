@@ -170,6 +170,20 @@ async fn releases_reloads_and_crashes_lose_no_request() {
     })
     .await;
     stop_without_a_failure(loads, "reloads and crashes").await;
+
+    // HAProxy itself dies: it comes back, and a drained server stays drained.
+    balanced.set_weights(&host, &[(&ids[1], 0)]).await;
+    balanced.kill_haproxy(&host);
+    eventually("HAProxy answers again", || async {
+        match try_get(balanced.front, "/", &[]) {
+            Ok(answer) if answer.starts_with("HTTP/1.1 200") => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
+    for _ in 0..10 {
+        assert_ne!(who(&get(balanced.front, "/", &[])), balanced.servers[1].0);
+    }
 }
 
 /// One request on a connection of its own; the whole answer.
