@@ -142,11 +142,11 @@ async fn receive(
         match tokio::time::timeout(CHUNK_TIMEOUT, body.frame()).await {
             Ok(None) => return Ok(upload.finish().await?),
             Ok(Some(Ok(frame))) => {
-                if let Ok(bytes) = frame.into_data() {
-                    if let Err(refused) = upload.write(bytes).await {
-                        read_rest(&mut body).await;
-                        return Err(refused.into());
-                    }
+                if let Ok(bytes) = frame.into_data()
+                    && let Err(refused) = upload.write(bytes).await
+                {
+                    read_rest(&mut body).await;
+                    return Err(refused.into());
                 }
             }
             Ok(Some(Err(error))) => {

@@ -78,14 +78,14 @@ impl View {
             Effect::Judge { .. }
             | Effect::StartRollback
             | Effect::RollBackStage(_)
-            | Effect::ChangeTraffic { .. } => Self::Whole(Box::new(progress.clone())),
+            | Effect::ChangeTraffic { .. }
+            | Effect::Finish => Self::Whole(Box::new(progress.clone())),
             Effect::Admit(node) => Self::Again(progress.node(node).again),
             Effect::Initialise
             | Effect::Release(_)
             | Effect::Dispatch { .. }
             | Effect::Revoke { .. }
-            | Effect::Pause { .. }
-            | Effect::Finish => Self::Nothing,
+            | Effect::Pause { .. } => Self::Nothing,
         }
     }
 }
@@ -693,6 +693,14 @@ async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + 
             // Told already, or rolled back after it had ended.
             Ok(()) | Err(super::ActError::Refused(_) | super::ActError::NoSuchOrder(_)) => {}
             Err(error) => return Err(error.into()),
+        }
+    }
+    // Without its active row the order is never taken up again: every seat has to be given back before.
+    if let View::Whole(progress) = &job.view {
+        for effect in reducer::due(&job.plan, progress) {
+            if let Effect::Release(node) = effect {
+                release(job, node).await;
+            }
         }
     }
     if order.lock_owner == order.id {

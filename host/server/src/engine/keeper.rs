@@ -7,10 +7,7 @@
 //! that looked away would let a release take one server after the other. Admissions and releases that wait are answered with one commit, one keeper per store.
 //! Source: design, "Safety envelope".
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use tokio::sync::{Notify, mpsc, oneshot};
 use windlass_domain::{
@@ -211,57 +208,60 @@ impl KeeperTask {
     }
 
     async fn answer(&mut self, batch: Vec<Request>) {
-        let mut txn = Vec::new();
-        let mut touched = BTreeSet::new();
+        // Requests are answered in their order, on what is held in memory; what came of it is written with one commit.
+        let mut before: BTreeMap<Seat, Option<OrderId>> = BTreeMap::new();
         let mut admitted = Vec::new();
         let mut released = Vec::new();
         let mut deferred = Vec::new();
         for request in batch {
             match request {
                 Request::Admit(admission, reply) => {
-                    if touched.contains(&admission.seat) {
-                        deferred.push((admission, reply));
+                    let (order, seat) = (admission.order, admission.seat.clone());
+                    let holder = self.held.get(&seat).copied();
+                    if before.contains_key(&seat) && holder.is_some_and(|holder| holder != order) {
+                        deferred.push(reply);
                         continue;
                     }
                     match self.refusal(&admission).await {
                         Some(reason) => drop(reply.send(Answer::Held(reason))),
                         None => {
-                            let Admission { order, seat, .. } = *admission;
-                            touched.insert(seat.clone());
-                            if self.held.insert(seat.clone(), order) != Some(order) {
-                                txn.push((seat, Some(order)));
-                            }
+                            before.entry(seat.clone()).or_insert(holder);
+                            self.held.insert(seat, order);
                             admitted.push(reply);
                         }
                     }
                 }
                 Request::Release(order, seat, reply) => {
                     // Another order may hold the server by now: that is not ours to release.
-                    if self.held.get(&seat) == Some(&order) && !touched.contains(&seat) {
+                    if self.held.get(&seat) == Some(&order) {
                         self.held.remove(&seat);
-                        touched.insert(seat.clone());
-                        txn.push((seat, None));
+                        before.entry(seat).or_insert(Some(order));
                     }
                     released.push(reply);
                 }
             }
         }
-        if !txn.is_empty() && !self.commit(&txn).await {
-            // Nothing was promised: the askers see the channel close and ask again.
-            for (seat, order) in txn {
-                match order {
-                    Some(_) => {
-                        self.held.remove(&seat);
-                    }
-                    None => self.changed.notify_waiters(),
-                }
+        let changes: Vec<(Seat, Option<OrderId>)> = before
+            .iter()
+            .map(|(seat, before)| (seat, *before, self.held.get(seat).copied()))
+            .filter(|(_, before, now)| before != now)
+            .map(|(seat, _, now)| (seat.clone(), now))
+            .collect();
+        if !changes.is_empty() && !self.commit(&changes).await {
+            // Nothing was promised: the askers see the channel close and ask again, and what is held is as it was.
+            for (seat, before) in before {
+                match before {
+                    Some(order) => self.held.insert(seat, order),
+                    None => self.held.remove(&seat),
+                };
             }
+            self.changed.notify_waiters();
             return;
         }
         for reply in admitted {
             drop(reply.send(Answer::Admitted));
         }
-        for (_, reply) in deferred {
+        for reply in deferred {
             drop(reply.send(Answer::Held(Hold::because(
                 "another order has just started on this server",
             ))));
@@ -377,4 +377,85 @@ fn seat_of(key: &windlass_store::Key) -> Option<Seat> {
         cell,
         server,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use windlass_domain::inbox::JournalEpoch;
+
+    use super::*;
+    use crate::{engine::traffic::SimulatedPools, ids, service::records::tests::memory_store};
+
+    /// Every agent is connected.
+    struct Connected;
+
+    impl Agents for Connected {
+        fn current_epoch(&self, _: ServerId) -> Option<JournalEpoch> {
+            None
+        }
+
+        fn is_online(&self, _: ServerId) -> bool {
+            true
+        }
+
+        fn nudge(&self, _: ServerId) {}
+    }
+
+    fn seat() -> Seat {
+        Seat {
+            instance: InstanceId::from_uuid(ids::new_uuid()),
+            cell: "one".to_owned(),
+            server: ServerId::from_uuid(ids::new_uuid()),
+        }
+    }
+
+    fn admit(order: OrderId, seat: &Seat) -> (Request, oneshot::Receiver<Answer>) {
+        let (reply, answer) = oneshot::channel();
+        let admission = Admission {
+            order,
+            seat: seat.clone(),
+            limits: Limits::default(),
+            pools: Vec::new(),
+            members: vec![(seat.server, seat.cell.clone())],
+        };
+        (Request::Admit(Box::new(admission), reply), answer)
+    }
+
+    fn release(order: OrderId, seat: &Seat) -> (Request, oneshot::Receiver<()>) {
+        let (reply, answer) = oneshot::channel();
+        (Request::Release(order, seat.clone(), reply), answer)
+    }
+
+    #[tokio::test]
+    async fn a_turn_that_ends_in_the_batch_it_starts_in_keeps_no_seat() {
+        let store = memory_store();
+        let pools = Arc::new(SimulatedPools::new(store.clone()));
+        let open = || KeeperTask::open(store.clone(), Arc::new(Connected), pools.clone());
+        let (_keeper, mut task) = open().await.unwrap();
+        let [one, two] = [0, 1].map(|_| OrderId::from_uuid(ids::new_uuid()));
+        let seat = seat();
+
+        // The asker gave up while its admission waited: nobody reads the answer.
+        let (asked, _) = admit(one, &seat);
+        let (given_back, done) = release(one, &seat);
+        let (next, admitted) = admit(two, &seat);
+        task.answer(vec![asked, given_back, next]).await;
+        done.await.unwrap();
+        assert_eq!(admitted.await.unwrap(), Answer::Admitted);
+        assert_eq!(task.held, BTreeMap::from([(seat.clone(), two)]));
+        assert_eq!(open().await.unwrap().1.held, task.held);
+
+        // What is not the asker's is not given back; one order at a time starts on a server.
+        let (foreign, done) = release(one, &seat);
+        task.answer(vec![foreign]).await;
+        done.await.unwrap();
+        assert_eq!(task.held.get(&seat), Some(&two));
+        let (given_back, _) = release(two, &seat);
+        let (first, admitted) = admit(one, &seat);
+        let (second, held) = admit(two, &seat);
+        task.answer(vec![given_back, first, second]).await;
+        assert_eq!(admitted.await.unwrap(), Answer::Admitted);
+        assert!(matches!(held.await.unwrap(), Answer::Held(_)));
+        assert_eq!(open().await.unwrap().1.held, BTreeMap::from([(seat, one)]));
+    }
 }
