@@ -45,14 +45,11 @@ machine() {
     echo "$(nproc) cores of ${model:-$(uname -m)}, $memory GB, Linux $(uname -r)"
 }
 
-# The same packages as `make build`, so that the same features are chosen and nothing is built twice.
+# The whole workspace, as in `make build`: the same features are chosen, and nothing is built twice. The store's measurement is
+# a feature of the store: this builds the workspace's own crates once more.
 say "building"
-cargo build --release -p windlass -p windlass-agent -p windlass-sample -p windlass-runtime -p windlass-tests \
-    --bins --example bench_ready --example bench_engine --example bench_api_get --example bench_upload --example bench_hostile \
-    --example bench_traffic --example plugin_bench --example registry_bench --example idle_agents --example agent_footprint >&2
-# The store's measurement is a feature of the store: this builds the store once more, and nothing else.
-cargo build --release -p windlass -p windlass-agent -p windlass-store --features windlass-store/bench \
-    --example store_bench >&2
+cargo build --release --workspace --bins --examples >&2
+cargo build --release --workspace --features windlass-store/bench --example store_bench >&2
 
 # A hundred plugins are a hundred test guests.
 sh plugins/build.sh --guests >&2

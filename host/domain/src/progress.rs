@@ -129,7 +129,7 @@ pub struct Counts {
     pub running: u32,
     /// Done.
     pub succeeded: u32,
-    /// Failed, drifted or unknown.
+    /// Failed, drifted or unknown, also where its turn was ended after that.
     pub failed: u32,
     /// Ignored.
     pub ignored: u32,
@@ -866,14 +866,27 @@ impl Progress {
             never = self.never_reached(plan);
             waiting -= never;
         }
+        let broken = self.ended_after_failing();
         Counts {
             waiting,
             running,
             succeeded: of(NodeState::Succeeded),
-            failed: self.units.troubled(),
+            failed: self.units.troubled() + broken,
             ignored: of(NodeState::Ignored),
-            cancelled: of(NodeState::Cancelled) + never,
+            cancelled: of(NodeState::Cancelled) + never - broken,
         }
+    }
+
+    /// Units that failed, drifted or are unknown, and were ended with that: an order that rolls back does not hide what broke.
+    fn ended_after_failing(&self) -> u32 {
+        if self.units.of(NodeState::Cancelled) == 0 {
+            return 0;
+        }
+        let broken = self.unit_nodes.iter().filter(|unit| {
+            let tally = &self.tallies[**unit as usize];
+            self.state(**unit) == NodeState::Cancelled && tally.troubled() > 0
+        });
+        u32::try_from(broken.count()).unwrap_or(u32::MAX)
     }
 
     /// Units that wait in something that was ended: they are never reached any more, and have no row that says so.

@@ -8,8 +8,10 @@ use std::collections::BTreeSet;
 use crate::{
     id::ServerId,
     limits::Limits,
+    name::check_variable,
     plan::{Level, Node, NodeIndex, NodeKind, Plan, ScriptStep, StepTemplate, Unit},
     plugin::{OnFailure, RestoreWeight, RollbackScope},
+    value::Value,
 };
 
 use super::{
@@ -63,6 +65,8 @@ pub enum BadServerWork {
         value: u64,
         limit: u64,
     },
+    #[error("the script for `{server}` has a variable that no script can have: {what}")]
+    BadVariable { server: String, what: String },
 }
 
 /// Plans server work: below the root one group, in it each server with one step.
@@ -186,6 +190,16 @@ fn check(turn: &ServerTurn) -> Result<(), BadServerWork> {
             });
         }
     }
+    for (key, value) in &script.env {
+        let text = match value {
+            Value::Plain(text) => Some(text.as_str()),
+            Value::SecretRef(_) => None,
+        };
+        check_variable(key, text).map_err(|error| BadServerWork::BadVariable {
+            server: turn.name.clone(),
+            what: error.message,
+        })?;
+    }
     Ok(())
 }
 
@@ -298,6 +312,14 @@ mod tests {
                     turn.script.env = env(&[("A", "x".repeat(9_000).as_str())]);
                 }),
                 "its environment as JSON",
+            ),
+            (
+                with(|turn| turn.script.env = env(&[("A=B", "x")])),
+                "variable that no script can have: the parameter key `A=B`",
+            ),
+            (
+                with(|turn| turn.script.env = env(&[("WINDLASS_SERVER", "x")])),
+                "the platform's own",
             ),
         ] {
             let error = server_work(work(turns)).unwrap_err().to_string();

@@ -3,7 +3,7 @@
 //! Bodies are JSON of at most [`BODY_MAX_BYTES`], read within [`BODY_TIMEOUT`]; unknown fields are refused by the request
 //! types themselves (`deny_unknown_fields`). Package uploads do not come through here.
 
-use std::time::Duration;
+use std::{borrow::Cow, time::Duration};
 
 use axum::{
     body::{Body, Bytes},
@@ -187,7 +187,10 @@ pub(crate) async fn read_body(body: Body) -> Result<Bytes, Problem> {
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     let mut reader = serde_json::Deserializer::from_slice(body);
-    let value = serde_path_to_error::deserialize(&mut reader).map_err(refused)?;
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let within = || culprit::<T>(&serde_json::from_slice(body).ok()?);
+        refused(error, within)
+    })?;
     reader.end().map_err(|_| {
         Problem::bad_request(
             "body_malformed",
@@ -201,11 +204,39 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
 
 /// A part of a body that was read as JSON already.
 pub(crate) fn read<T: DeserializeOwned>(json: serde_json::Value) -> Result<T, Problem> {
-    serde_path_to_error::deserialize(json).map_err(refused)
+    serde_path_to_error::deserialize(&json).map_err(|error| refused(error, || culprit::<T>(&json)))
 }
 
-/// What is wrong with a body, and in which field.
-fn refused(error: serde_path_to_error::Error<serde_json::Error>) -> Problem {
+/// The field whose value cannot be read, where the reader did not say: types that are told apart by one of their fields, the
+/// tag, are read in one piece, and an error in them names no field. It is the field without which nothing is wrong, or
+/// something else; the tag, when it is none of the others.
+fn culprit<T: DeserializeOwned>(json: &serde_json::Value) -> Option<String> {
+    /// No type of the API has more.
+    const MAX_FIELDS: usize = 32;
+    let fields = json.as_object().filter(|all| all.len() <= MAX_FIELDS)?;
+    // What is wrong with an object of these fields: nothing, or the field that it misses.
+    let wrong = |fields| match T::deserialize(serde_json::Value::Object(fields)) {
+        Ok(_) => None,
+        Err(error) => Some(missing_field(&error.to_string()).map(str::to_owned)),
+    };
+    let tag = wrong(serde_json::Map::new()).flatten();
+    let is_culprit = |name: &&String| {
+        let mut rest = fields.clone();
+        rest.remove(*name);
+        wrong(rest).is_none_or(|missing| missing.as_ref() == Some(*name))
+    };
+    let others = fields.keys().filter(|name| Some(*name) != tag.as_ref());
+    let found = others.clone().find(is_culprit);
+    found
+        .or_else(|| tag.as_ref().filter(|tag| fields.contains_key(*tag)))
+        .cloned()
+}
+
+/// What is wrong with a body, and in which field; `within` finds the field of a value that names none.
+fn refused(
+    error: serde_path_to_error::Error<serde_json::Error>,
+    within: impl FnOnce() -> Option<String>,
+) -> Problem {
     let mut path = error
         .path()
         .iter()
@@ -230,6 +261,7 @@ fn refused(error: serde_path_to_error::Error<serde_json::Error>) -> Problem {
     let text = text
         .rsplit_once(" at line ")
         .map_or(&*text, |(text, _)| text);
+    let text = &*in_terms_of_json(text);
     let problem = |code| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, code, cut(text));
     match (unknown_field(text), missing_field(text)) {
         // The path of an unknown field ends with it already, or says nothing where fields were flattened.
@@ -249,7 +281,7 @@ fn refused(error: serde_path_to_error::Error<serde_json::Error>) -> Problem {
         }
         (None, None) => {
             if path.is_empty() {
-                path.push("body".to_owned());
+                path.push(within().unwrap_or_else(|| "body".to_owned()));
             }
             problem("invalid_value")
                 .field(pointer(&path))
@@ -264,6 +296,27 @@ fn pointer(path: &[String]) -> String {
         [field] => field.clone(),
         path => path.iter().flat_map(|segment| ["/", segment]).collect(),
     }
+}
+
+/// A message without the names of our own types: `expected struct NewApp` is an object to whoever sent the body.
+fn in_terms_of_json(text: &str) -> Cow<'_, str> {
+    const OWN: [&str; 4] = [
+        "struct ",
+        "internally tagged enum ",
+        "adjacently tagged enum ",
+        "enum ",
+    ];
+    let Some((found, expected)) = text.split_once("expected ") else {
+        return Cow::Borrowed(text);
+    };
+    if !OWN.iter().any(|own| expected.starts_with(own)) {
+        return Cow::Borrowed(text);
+    }
+    // A list that is too short was taken for the fields of an object.
+    if found.starts_with("invalid length") {
+        return Cow::Borrowed("invalid type: sequence, expected an object");
+    }
+    Cow::Owned(format!("{found}expected an object"))
 }
 
 fn unknown_field(text: &str) -> Option<&str> {
@@ -358,4 +411,62 @@ pub(crate) fn is_write(method: &Method) -> bool {
         || method == Method::PUT
         || method == Method::PATCH
         || method == Method::DELETE
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+    use serde_json::json;
+    use windlass_domain::order::Action;
+
+    use super::{Problem, parse, read};
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Wanted {
+        #[expect(dead_code, reason = "only read")]
+        name: String,
+        #[expect(dead_code, reason = "only read")]
+        size: u32,
+    }
+
+    fn said(problem: &Problem) -> (String, String) {
+        let said = serde_json::to_value(problem).expect("a problem is JSON");
+        let text = |name: &str| said[name].as_str().unwrap_or_default().to_owned();
+        (text("field"), text("detail"))
+    }
+
+    #[test]
+    fn the_field_of_a_type_that_is_read_in_one_piece_is_named() {
+        for (action, field) in [
+            (json!({ "action": "retry", "node": "x" }), "node"),
+            (
+                json!({ "action": "lock", "node": 1, "reason": 7 }),
+                "reason",
+            ),
+            (
+                json!({ "action": "retry", "node": 1, "colour": 1 }),
+                "colour",
+            ),
+            (json!({ "action": "retry" }), "node"),
+            (json!({ "action": "explode" }), "action"),
+            (json!({ "node": 1 }), "action"),
+        ] {
+            let problem = read::<Action>(action.clone()).expect_err("refused");
+            assert_eq!(said(&problem).0, field, "{action}");
+            let body = serde_json::to_vec(&action).expect("JSON");
+            let problem = parse::<Action>(&body).expect_err("refused");
+            assert_eq!(said(&problem).0, field, "{action}");
+        }
+    }
+
+    #[test]
+    fn no_type_of_ours_is_named() {
+        for body in ["[]", "7", "null", "\"text\""] {
+            let problem = parse::<Wanted>(body.as_bytes()).expect_err("refused");
+            let (field, detail) = said(&problem);
+            assert_eq!(field, "body", "{body}");
+            assert!(detail.ends_with("expected an object"), "{body}: {detail}");
+        }
+    }
 }

@@ -686,6 +686,17 @@ fn servers_of_what_was_ended_before_they_were_reached_count_as_cancelled() {
 }
 
 #[test]
+fn what_failed_still_counts_as_failed_when_its_order_is_ended() {
+    let mut world = World::running(two_groups());
+    world.run_to(FIRST + CHECK);
+    world.finish_step(FIRST, Outcome::Failed);
+    world.act(Action::Cancel { node: None }).unwrap();
+    world.finish();
+    let counts = world.progress.counts(&world.plan);
+    assert_eq!((counts.failed, counts.cancelled, counts.total()), (1, 2, 3));
+}
+
+#[test]
 fn an_order_that_only_the_envelope_holds_is_blocked_and_says_so() {
     let mut tolerant = plan(vec![application(vec![Tree::Parallel(
         Level::Group,
