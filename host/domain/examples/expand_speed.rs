@@ -9,6 +9,7 @@ use uuid::Uuid;
 use windlass_domain::{
     Digest,
     expand::{PartInput, PlanInput, ServerInput, expand},
+    flow,
     id::{AppId, InstanceId, PoolId, ServerId},
     limits::Limits,
     manifest::{Manifest, PluginRef},
@@ -133,6 +134,7 @@ fn part(app: u32, servers: u32) -> PartInput {
         plan: None,
     };
     PartInput {
+        flow: flow::release(),
         part,
         steps: LifecyclePlan {
             steps: [Phase::Start, Phase::Check].map(step).into(),

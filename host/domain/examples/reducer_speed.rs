@@ -170,11 +170,14 @@ fn plan(servers: u32, in_flight: u32) -> Plan {
         units,
         nodes,
         reads: BTreeMap::new(),
+        left_out: Vec::new(),
+        next_id: 0,
     }
 }
 
 fn node(parent: Option<NodeIndex>, level: Level, kind: NodeKind) -> Node {
     Node {
+        id: None,
         parent,
         rollback: RollbackScope::Order,
         level,

@@ -148,7 +148,7 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
     Some(Task {
         id: TaskId {
             order: attempt.order,
-            node,
+            node: plan.id_of(node),
             attempt: attempt.attempt,
         },
         instance: part.map(|part| part.instance),

@@ -5,8 +5,9 @@
 //! otherwise it is refused with the node and the rule, and no server is touched. A stack's steps must stay within what
 //! an operator has approved.
 //!
-//! The skeleton of a unit: drain → fetch → unpack → prepare → install → configure → stop (from the manifest that is
-//! installed) → activate → deploy → start → check → restore. Source: spec "Release orders", "Per server".
+//! The skeleton of a unit is its flow (see [`crate::flow`]). Of a release: drain → fetch → unpack → prepare → install →
+//! configure → stop (from the manifest that is installed) → activate → deploy → start → check → restore.
+//! Source: spec "Release orders", "Per server".
 
 mod build;
 mod check;
@@ -21,6 +22,7 @@ use std::collections::BTreeMap;
 pub use server_work::{BadServerWork, ServerTurn, ServerWork, server_work};
 
 use crate::{
+    flow::FlowStep,
     id::ServerId,
     limits::Limits,
     manifest::{Manifest, PluginRef},
@@ -58,6 +60,8 @@ pub struct PartInput {
     pub steps: LifecyclePlan,
     /// What an operator has approved of the stack's wishes.
     pub approved: Wishes,
+    /// The steps of each server's turn.
+    pub flow: Vec<FlowStep>,
     /// Its servers: each stands in the plan once.
     pub servers: Vec<ServerInput>,
     /// Further servers that can only be named where traffic is moved.
@@ -311,6 +315,8 @@ pub fn expand(input: PlanInput, strategy: &StrategyPlan) -> Result<Plan, BadPlan
         units: tree.units,
         nodes: tree.nodes,
         reads: input.reads,
+        left_out: Vec::new(),
+        next_id: 0,
     };
     plan.schema = plan.lowest_schema();
     Ok(plan)

@@ -21,6 +21,8 @@ use crate::{
     limits::Limits,
     operation::Operation,
     progress::{Counts, ServerWeight},
+    revise::Lane,
+    stages::Dependencies,
     time::Timestamp,
     value::Environment,
 };
@@ -170,9 +172,12 @@ pub struct ReleaseSpec {
     /// What is not released and takes part where the strategy moves traffic.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shift_only: Vec<ShiftTarget>,
-    /// Dependencies between applications in the short form: `a>b,c>d`, a depends on b.
+    /// Dependencies between applications: the short form `a>b,c>d` (a depends on b), or pairs.
     #[serde(default)]
-    pub dependencies: String,
+    pub dependencies: Dependencies,
+    /// The applications in lanes side by side, each of stages one after the other; absent: by their dependencies.
+    #[serde(default)]
+    pub lanes: Vec<Lane>,
     /// Deployment parameters of all applications.
     #[serde(default)]
     pub environment: Environment,
@@ -456,5 +461,14 @@ pub enum Happened {
         edit: u32,
         /// Why it was not made.
         error: Option<String>,
+    },
+    /// The plan was changed.
+    Revised {
+        /// The new revision, from 2.
+        revision: u32,
+        /// Its plan.
+        plan: Digest,
+        /// What differs from the one before, for people.
+        difference: String,
     },
 }

@@ -31,8 +31,12 @@ use crate::{
     value::Environment,
 };
 
-/// A node's index in [`Plan::nodes`].
+/// A node's index in [`Plan::nodes`]. It holds within one revision of a plan.
 pub type NodeIndex = u32;
+
+/// What names a node over all revisions of a plan: in the API, in rows, events and tasks. Where nothing was revised it is
+/// the index. See [`Plan::id_of`].
+pub type NodeId = u32;
 
 /// What an order will do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -60,6 +64,29 @@ pub struct Plan {
     pub nodes: Vec<Node>,
     /// What was read to make it: subject → what it was. A difference is drift.
     pub reads: BTreeMap<String, Read>,
+    /// Servers that were asked for and do not take part, with the reason.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
+    /// Of a later revision: all ids of nodes that were ever given are below it. 0: none was given.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub next_id: NodeId,
+}
+
+fn is_zero<N: Default + PartialEq>(number: &N) -> bool {
+    *number == N::default()
+}
+
+/// A server that does not take part.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct LeftOut {
+    /// The application's name.
+    pub application: String,
+    /// The server.
+    pub server: ServerId,
+    /// Its name.
+    pub server_name: String,
+    /// Why.
+    pub reason: String,
 }
 
 /// One application of a plan.
@@ -181,6 +208,9 @@ pub enum Level {
 /// One node of the tree.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Node {
+    /// Its id, where that is not its index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<NodeId>,
     /// Its parent; `None` for the root alone.
     pub parent: Option<NodeIndex>,
     /// What it stands for.
@@ -237,14 +267,6 @@ pub enum NodeKind {
         #[serde(default, skip_serializing_if = "is_zero")]
         window_ms: u64,
     },
-}
-
-#[expect(
-    clippy::trivially_copy_pass_by_ref,
-    reason = "the signature serde asks for"
-)]
-const fn is_zero(number: &u64) -> bool {
-    *number == 0
 }
 
 /// A change of weights behind the traffic seam.
@@ -330,7 +352,8 @@ impl Plan {
     /// | 1 | releases of packages |
     /// | 2 | applications without a package, server work, commands as steps |
     /// | 3 | shares of traffic, remembered weights in shifts, stages, windows of judgements |
-    pub const SCHEMA: u32 = 3;
+    /// | 4 | servers left out, revisions |
+    pub const SCHEMA: u32 = 4;
 
     /// The lowest schema that can say what this plan says.
     #[must_use]
@@ -367,13 +390,43 @@ impl Plan {
                     | NodeKind::Pause { .. } => true,
                 }
         });
-        if !known_nodes {
+        let revised = self.next_id != 0 || !self.left_out.is_empty();
+        if revised {
+            4
+        } else if !known_nodes {
             3
         } else if released && of_applications && known_steps {
             1
         } else {
             2
         }
+    }
+
+    /// What names a node over all revisions.
+    #[must_use]
+    pub fn id_of(&self, node: NodeIndex) -> NodeId {
+        self.nodes
+            .get(node as usize)
+            .and_then(|planned| planned.id)
+            .unwrap_or(node)
+    }
+
+    /// Where the node with this id stands in this revision; `None`: it has none.
+    #[must_use]
+    pub fn index_of(&self, id: NodeId) -> Option<NodeIndex> {
+        let has_it =
+            |index: NodeIndex| (index as usize) < self.nodes.len() && self.id_of(index) == id;
+        if has_it(id) {
+            return Some(id);
+        }
+        if self.next_id == 0 {
+            return None;
+        }
+        let nodes = (0..).zip(&self.nodes);
+        nodes
+            .filter(|(_, node)| node.id == Some(id))
+            .map(|(index, _)| index)
+            .next()
     }
 
     /// The application that a unit is of; `None`: it is server work.

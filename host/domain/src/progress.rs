@@ -612,6 +612,15 @@ impl Progress {
         progress
     }
 
+    /// The same progress under another revision of the plan: what is kept of a node is found by its id.
+    #[must_use]
+    pub fn carried(&self, from: &Plan, to: &Plan) -> Self {
+        let rows = (0u32..)
+            .zip(&self.nodes)
+            .filter_map(|(index, row)| Some((to.index_of(from.id_of(index))?, row.clone())));
+        Self::load(to, self.control, self.stalled, rows)
+    }
+
     /// The state of a node.
     #[must_use]
     pub fn state(&self, node: NodeIndex) -> NodeState {

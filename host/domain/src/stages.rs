@@ -4,6 +4,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
+
 /// Why dependencies are refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadDependencies {
@@ -18,36 +20,83 @@ pub enum BadDependencies {
     Cycle(String),
 }
 
+/// What depends on what. JSON: the short form `"a>b,c>d"` (a depends on b), or pairs `[{"app": "a", "depends_on": "b"}]`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(
+    untagged,
+    expecting = "expected the short form `a>b,c>d`, or pairs with `app` and `depends_on`"
+)]
+pub enum Dependencies {
+    /// The short form.
+    Short(String),
+    /// Pairs.
+    Pairs(Vec<Dependency>),
+}
+
+/// One application that depends on another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Dependency {
+    /// The application's name.
+    pub app: String,
+    /// The one that is released before it.
+    pub depends_on: String,
+}
+
+impl Default for Dependencies {
+    fn default() -> Self {
+        Self::Short(String::new())
+    }
+}
+
+impl Dependencies {
+    /// Pairs of names: the first depends on the second.
+    ///
+    /// # Errors
+    /// [`BadDependencies::Malformed`].
+    pub fn pairs(&self) -> Result<Vec<(String, String)>, BadDependencies> {
+        match self {
+            Self::Pairs(pairs) => Ok(pairs
+                .iter()
+                .map(|pair| (pair.app.clone(), pair.depends_on.clone()))
+                .collect()),
+            Self::Short(text) => text
+                .split(',')
+                .map(str::trim)
+                .filter(|part| !part.is_empty())
+                .map(|part| {
+                    let malformed = || BadDependencies::Malformed(part.to_owned());
+                    let (from, to) = part.split_once('>').ok_or_else(malformed)?;
+                    let (from, to) = (from.trim(), to.trim());
+                    if from.is_empty() || to.is_empty() || to.contains('>') {
+                        return Err(malformed());
+                    }
+                    Ok((from.to_owned(), to.to_owned()))
+                })
+                .collect(),
+        }
+    }
+}
+
 /// The stage of each application, from 1: those without dependencies, then those that depend on them, and so on.
-/// `dependencies` is the short form `a>b,c>d`: a depends on b.
 ///
 /// # Errors
 /// [`BadDependencies`].
 pub fn stages(
     applications: &[&str],
-    dependencies: &str,
+    dependencies: &Dependencies,
 ) -> Result<BTreeMap<String, u32>, BadDependencies> {
+    let pairs = dependencies.pairs()?;
     let known: BTreeSet<&str> = applications.iter().copied().collect();
     let mut needs: BTreeMap<&str, BTreeSet<&str>> =
         known.iter().map(|name| (*name, BTreeSet::new())).collect();
-    for part in dependencies
-        .split(',')
-        .map(str::trim)
-        .filter(|part| !part.is_empty())
-    {
-        let (from, to) = part
-            .split_once('>')
-            .ok_or_else(|| BadDependencies::Malformed(part.to_owned()))?;
-        let (from, to) = (from.trim(), to.trim());
-        if from.is_empty() || to.is_empty() || to.contains('>') {
-            return Err(BadDependencies::Malformed(part.to_owned()));
-        }
-        if !known.contains(to) {
-            return Err(BadDependencies::Unknown(to.to_owned()));
+    for (from, to) in &pairs {
+        if !known.contains(to.as_str()) {
+            return Err(BadDependencies::Unknown(to.clone()));
         }
         needs
-            .get_mut(from)
-            .ok_or_else(|| BadDependencies::Unknown(from.to_owned()))?
+            .get_mut(from.as_str())
+            .ok_or_else(|| BadDependencies::Unknown(from.clone()))?
             .insert(to);
     }
     let mut stages: BTreeMap<String, u32> = BTreeMap::new();
@@ -93,7 +142,18 @@ mod tests {
     use super::*;
 
     fn check(dependencies: &str, expect: Result<&[(&str, u32)], &str>) {
-        let found = stages(&["a", "b", "c"], dependencies);
+        let short = Dependencies::Short(dependencies.to_owned());
+        let found = stages(&["a", "b", "c"], &short);
+        // Pairs say the same.
+        if let Ok(pairs) = short.pairs() {
+            let pairs = Dependencies::Pairs(
+                pairs
+                    .into_iter()
+                    .map(|(app, depends_on)| Dependency { app, depends_on })
+                    .collect(),
+            );
+            assert_eq!(stages(&["a", "b", "c"], &pairs), found, "{dependencies}");
+        }
         match expect {
             Ok(expect) => {
                 let expect = expect

@@ -2,20 +2,16 @@
 //!
 //! Refuses nothing: every reference was resolved when it was checked. A step stands once, however many servers run it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use crate::{
+    flow::FlowStep,
     manifest::Manifest,
     plan::{Level, Node, NodeIndex, NodeKind, StepTemplate, TrafficAction, Unit},
     plugin::{NodeRole, Phase, RollbackScope, StackAction, StackStep, StrategyPlan, StrategyUnit},
 };
 
-use super::{MAX_NODES, MAX_TIMEOUT_MS, PartInput, PlanInput, check::Checked};
-
-/// Phases before the application is stopped, in their order.
-const BEFORE_STOP: [Phase; 3] = [Phase::Prepare, Phase::Install, Phase::Configure];
-/// Phases after the link was switched, in their order.
-const AFTER_ACTIVATE: [Phase; 3] = [Phase::Deploy, Phase::Start, Phase::Check];
+use super::{MAX_NODES, MAX_TIMEOUT_MS, PartInput, PlanInput, ServerInput, check::Checked};
 
 /// What a plan's tree consists of.
 pub(super) struct Tree {
@@ -42,7 +38,7 @@ pub(super) fn tree(input: &PlanInput, strategy: &StrategyPlan, checked: &[Checke
         phases: input
             .parts
             .iter()
-            .map(|part| Phases::of(&part.steps.steps))
+            .map(|part| phases_of(&part.steps.steps))
             .collect(),
         known: HashMap::new(),
         adapted: HashMap::new(),
@@ -50,6 +46,7 @@ pub(super) fn tree(input: &PlanInput, strategy: &StrategyPlan, checked: &[Checke
             steps: Vec::new(),
             units: Vec::new(),
             nodes: vec![Node {
+                id: None,
                 parent: None,
                 level: Level::Order,
                 name: "order".to_owned(),
@@ -69,25 +66,15 @@ fn number(index: usize) -> u32 {
     u32::try_from(index).unwrap_or(u32::MAX)
 }
 
-/// Where an application's steps stand in what its stack answered, in the order of a release.
-struct Phases {
-    before_stop: Vec<usize>,
-    after_activate: Vec<usize>,
-}
+/// Where an application's steps stand in what its stack answered, by phase.
+type Phases = BTreeMap<Phase, Vec<usize>>;
 
-impl Phases {
-    fn of(steps: &[StackStep]) -> Self {
-        let positions = |wanted: [Phase; 3]| {
-            wanted
-                .into_iter()
-                .flat_map(|phase| (0..steps.len()).filter(move |at| steps[*at].phase == phase))
-                .collect()
-        };
-        Self {
-            before_stop: positions(BEFORE_STOP),
-            after_activate: positions(AFTER_ACTIVATE),
-        }
+fn phases_of(steps: &[StackStep]) -> Phases {
+    let mut phases = Phases::new();
+    for (position, step) in steps.iter().enumerate() {
+        phases.entry(step.phase).or_default().push(position);
     }
+    phases
 }
 
 /// A stack's step as a strategy wants it: its part and position, and of a check the minimum healthy time and the deadline.
@@ -113,6 +100,7 @@ impl Builder<'_> {
     fn push(&mut self, parent: NodeIndex, level: Level, name: &str, kind: NodeKind) -> NodeIndex {
         let index = number(self.tree.nodes.len());
         self.tree.nodes.push(Node {
+            id: None,
             parent: Some(parent),
             level,
             name: name.to_owned(),
@@ -176,38 +164,84 @@ impl Builder<'_> {
             cell: server.cell.clone(),
             env,
             restore: planned.restore,
+            // What is not replaced is nothing to go back to.
             before: server
                 .installed
                 .as_ref()
+                .filter(|_| part.part.package.is_some())
                 .map(|installed| installed.release.clone()),
             drained_by: server.drained_by,
             reads: server.reads.clone(),
         });
         let node = self.push(parent, Level::Server, &server.name, NodeKind::Unit { unit });
+        for step in &part.flow {
+            self.flow_step(node, index, planned, server, step);
+        }
+    }
+
+    /// The nodes of one part of a server's turn.
+    fn flow_step(
+        &mut self,
+        unit: NodeIndex,
+        index: usize,
+        planned: &StrategyUnit,
+        server: &ServerInput,
+        step: &FlowStep,
+    ) {
+        let input = self.input;
+        let part = &input.parts[index];
         let pools = !part.part.pools.is_empty();
-        if pools {
-            let drain = TrafficAction::Drain {
-                deadline_ms: input.drain_deadline_ms,
-            };
-            self.push(node, Level::Step, "drain", NodeKind::Traffic(drain));
-        }
-        self.core(node, "fetch", StepTemplate::Fetch);
-        self.core(node, "unpack", StepTemplate::Unpack);
-        for at in 0..self.phases[index].before_stop.len() {
-            self.stack(node, index, self.phases[index].before_stop[at], planned);
-        }
-        if let Some(installed) = &server.installed
-            && !stays_running(installed, part)
-        {
-            self.stop(node, installed);
-        }
-        self.core(node, "activate", StepTemplate::Activate);
-        for at in 0..self.phases[index].after_activate.len() {
-            self.stack(node, index, self.phases[index].after_activate[at], planned);
-        }
-        if pools {
-            let restore = NodeKind::Traffic(TrafficAction::Restore);
-            self.push(node, Level::Step, "restore", restore);
+        match step {
+            FlowStep::Drain => {
+                if pools {
+                    let drain = TrafficAction::Drain {
+                        deadline_ms: input.drain_deadline_ms,
+                    };
+                    self.push(unit, Level::Step, "drain", NodeKind::Traffic(drain));
+                }
+            }
+            FlowStep::Restore => {
+                if pools {
+                    let restore = NodeKind::Traffic(TrafficAction::Restore);
+                    self.push(unit, Level::Step, "restore", restore);
+                }
+            }
+            FlowStep::Fetch => self.core(unit, "fetch", StepTemplate::Fetch),
+            FlowStep::Unpack => self.core(unit, "unpack", StepTemplate::Unpack),
+            FlowStep::Activate => self.core(unit, "activate", StepTemplate::Activate),
+            FlowStep::Phase { phase } => {
+                let count = self.phases[index].get(phase).map_or(0, Vec::len);
+                for at in 0..count {
+                    self.stack(unit, index, self.phases[index][phase][at], planned);
+                }
+            }
+            FlowStep::StopInstalled => {
+                if let Some(installed) = &server.installed
+                    && !stays_running(installed, part)
+                {
+                    let releases = part.part.package.is_some();
+                    self.installed(unit, installed, &installed.stop, planned, releases);
+                }
+            }
+            FlowStep::StartInstalled => {
+                if let Some(installed) = &server.installed {
+                    self.installed(unit, installed, &installed.start, planned, false);
+                }
+            }
+            FlowStep::CheckInstalled => {
+                if let Some(installed) = &server.installed {
+                    self.installed(unit, installed, &installed.check, planned, false);
+                }
+            }
+            FlowStep::Script(script) => {
+                self.core(unit, &script.name, StepTemplate::Script(script.clone()));
+            }
+            FlowStep::Confirm { message } => {
+                let gate = NodeKind::Gate {
+                    message: message.clone(),
+                };
+                self.push(unit, Level::Step, "confirm", gate);
+            }
         }
     }
 
@@ -245,19 +279,33 @@ impl Builder<'_> {
         );
     }
 
-    /// What is stopped is what is installed: by its own steps, with the environment that it was installed with.
-    fn stop(&mut self, unit: NodeIndex, installed: &Manifest) {
-        for stop in &installed.stop {
-            if stop.phase != Phase::Stop {
+    /// Steps of what is installed, with the environment that it was installed with. Where a release replaces it, the unit's
+    /// own environment is that of the new one, and each step brings the old one along.
+    fn installed(
+        &mut self,
+        unit: NodeIndex,
+        installed: &Manifest,
+        steps: &[StackStep],
+        planned: &StrategyUnit,
+        replaced: bool,
+    ) {
+        for step in steps {
+            if replaced && step.phase != Phase::Stop {
                 continue;
             }
-            let mut env = installed.env.clone();
-            env.extend(stop.env.clone());
-            let step = self.shared(StepTemplate::Stack(StackStep {
-                env,
-                ..stop.clone()
-            }));
-            self.push(unit, Level::Step, &stop.name, NodeKind::Step { step });
+            let step = if replaced {
+                let mut env = installed.env.clone();
+                env.extend(step.env.clone());
+                StackStep {
+                    env,
+                    ..step.clone()
+                }
+            } else {
+                adapt(step, planned)
+            };
+            let name = step.name.clone();
+            let step = self.shared(StepTemplate::Stack(step));
+            self.push(unit, Level::Step, &name, NodeKind::Step { step });
         }
     }
 
@@ -273,7 +321,7 @@ impl Builder<'_> {
     }
 }
 
-/// Whether what is installed is left running: both it and what replaces it say so, and one stack knows how to tell it.
+/// Whether a release leaves what is installed running: both it and what replaces it say so, and one stack knows how to tell it.
 fn stays_running(installed: &Manifest, part: &PartInput) -> bool {
     let is_kept = |step: &StackStep| match &step.action {
         StackAction::Start(supervise) => step.phase == Phase::Start && supervise.keep_running,
@@ -283,7 +331,8 @@ fn stays_running(installed: &Manifest, part: &PartInput) -> bool {
         | StackAction::Check(_) => false,
     };
     let stack = part.part.stack.as_ref();
-    stack.is_some_and(|stack| stack.name == installed.stack.name)
+    part.part.package.is_some()
+        && stack.is_some_and(|stack| stack.name == installed.stack.name)
         && installed.start.iter().any(is_kept)
         && part.steps.steps.iter().any(is_kept)
 }

@@ -6,6 +6,7 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 
 use crate::{
+    flow::FlowStep,
     id::ServerId,
     limits::Limits,
     name::RESERVED_ENV_PREFIX,
@@ -442,7 +443,10 @@ pub(super) fn steps(part: &PartInput) -> Result<(), BadPlan> {
             steps: steps.len(),
         });
     }
-    if !steps.iter().any(|step| step.phase == Phase::Start) {
+    let starts = FlowStep::Phase {
+        phase: Phase::Start,
+    };
+    if part.flow.contains(&starts) && !steps.iter().any(|step| step.phase == Phase::Start) {
         return Err(BadPlan::NoStart {
             application: application(),
         });

@@ -6,6 +6,7 @@ use uuid::Uuid;
 
 use crate::{
     digest::Digest,
+    flow,
     id::{AppId, InstanceId, PoolId, ServerId},
     limits::Limits,
     manifest::{Manifest, PluginRef},
@@ -162,6 +163,7 @@ pub(crate) fn part(key: &str, servers: Vec<ServerInput>) -> PartInput {
             users: vec!["shop".to_owned()],
             path_roots: vec!["/etc/shop/".to_owned(), "/srv/www".to_owned()],
         },
+        flow: flow::release(),
         servers,
         only_traffic: Vec::new(),
     }

@@ -93,6 +93,7 @@ pub fn server_work(work: ServerWork) -> Result<Plan, BadServerWork> {
     }
     let servers = index(work.turns.len());
     let node = |parent, level, name: &str, kind| Node {
+        id: None,
         parent,
         level,
         name: name.to_owned(),
@@ -118,6 +119,8 @@ pub fn server_work(work: ServerWork) -> Result<Plan, BadServerWork> {
             node(Some(0), Level::Group, &cut(&work.name), group),
         ],
         reads: std::collections::BTreeMap::new(),
+        left_out: Vec::new(),
+        next_id: 0,
     };
     for ServerTurn {
         server,

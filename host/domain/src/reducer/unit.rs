@@ -30,6 +30,19 @@ pub fn unit_state(plan: &Plan, progress: &Progress, unit: NodeIndex) -> UnitStat
     }
 }
 
+/// Whether a unit's turn takes its server out of service: it is drained, or what serves is changed. One that does neither
+/// has no seat in the safety envelope.
+#[must_use]
+pub fn takes_out(plan: &Plan, unit: NodeIndex) -> bool {
+    (unit + 1..)
+        .zip(plan.nodes.iter().skip(unit as usize + 1))
+        .take_while(|(_, node)| node.parent == Some(unit))
+        .any(|(leaf, node)| {
+            matches!(node.kind, NodeKind::Traffic(TrafficAction::Drain { .. }))
+                || is_disruptive(plan, leaf)
+        })
+}
+
 /// Whether a leaf, once started, changes what serves on the server.
 fn is_disruptive(plan: &Plan, leaf: NodeIndex) -> bool {
     match &plan.nodes[leaf as usize].kind {

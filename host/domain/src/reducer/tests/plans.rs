@@ -102,6 +102,8 @@ pub(super) fn build(tree: &Tree) -> Plan {
         units: Vec::new(),
         nodes: Vec::new(),
         reads: BTreeMap::new(),
+        left_out: Vec::new(),
+        next_id: 0,
     };
     add(&mut plan, None, tree);
     plan
@@ -136,6 +138,7 @@ fn add(plan: &mut Plan, parent: Option<NodeIndex>, tree: &Tree) {
         Tree::Leaf(leaf) => (Level::Step, leaf_kind(plan, *leaf)),
     };
     plan.nodes.push(Node {
+        id: None,
         parent,
         level,
         name: format!("{level:?} {index}"),

@@ -1,0 +1,279 @@
+//! Servers of one application, planned anew and put into the plan that runs: regrouped ones, and ones that came.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{
+    id::ServerId,
+    plan::{Level, NodeIndex, NodeKind, Plan, TrafficAction},
+};
+
+use super::{BadEdit, Draft, listed};
+
+/// A plan of some servers of one application, made like any other, to become part of the plan that runs.
+#[derive(Debug, Clone)]
+pub struct Graft {
+    /// The application's name.
+    pub application: String,
+    /// The plan: one application, these servers.
+    pub plan: Plan,
+}
+
+impl Draft<'_> {
+    /// The position of an application, and its node.
+    fn application(&self, application: &str) -> Result<(u32, NodeIndex), BadEdit> {
+        let missing = || BadEdit::NoSuchApplication {
+            application: application.to_owned(),
+        };
+        let part = (0u32..)
+            .zip(&self.original.parts)
+            .find(|(_, part)| part.key == application)
+            .map(|(index, _)| index)
+            .ok_or_else(missing)?;
+        let of_it = |node: NodeIndex| {
+            let mut units = self.units_in(node).into_iter();
+            units.any(|(_, unit)| self.original.units[unit as usize].part == Some(part))
+        };
+        let mut nodes = (0u32..)
+            .zip(&self.original.nodes)
+            .filter(|(_, node)| node.level == Level::Application)
+            .map(|(index, _)| index)
+            .filter(|index| of_it(*index));
+        match (nodes.next(), nodes.next()) {
+            (Some(node), None) => Ok((part, node)),
+            (None, _) | (Some(_), Some(_)) => Err(BadEdit::NotOneApplication {
+                application: application.to_owned(),
+            }),
+        }
+    }
+
+    pub(super) fn regroup(&mut self, graft: &Graft) -> Result<String, BadEdit> {
+        let (part, node) = self.application(&graft.application)?;
+        if graft.plan.units.is_empty() {
+            return Err(BadEdit::NothingToRegroup {
+                application: graft.application.clone(),
+            });
+        }
+        self.check(graft)?;
+        let servers: BTreeSet<ServerId> = graft.plan.units.iter().map(|unit| unit.server).collect();
+        let mut taken = Vec::new();
+        for (at, unit) in self.units_in(0) {
+            let unit = &self.original.units[unit as usize];
+            if unit.part != Some(part) || !servers.contains(&unit.server) {
+                continue;
+            }
+            if self.is_touched(at) {
+                return Err(BadEdit::ServerStarted {
+                    server: unit.server_name.clone(),
+                });
+            }
+            taken.push(at);
+        }
+        // Gates, pauses and the like of the old grouping go with it, as far as they were not reached. Found before anything
+        // is taken out: what is empty goes by itself, the application's own node at the end as well.
+        let between: Vec<NodeIndex> = (node..self.progress.subtree_end[node as usize])
+            .filter(|index| {
+                let kind = &self.original.nodes[*index as usize].kind;
+                kind.is_leaf()
+                    && !self.is_touched(*index)
+                    && crate::dispatch::unit_of(self.original, *index).is_none()
+            })
+            .collect();
+        self.insert(part, node, graft);
+        for at in between.into_iter().chain(taken) {
+            self.tree.remove(at as usize);
+        }
+        let groups = graft
+            .plan
+            .nodes
+            .iter()
+            .filter(|node| node.level == Level::Group)
+            .map(|node| node.name.as_str())
+            .collect::<Vec<_>>();
+        Ok(format!(
+            "grouped {} server(s) of {} anew: {}",
+            servers.len(),
+            graft.application,
+            listed(&groups)
+        ))
+    }
+
+    pub(super) fn sync(
+        &mut self,
+        application: &str,
+        came: Option<&Graft>,
+        gone: &[ServerId],
+    ) -> Result<String, BadEdit> {
+        let (part, node) = self.application(application)?;
+        let mut said = Vec::new();
+        if let Some(graft) = came {
+            self.check(graft)?;
+            let standing = |server: ServerId| {
+                self.units_in(0).into_iter().any(|(_, unit)| {
+                    let unit = &self.original.units[unit as usize];
+                    unit.part == Some(part) && unit.server == server
+                })
+            };
+            if let Some(unit) = graft.plan.units.iter().find(|unit| standing(unit.server)) {
+                return Err(BadEdit::ServerTwice {
+                    server: unit.server,
+                });
+            }
+            let names: Vec<&str> = graft
+                .plan
+                .units
+                .iter()
+                .map(|unit| unit.server_name.as_str())
+                .collect();
+            said.push(format!("took in {}", listed(&names)));
+            self.insert(part, node, graft);
+        }
+        let mut left = Vec::new();
+        let mut stay = Vec::new();
+        for (at, unit) in self.units_in(node) {
+            let planned = &self.original.units[unit as usize];
+            if planned.part != Some(part) || !gone.contains(&planned.server) {
+                continue;
+            }
+            if self.is_touched(at) {
+                stay.push(planned.server_name.as_str());
+                continue;
+            }
+            left.push(planned.server_name.as_str());
+            self.leave_out(unit, "it is bound to the application no more".to_owned());
+            self.tree.remove(at as usize);
+        }
+        if !left.is_empty() {
+            said.push(format!("left out {}", listed(&left)));
+        }
+        if said.is_empty() {
+            return Err(BadEdit::NothingToSync {
+                application: application.to_owned(),
+            });
+        }
+        if !stay.is_empty() {
+            said.push(format!("{} stay(s), having started", listed(&stay)));
+        }
+        Ok(format!("{} of {application}", said.join("; ")))
+    }
+
+    /// Whether what was planned now fits what was planned then.
+    fn check(&self, graft: &Graft) -> Result<(), BadEdit> {
+        for (subject, read) in &graft.plan.reads {
+            let common = subject.starts_with("instance of ")
+                || subject.starts_with("package of ")
+                || subject == "cells";
+            if let Some(before) = self.original.reads.get(subject)
+                && common
+                && before.digest != read.digest
+            {
+                return Err(BadEdit::Drifted {
+                    subject: subject.clone(),
+                    before: before.shown.clone(),
+                    after: read.shown.clone(),
+                });
+            }
+        }
+        let judges = graft
+            .plan
+            .nodes
+            .iter()
+            .any(|node| matches!(node.kind, NodeKind::Judge { .. }));
+        if judges && graft.plan.strategy != self.original.strategy {
+            return Err(BadEdit::ForeignJudge {
+                strategy: graft
+                    .plan
+                    .strategy
+                    .as_ref()
+                    .map_or_else(String::new, |strategy| strategy.name.clone()),
+            });
+        }
+        Ok(())
+    }
+
+    /// Puts the graft's groups at the end of an application. A server that has a unit keeps its position.
+    fn insert(&mut self, part: u32, application: NodeIndex, graft: &Graft) {
+        let mut units: BTreeMap<u32, u32> = BTreeMap::new();
+        for (index, planned) in (0u32..).zip(&graft.plan.units) {
+            let unit = crate::plan::Unit {
+                part: Some(part),
+                ..planned.clone()
+            };
+            let known = self
+                .plan
+                .units
+                .iter()
+                .position(|known| known.part == Some(part) && known.server == unit.server);
+            let position = match known {
+                Some(position) => {
+                    self.plan.units[position] = unit;
+                    position
+                }
+                None => {
+                    self.plan.units.push(unit);
+                    self.plan.units.len() - 1
+                }
+            };
+            units.insert(index, u32::try_from(position).unwrap_or(u32::MAX));
+            self.plan
+                .left_out
+                .retain(|out| out.server != planned.server || out.application != graft.application);
+        }
+        let mut steps: BTreeMap<u32, u32> = BTreeMap::new();
+        for (index, step) in (0u32..).zip(&graft.plan.steps) {
+            let known = self.plan.steps.iter().position(|known| known == step);
+            let position = known.unwrap_or_else(|| {
+                self.plan.steps.push(step.clone());
+                self.plan.steps.len() - 1
+            });
+            steps.insert(index, u32::try_from(position).unwrap_or(u32::MAX));
+        }
+        for (subject, read) in &graft.plan.reads {
+            let plugin = subject.starts_with("strategy ") || subject.starts_with("tech stack ");
+            if !plugin {
+                self.plan.reads.insert(subject.clone(), read.clone());
+            }
+        }
+        // Depth-first: a node's place in the tree is known before its children come.
+        let mut places: Vec<usize> = vec![application as usize; graft.plan.nodes.len()];
+        for (index, node) in graft.plan.nodes.iter().enumerate().skip(1) {
+            let parent = node
+                .parent
+                .map_or(application as usize, |parent| places[parent as usize]);
+            if node.level == Level::Application {
+                // Its place is taken by the node that is there.
+                places[index] = parent;
+                continue;
+            }
+            let kind = match &node.kind {
+                NodeKind::Unit { unit } => NodeKind::Unit { unit: units[unit] },
+                NodeKind::Step { step } => NodeKind::Step { step: steps[step] },
+                NodeKind::Traffic(TrafficAction::Set { weights, .. }) => {
+                    NodeKind::Traffic(TrafficAction::Set {
+                        part,
+                        weights: weights.clone(),
+                    })
+                }
+                NodeKind::Traffic(TrafficAction::Share {
+                    part: _,
+                    servers,
+                    rest,
+                    percent,
+                }) => NodeKind::Traffic(TrafficAction::Share {
+                    part,
+                    servers: servers.clone(),
+                    rest: rest.clone(),
+                    percent: *percent,
+                }),
+                other @ (NodeKind::Sequence
+                | NodeKind::Parallel { .. }
+                | NodeKind::Traffic(
+                    TrafficAction::Drain { .. } | TrafficAction::Restore,
+                )
+                | NodeKind::Gate { .. }
+                | NodeKind::Pause { .. }
+                | NodeKind::Judge { .. }) => other.clone(),
+            };
+            places[index] = self.tree.add(parent, node.level, &node.name, kind);
+        }
+    }
+}

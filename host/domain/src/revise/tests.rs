@@ -1,0 +1,438 @@
+//! Every edit on a plan that waits and on one that runs, and every refusal.
+
+use super::*;
+use crate::{
+    expand::{
+        expand,
+        fixture::{input, node, part, server, server_id, unit_of},
+    },
+    order::{Action, Control},
+    plugin::{NodeRole, StrategyNode, StrategyNodeKind, StrategyPlan},
+    reducer::{Effect, Event, apply},
+    time::Timestamp,
+};
+
+fn role(role: NodeRole, node: StrategyNode) -> StrategyNode {
+    StrategyNode { role, ..node }
+}
+
+fn group(parent: u32, name: &str) -> StrategyNode {
+    let kind = StrategyNodeKind::Parallel {
+        max_in_flight: 0,
+        max_failures: 0,
+    };
+    role(NodeRole::Group, node(Some(parent), name, kind))
+}
+
+fn unit(parent: u32, application: &str, number: u128) -> StrategyNode {
+    let kind = StrategyNodeKind::Unit(unit_of(application, number));
+    node(Some(parent), &format!("web-{number}"), kind)
+}
+
+fn application(name: &str) -> StrategyNode {
+    role(
+        NodeRole::Application,
+        node(None, name, StrategyNodeKind::Sequence),
+    )
+}
+
+/// `shop`: group `one` with server 1, a gate, group `two` with 2 and 3; `bank`: group `only` with 4.
+fn plan() -> Plan {
+    let mut input = input();
+    input.parts = vec![
+        part("shop", vec![server(1), server(2), server(3)]),
+        part("bank", vec![server(4)]),
+    ];
+    let gate = StrategyNodeKind::Gate {
+        message: "look".to_owned(),
+    };
+    let nodes = vec![
+        application("shop"),
+        group(0, "one"),
+        unit(1, "shop", 1),
+        node(Some(0), "confirm one", gate),
+        group(0, "two"),
+        unit(4, "shop", 2),
+        unit(4, "shop", 3),
+        application("bank"),
+        group(7, "only"),
+        unit(8, "bank", 4),
+    ];
+    expand(input, &of(nodes)).unwrap()
+}
+
+fn of(nodes: Vec<StrategyNode>) -> StrategyPlan {
+    StrategyPlan {
+        nodes,
+        on_failure: crate::plugin::OnFailure::Block,
+        progress_deadline_ms: None,
+    }
+}
+
+fn fresh(plan: &Plan) -> Progress {
+    Progress::load(plan, Control::NotStarted, false, [])
+}
+
+/// An order of which server 1 has begun.
+fn begun(plan: &Plan) -> Progress {
+    let mut progress = fresh(plan);
+    let at = Timestamp::from_unix_ms(1);
+    let mut effects = Vec::new();
+    for event in [
+        Event::Act(Action::Run),
+        Event::Initialised { locked: Vec::new() },
+    ] {
+        effects = apply(plan, &mut progress, event, at).unwrap().effects;
+    }
+    let Some(Effect::Admit(first)) = effects.first().copied() else {
+        panic!("{effects:?}");
+    };
+    apply(plan, &mut progress, Event::UnitAdmitted(first), at).unwrap();
+    progress
+}
+
+/// The id of the node with this name.
+fn id(plan: &Plan, name: &str) -> NodeId {
+    let at = plan.nodes.iter().position(|node| node.name == name);
+    plan.id_of(u32::try_from(at.unwrap_or_else(|| panic!("no node `{name}`"))).unwrap())
+}
+
+/// The tree down to servers, as text.
+fn shape(plan: &Plan) -> String {
+    let mut text = String::new();
+    for (index, node) in plan.nodes.iter().enumerate() {
+        if node.level == Level::Step
+            && index > 0
+            && plan.nodes[node.parent.unwrap() as usize].level == Level::Server
+        {
+            continue;
+        }
+        let mut depth = 0;
+        let mut at = node.parent;
+        while let Some(parent) = at {
+            depth += 1;
+            at = plan.nodes[parent as usize].parent;
+        }
+        text.push_str(&format!("{}{}\n", "  ".repeat(depth), node.name));
+    }
+    text
+}
+
+/// Applies an edit, and checks what must hold of every revision.
+fn good(plan: &Plan, progress: &Progress, edit: &Edit) -> Plan {
+    let Revised {
+        plan: revised,
+        difference,
+    } = revise(plan, progress, edit).unwrap();
+    assert!(!difference.is_empty());
+    assert_eq!(revised.schema, 4);
+    assert!(revised.next_id >= plan.next_id);
+    let mut ids = std::collections::BTreeSet::new();
+    for (index, node) in (0u32..).zip(&revised.nodes) {
+        assert!(node.parent.is_none_or(|parent| parent < index));
+        let id = revised.id_of(index);
+        assert!(ids.insert(id), "two nodes with the id {id}");
+        assert_eq!(revised.index_of(id), Some(index));
+        // A node keeps what it is.
+        if let Some(before) = plan.index_of(id) {
+            assert_eq!(plan.nodes[before as usize].kind, node.kind);
+        }
+    }
+    // Units stand where they stood.
+    for (position, unit) in plan.units.iter().enumerate() {
+        assert_eq!(revised.units[position].server, unit.server);
+    }
+    // What was begun is as it was, under the same id.
+    let carried = progress.carried(plan, &revised);
+    for (index, _) in (0u32..).zip(&plan.nodes) {
+        let row = progress.node(index);
+        if row.attempt > 0 {
+            let now = revised
+                .index_of(plan.id_of(index))
+                .expect("it is still there");
+            assert_eq!(carried.node(now), row);
+        }
+    }
+    let json = serde_json::to_string(&revised).unwrap();
+    assert_eq!(serde_json::from_str::<Plan>(&json).unwrap(), revised);
+    revised
+}
+
+fn bad(plan: &Plan, progress: &Progress, edit: &Edit) -> BadEdit {
+    revise(plan, progress, edit).unwrap_err()
+}
+
+#[test]
+fn a_group_is_deleted_and_its_servers_are_unassigned() {
+    let plan = plan();
+    for progress in [fresh(&plan), begun(&plan)] {
+        let edit = Edit::DeleteGroup {
+            node: id(&plan, "two"),
+        };
+        let revised = good(&plan, &progress, &edit);
+        assert_eq!(
+            shape(&revised),
+            "order\n  shop\n    one\n      web-1\n    confirm one\n  bank\n    only\n      web-4\n"
+        );
+        let out: Vec<&str> = revised
+            .left_out
+            .iter()
+            .map(|out| out.server_name.as_str())
+            .collect();
+        assert_eq!(out, ["web-2", "web-3"]);
+    }
+    let progress = begun(&plan);
+    let started = Edit::DeleteGroup {
+        node: id(&plan, "one"),
+    };
+    assert!(matches!(
+        bad(&plan, &progress, &started),
+        BadEdit::Started { .. }
+    ));
+    let server = Edit::DeleteGroup {
+        node: id(&plan, "web-2"),
+    };
+    assert!(matches!(
+        bad(&plan, &progress, &server),
+        BadEdit::NotAGroup { .. }
+    ));
+    assert_eq!(
+        bad(&plan, &progress, &Edit::DeleteGroup { node: 999 }),
+        BadEdit::NoSuchNode { node: 999 }
+    );
+}
+
+#[test]
+fn the_last_group_stays() {
+    let mut input = input();
+    input.parts = vec![part("shop", vec![server(1)])];
+    let plan = expand(
+        input,
+        &of(vec![
+            application("shop"),
+            group(0, "one"),
+            unit(1, "shop", 1),
+        ]),
+    )
+    .unwrap();
+    let edit = Edit::DeleteGroup {
+        node: id(&plan, "one"),
+    };
+    assert_eq!(bad(&plan, &fresh(&plan), &edit), BadEdit::NothingLeft);
+}
+
+#[test]
+fn servers_move_to_another_group() {
+    let plan = plan();
+    let progress = begun(&plan);
+    let to = |servers: &[u128], group: &str| Edit::MoveServers {
+        servers: servers.iter().map(|number| server_id(*number)).collect(),
+        to: id(&plan, group),
+    };
+    // Into the group that runs; the emptied one goes.
+    let revised = good(&plan, &progress, &to(&[3], "one"));
+    assert!(
+        shape(&revised)
+            .contains("one\n      web-1\n      web-3\n    confirm one\n    two\n      web-2")
+    );
+    let both = good(&plan, &progress, &to(&[2, 3], "one"));
+    assert!(!shape(&both).contains("two"), "{}", shape(&both));
+    // A second revision goes from the first.
+    let carried = progress.carried(&plan, &revised);
+    let back = Edit::MoveServers {
+        servers: vec![server_id(3)],
+        to: id(&revised, "two"),
+    };
+    good(&revised, &carried, &back);
+    for (edit, expect) in [
+        (to(&[1], "two"), "has started"),
+        (to(&[2], "two"), "in this group already"),
+        (to(&[4], "two"), "in no group of `shop`"),
+        (to(&[2, 2], "one"), "named twice"),
+        (to(&[], "one"), "no server is named"),
+        (to(&[2], "shop"), "is a Application, and not a group"),
+    ] {
+        let error = bad(&plan, &progress, &edit).to_string();
+        assert!(error.contains(expect), "{expect}: {error}");
+    }
+}
+
+/// Some servers of `shop`, each in a group of its own.
+fn graft(numbers: &[u128]) -> Box<Graft> {
+    let mut input = input();
+    input.parts = vec![part(
+        "shop",
+        numbers.iter().map(|number| server(*number)).collect(),
+    )];
+    let mut nodes = vec![application("shop")];
+    for number in numbers {
+        let group_at = u32::try_from(nodes.len()).unwrap();
+        nodes.push(group(0, &format!("new {number}")));
+        nodes.push(unit(group_at, "shop", *number));
+    }
+    Box::new(Graft {
+        application: "shop".to_owned(),
+        plan: expand(input, &of(nodes)).unwrap(),
+    })
+}
+
+#[test]
+fn servers_that_have_not_started_are_grouped_anew() {
+    let plan = plan();
+    let progress = begun(&plan);
+    let revised = good(&plan, &progress, &Edit::Regroup(graft(&[3, 2])));
+    assert_eq!(
+        shape(&revised),
+        "order\n  shop\n    one\n      web-1\n    new 3\n      web-3\n    new 2\n      web-2\n  bank\n    only\n      web-4\n",
+    );
+    assert_eq!(revised.steps, plan.steps, "no step stands twice");
+    // Servers of a deleted group come back by it.
+    let edit = Edit::DeleteGroup {
+        node: id(&plan, "two"),
+    };
+    let deleted = good(&plan, &progress, &edit);
+    let carried = progress.carried(&plan, &deleted);
+    let again = good(&deleted, &carried, &Edit::Regroup(graft(&[2, 3])));
+    assert!(again.left_out.is_empty());
+    assert_eq!(again.units.len(), plan.units.len());
+    assert!(matches!(
+        bad(&plan, &progress, &Edit::Regroup(graft(&[1]))),
+        BadEdit::ServerStarted { .. }
+    ));
+    let mut other = graft(&[2]);
+    other.application = "else".to_owned();
+    assert!(matches!(
+        bad(&plan, &progress, &Edit::Regroup(other)),
+        BadEdit::NoSuchApplication { .. }
+    ));
+    let mut drifted = graft(&[2]);
+    let mut planned = plan.clone();
+    let read = drifted.plan.reads["a"].clone();
+    planned
+        .reads
+        .insert("instance of shop".to_owned(), read.clone());
+    let changed = crate::plan::Read {
+        digest: crate::digest::Digest::of(b"changed"),
+        ..read
+    };
+    drifted
+        .plan
+        .reads
+        .insert("instance of shop".to_owned(), changed);
+    assert!(matches!(
+        bad(&planned, &begun(&planned), &Edit::Regroup(drifted)),
+        BadEdit::Drifted { .. }
+    ));
+}
+
+#[test]
+fn servers_come_and_go() {
+    let plan = plan();
+    let progress = begun(&plan);
+    let sync = |came: &[u128], gone: &[u128]| Edit::SyncServers {
+        application: "shop".to_owned(),
+        came: (!came.is_empty()).then(|| graft(came)),
+        gone: gone.iter().map(|number| server_id(*number)).collect(),
+    };
+    let revised = good(&plan, &progress, &sync(&[7], &[2]));
+    assert!(
+        shape(&revised).contains("two\n      web-3\n    new 7\n      web-7"),
+        "{}",
+        shape(&revised)
+    );
+    assert_eq!(revised.units.len(), plan.units.len() + 1);
+    assert_eq!(revised.left_out.len(), 1);
+    assert!(matches!(
+        bad(&plan, &progress, &sync(&[], &[])),
+        BadEdit::NothingToSync { .. }
+    ));
+    assert!(matches!(
+        bad(&plan, &progress, &sync(&[2], &[])),
+        BadEdit::ServerTwice { .. }
+    ));
+    // What has started stays.
+    let error = bad(&plan, &progress, &sync(&[], &[1]));
+    assert!(matches!(error, BadEdit::NothingToSync { .. }));
+}
+
+#[test]
+fn applications_change_their_sequence() {
+    let plan = plan();
+    let lanes = |lanes: &[&[&[&str]]]| {
+        lanes
+            .iter()
+            .map(|stages| Lane {
+                stages: stages
+                    .iter()
+                    .map(|stage| stage.iter().map(|name| (*name).to_owned()).collect())
+                    .collect(),
+            })
+            .collect::<Vec<_>>()
+    };
+    let sequence = |shape: &[&[&[&str]]], dependencies: &[(&str, &str)]| Edit::Sequence {
+        lanes: lanes(shape),
+        dependencies: dependencies
+            .iter()
+            .map(|(one, two)| ((*one).to_owned(), (*two).to_owned()))
+            .collect(),
+    };
+    let before = fresh(&plan);
+    let revised = good(
+        &plan,
+        &before,
+        &sequence(&[&[&["bank"]], &[&["shop"]]], &[]),
+    );
+    assert!(
+        shape(&revised).starts_with("order\n  lanes\n    lane A\n      bank\n        only\n          web-4\n    lane B\n      shop"),
+        "{}",
+        shape(&revised)
+    );
+    let staged = good(&plan, &before, &sequence(&[&[&["bank", "shop"]]], &[]));
+    assert!(shape(&staged).starts_with("order\n  stage A1\n    bank"));
+    good(
+        &plan,
+        &before,
+        &sequence(&[&[&["bank"], &["shop"]]], &[("shop", "bank")]),
+    );
+    let running = begun(&plan);
+    good(&plan, &running, &sequence(&[&[&["shop"], &["bank"]]], &[]));
+    for (progress, edit, expect) in [
+        (
+            &before,
+            sequence(&[&[&["shop"]]], &[]),
+            "leaves out the application `bank`",
+        ),
+        (
+            &before,
+            sequence(&[&[&["shop", "bank", "shop"]]], &[]),
+            "`shop` twice",
+        ),
+        (
+            &before,
+            sequence(&[&[&["shop", "bank", "else"]]], &[]),
+            "no application `else`",
+        ),
+        (
+            &before,
+            sequence(&[&[&["shop", "bank"], &[]]], &[]),
+            "empty lane or stage",
+        ),
+        (
+            &before,
+            sequence(&[&[&["shop"]], &[&["bank"]]], &[("shop", "bank")]),
+            "`shop` depends on `bank`",
+        ),
+        (
+            &running,
+            sequence(&[&[&["bank"], &["shop"]]], &[]),
+            "`shop` has started",
+        ),
+    ] {
+        let error = bad(&plan, progress, &edit).to_string();
+        assert!(error.contains(expect), "{expect}: {error}");
+    }
+    // Arranged before it is an order, it is a first revision.
+    let arranged = arrange(&plan, &lanes(&[&[&["bank"], &["shop"]]]), &[]).unwrap();
+    assert_eq!((arranged.schema, arranged.next_id), (1, 0));
+    assert_eq!(arranged.index_of(1), Some(1));
+}
