@@ -19,6 +19,7 @@ use windlass::engine::{
 use windlass_domain::{
     Digest, Timestamp,
     expand::{self, PartInput, PlanInput, ServerInput},
+    flow,
     id::{AppId, InstanceId, OrderId, PoolId, ServerId},
     inbox::{InboxEntry, JournalEpoch},
     limits::Limits,
@@ -533,6 +534,7 @@ pub fn plan_in_cells(
                 server_env: BTreeMap::new(),
             },
             approved: Wishes::default(),
+            flow: flow::release(),
             only_traffic: (1..=servers)
                 .filter(|number| !is_released(*number))
                 .map(server)

@@ -343,6 +343,7 @@ fn frame(event: &OrderEvent) -> String {
         Happened::Node { .. } => "node",
         Happened::Action { .. } => "action",
         Happened::Traffic { .. } => "traffic",
+        Happened::Revised { .. } => "revised",
     };
     let data = serde_json::to_string(event).expect("events have string keys");
     format!("id: {}\nevent: {name}\ndata: {data}\n\n", event.seq)

@@ -32,6 +32,7 @@ use std::{
 use semver::VersionReq;
 use windlass_domain::{
     expand::{self, PartInput, PlanInput, ServerInput},
+    flow,
     id::{InstanceId, ServerId},
     instance::{Binding, ServiceInstance},
     manifest::Manifest,
@@ -42,8 +43,9 @@ use windlass_domain::{
         AppRole, LifecyclePlan, LifecycleRequest, Phase, PluginKind, ServerFacts, StrategyApp,
         StrategyRequest, StrategyServer, Wishes,
     },
+    revise::arrange,
     server::Server,
-    stages::stages,
+    stages::{BadDependencies, stages},
     value::{Environment, Value},
     workspace::{DeploymentZone, Workspace},
 };
@@ -186,14 +188,7 @@ impl Planner {
             chosen.push(part);
         }
         let names: Vec<&str> = chosen.iter().map(|part| part.app_name.as_str()).collect();
-        let stage_of = stages(&names, &spec.dependencies).map_err(|error| {
-            invalid(
-                "dependencies_invalid",
-                "/dependencies".to_owned(),
-                error.to_string(),
-                "mend the dependencies",
-            )
-        })?;
+        let stage_of = stages(&names, &spec.dependencies).map_err(dependencies_invalid)?;
         chosen.sort_by_key(|part| stage_of.get(&part.app_name).copied().unwrap_or(1));
 
         let strategy = self.strategy(&spec.strategy)?;
@@ -256,7 +251,7 @@ impl Planner {
             parts,
             reads,
         };
-        expand::expand(input, &answer).map_err(|bad| ServiceError::Plugin {
+        let plan = expand::expand(input, &answer).map_err(|bad| ServiceError::Plugin {
             code: "plan_refused",
             message: format!(
                 "the plan that `{}` made is refused: {bad}",
@@ -265,6 +260,18 @@ impl Planner {
             mend:
                 "change the order's parameters or limits, or mend the plugin; no server was touched"
                     .to_owned(),
+        })?;
+        if spec.lanes.is_empty() {
+            return Ok(plan);
+        }
+        let pairs = spec.dependencies.pairs().map_err(dependencies_invalid)?;
+        arrange(&plan, &spec.lanes, &pairs).map_err(|bad| {
+            invalid(
+                "lanes_invalid",
+                "/lanes".to_owned(),
+                bad.to_string(),
+                "mend the lanes, or leave them out: then the dependencies say the sequence",
+            )
         })
     }
 
@@ -340,6 +347,7 @@ impl Planner {
                 server_env: BTreeMap::new(),
             },
             approved: Wishes::default(),
+            flow: flow::release(),
             servers: Vec::new(),
             only_traffic: bound.iter().map(|(server, _)| server.id).collect(),
         };
@@ -554,6 +562,7 @@ impl Planner {
             part,
             steps,
             approved,
+            flow: flow::release(),
             servers: inputs,
             only_traffic: Vec::new(),
         })
@@ -620,6 +629,15 @@ impl Planner {
             .map_err(|error| internal("read what is installed", error))?
             .map(|(manifest, _)| manifest))
     }
+}
+
+fn dependencies_invalid(error: BadDependencies) -> ServiceError {
+    invalid(
+        "dependencies_invalid",
+        "/dependencies".to_owned(),
+        error.to_string(),
+        "mend the dependencies",
+    )
 }
 
 /// The cell of a server that was put in none.

@@ -15,6 +15,7 @@ use std::{
 use windlass_domain::{
     Digest, dispatch,
     expand::{self, PartInput, PlanInput, ServerInput},
+    flow,
     id::{OrderId, ServerId},
     manifest::{Manifest, PluginRef},
     order::{Control, Order, OrderState, PlanRevision, Purpose},
@@ -253,6 +254,7 @@ impl Planner {
                     },
                     // They were checked against what was approved when they were planned.
                     approved: all_wishes(&old),
+                    flow: flow::release(),
                     servers: Vec::new(),
                     only_traffic: Vec::new(),
                 });

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use windlass_domain::{
     expand::PartInput,
+    flow,
     id::ServerId,
     plan::{NodeKind, Plan},
     plugin::{
@@ -94,6 +95,7 @@ impl Traffic {
                         server_env: BTreeMap::new(),
                     },
                     approved: Wishes::default(),
+                    flow: flow::release(),
                     servers: Vec::new(),
                     only_traffic: all.clone(),
                 }),
