@@ -104,7 +104,7 @@ pub enum Purpose {
         reason: String,
         /// Whether the core's own plan runs because the strategy's was missing, failed, or broke a limit: the cause.
         core_plan_because: Option<String>,
-        /// The stage of that order that alone is rolled back; absent: all of it.
+        /// The stage of that order that alone is rolled back (its node's id); absent: all of it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         stage: Option<u32>,
     },
@@ -251,7 +251,7 @@ pub struct Order {
     pub strategy: String,
     /// The plan that runs.
     pub plan: Digest,
-    /// All revisions of the plan; the last is `plan`.
+    /// The last revisions of the plan, at most [`Order::SHOWN_REVISIONS`]; the last of them is `plan`.
     pub revisions: Vec<PlanRevision>,
     /// What was asked for (a blob).
     pub spec: Digest,
@@ -288,6 +288,15 @@ pub struct Order {
 impl Order {
     /// The current [`Order::schema`].
     pub const SCHEMA: u32 = 1;
+
+    /// How many revisions its header shows; the others have rows alone.
+    pub const SHOWN_REVISIONS: usize = 8;
+
+    /// The revision of its plan that runs, from 1.
+    #[must_use]
+    pub fn revision(&self) -> u32 {
+        self.revisions.last().map_or(1, |last| last.revision)
+    }
 }
 
 /// The part of an order's control flow that does not follow from its nodes.

@@ -17,7 +17,7 @@
 //! Nodes stand in depth-first order: a parent before its children, and a subtree is one contiguous range.
 //! Scripts are shared by all servers (`steps`); what differs between servers is environment (`units`).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use serde::{Deserialize, Serialize};
 
@@ -137,7 +137,7 @@ pub struct Unit {
     pub before: Option<String>,
     /// Of a rollback: the drain of this server in the order that is rolled back, which remembers its weights.
     #[serde(default)]
-    pub drained_by: Option<NodeIndex>,
+    pub drained_by: Option<NodeId>,
     /// Keys in [`Plan::reads`] that concern this server, checked again before its first step.
     pub reads: Vec<String>,
 }
@@ -344,6 +344,25 @@ impl NodeKind {
     }
 }
 
+/// Where the nodes of one revision of a plan stand, by their ids.
+#[derive(Debug, Clone, Default)]
+pub struct Indices {
+    count: u32,
+    /// `None`: a node's id is its index.
+    by_id: Option<HashMap<NodeId, NodeIndex>>,
+}
+
+impl Indices {
+    /// Where the node with this id stands; `None`: the revision has none.
+    #[must_use]
+    pub fn of(&self, id: NodeId) -> Option<NodeIndex> {
+        match &self.by_id {
+            Some(by_id) => by_id.get(&id).copied(),
+            None => Some(id).filter(|id| *id < self.count),
+        }
+    }
+}
+
 impl Plan {
     /// The highest [`Plan::schema`] that this version reads.
     ///
@@ -411,7 +430,7 @@ impl Plan {
             .unwrap_or(node)
     }
 
-    /// Where the node with this id stands in this revision; `None`: it has none.
+    /// Where the node with this id stands in this revision; `None`: it has none. For many nodes: [`Plan::indices`].
     #[must_use]
     pub fn index_of(&self, id: NodeId) -> Option<NodeIndex> {
         let has_it =
@@ -427,6 +446,63 @@ impl Plan {
             .filter(|(_, node)| node.id == Some(id))
             .map(|(index, _)| index)
             .next()
+    }
+
+    /// Where all nodes of this revision stand, by their ids.
+    #[must_use]
+    pub fn indices(&self) -> Indices {
+        let by_id = (self.next_id != 0).then(|| {
+            let nodes = (0..).zip(&self.nodes);
+            nodes
+                .map(|(index, node)| (node.id.unwrap_or(index), index))
+                .collect()
+        });
+        Indices {
+            count: u32::try_from(self.nodes.len()).unwrap_or(u32::MAX),
+            by_id,
+        }
+    }
+
+    /// The positions of the units that stand in the tree. Others were taken out by a revision.
+    #[must_use]
+    pub fn placed(&self) -> BTreeSet<u32> {
+        let nodes = self.nodes.iter();
+        nodes
+            .filter_map(|node| match node.kind {
+                NodeKind::Unit { unit } => Some(unit),
+                NodeKind::Sequence
+                | NodeKind::Parallel { .. }
+                | NodeKind::Step { .. }
+                | NodeKind::Traffic(_)
+                | NodeKind::Gate { .. }
+                | NodeKind::Pause { .. }
+                | NodeKind::Judge { .. } => None,
+            })
+            .collect()
+    }
+
+    /// The subjects of [`Plan::reads`] that what is still to be done depends on: without those of units that a revision took
+    /// out.
+    #[must_use]
+    pub fn subjects(&self) -> Vec<String> {
+        let placed = self.placed();
+        let (mut of_placed, mut of_others) = (BTreeSet::new(), BTreeSet::new());
+        for (position, unit) in (0u32..).zip(&self.units) {
+            let subjects = if placed.contains(&position) {
+                &mut of_placed
+            } else {
+                &mut of_others
+            };
+            subjects.extend(unit.reads.iter().map(String::as_str));
+        }
+        let subjects = self.reads.keys();
+        subjects
+            .filter(|subject| {
+                let subject = subject.as_str();
+                of_placed.contains(subject) || !of_others.contains(subject)
+            })
+            .cloned()
+            .collect()
     }
 
     /// The application that a unit is of; `None`: it is server work.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     id::PoolId,
     order::{Control, Ending, OrderState},
-    plan::{Level, NodeIndex, NodeKind, Plan, TrafficAction},
+    plan::{Level, NodeId, NodeIndex, NodeKind, Plan, TrafficAction},
     task::TaskResult,
     time::Timestamp,
 };
@@ -612,13 +612,28 @@ impl Progress {
         progress
     }
 
+    /// The progress of a plan from its rows as they are kept, under the ids of nodes.
+    #[must_use]
+    pub fn of_rows(
+        plan: &Plan,
+        control: Control,
+        stalled: bool,
+        rows: impl IntoIterator<Item = (NodeId, NodeProgress)>,
+    ) -> Self {
+        let indices = plan.indices();
+        let rows = rows
+            .into_iter()
+            .filter_map(|(id, row)| Some((indices.of(id)?, row)));
+        Self::load(plan, control, stalled, rows)
+    }
+
     /// The same progress under another revision of the plan: what is kept of a node is found by its id.
     #[must_use]
     pub fn carried(&self, from: &Plan, to: &Plan) -> Self {
         let rows = (0u32..)
             .zip(&self.nodes)
-            .filter_map(|(index, row)| Some((to.index_of(from.id_of(index))?, row.clone())));
-        Self::load(to, self.control, self.stalled, rows)
+            .map(|(index, row)| (from.id_of(index), row.clone()));
+        Self::of_rows(to, self.control, self.stalled, rows)
     }
 
     /// The state of a node.

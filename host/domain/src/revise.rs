@@ -12,12 +12,16 @@ mod sequence;
 mod tests;
 mod tree;
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
     id::ServerId,
-    plan::{LeftOut, Level, NodeId, NodeIndex, NodeKind, Plan},
+    order::Control,
+    plan::{LeftOut, Level, NodeId, NodeIndex, NodeKind, Plan, Read},
     progress::{Admission, NodeState, Progress},
+    reducer::Refused,
 };
 
 pub use graft::Graft;
@@ -97,6 +101,8 @@ pub enum Edit {
         came: Option<Box<Graft>>,
         /// Servers that are bound no more.
         gone: Vec<ServerId>,
+        /// What is read of the application's servers now.
+        reads: BTreeMap<String, Read>,
     },
     /// See [`PlanEdit::Sequence`].
     Sequence {
@@ -169,6 +175,23 @@ pub enum BadEdit {
         "the strategy `{strategy}` judges, and the order's own is another: only the order's own strategy can judge in it"
     )]
     ForeignJudge { strategy: String },
+    #[error(
+        "the plan moves traffic of `{of}` at node {node} (`{name}`), and counts on where each server stands then: wait until that is done, or make a new order"
+    )]
+    TrafficMoves {
+        /// A server, or an application.
+        of: String,
+        node: NodeId,
+        name: String,
+    },
+    #[error(
+        "the plan has moved traffic of `{application}` at node {node} (`{name}`), and what would bring it back goes with the grouping: make a new order"
+    )]
+    TrafficMoved {
+        application: String,
+        node: NodeId,
+        name: String,
+    },
     #[error("the sequence leaves out the application `{application}`")]
     SequenceMisses { application: String },
     #[error("the sequence names the application `{application}` twice")]
@@ -185,6 +208,33 @@ pub enum BadEdit {
     BehindUnstarted { application: String, before: String },
     #[error("the plan would have {nodes} nodes; the limit is {limit}")]
     TooLarge { nodes: usize, limit: usize },
+}
+
+/// Whether the plan of an order can be changed now at all.
+///
+/// # Errors
+/// [`Refused::WrongState`], [`Refused::StageRollsBack`] with the stage's id.
+pub fn expect_revisable(plan: &Plan, progress: &Progress) -> Result<(), Refused> {
+    match progress.control {
+        Control::NotStarted | Control::Active => {}
+        Control::Initialising
+        | Control::Cancelling
+        | Control::EndingForRollback
+        | Control::RollingBack
+        | Control::Ended(_) => {
+            return Err(Refused::WrongState {
+                action: "revise",
+                state: progress.order_state(),
+            });
+        }
+    }
+    match progress.stage_in_rollback() {
+        None => Ok(()),
+        Some(stage) => Err(Refused::StageRollsBack {
+            node: plan.id_of(stage),
+            name: plan.nodes[stage as usize].name.clone(),
+        }),
+    }
 }
 
 /// Applies a change.
@@ -206,14 +256,36 @@ pub fn revise(plan: &Plan, progress: &Progress, edit: &Edit) -> Result<Revised, 
             application,
             came,
             gone,
-        } => draft.sync(application, came.as_deref(), gone)?,
+            reads,
+        } => draft.sync(application, came.as_deref(), gone, reads)?,
         Edit::Sequence {
             lanes,
             dependencies,
         } => draft.sequence(lanes, dependencies)?,
     };
     let plan = draft.finish()?;
-    Ok(Revised { plan, difference })
+    Ok(Revised {
+        plan,
+        difference: cut(difference),
+    })
+}
+
+/// Whether anything in a node was begun, or ended by a person: then it does not change any more. Locks and orders to run do
+/// not count.
+#[must_use]
+pub fn is_touched(plan: &Plan, progress: &Progress, node: NodeIndex) -> bool {
+    let end = progress.subtree_end[node as usize];
+    (node..end).any(|index| {
+        let row = progress.node(index);
+        let leaf = plan.nodes[index as usize].kind.is_leaf();
+        row.cancel
+            || row.ignored
+            || row.attempt > 0
+            || row.admission != Admission::None
+            || !row.drift.is_empty()
+            || row.rollback.is_some()
+            || (leaf && progress.state(index) != NodeState::NotStarted)
+    })
 }
 
 /// A revision in the making.
@@ -226,9 +298,18 @@ struct Draft<'a> {
 }
 
 impl Draft<'_> {
-    fn finish(self) -> Result<Plan, BadEdit> {
+    fn finish(mut self) -> Result<Plan, BadEdit> {
+        // Gates and the like of an application of which no server is left and nothing has started.
+        for (index, node) in (0u32..).zip(&self.original.nodes) {
+            if node.level == Level::Application
+                && !self.tree.has_units(index as usize)
+                && !self.is_touched(index)
+            {
+                self.tree.remove(index as usize);
+            }
+        }
         let Self { mut plan, tree, .. } = self;
-        if !tree.has_units() {
+        if !tree.has_units(0) {
             return Err(BadEdit::NothingLeft);
         }
         let (nodes, next_id) = tree.flatten();
@@ -254,19 +335,8 @@ impl Draft<'_> {
         self.original.nodes[node as usize].name.clone()
     }
 
-    /// Whether anything in a node was begun, or ended by a person. Locks and orders to run do not count.
     fn is_touched(&self, node: NodeIndex) -> bool {
-        let end = self.progress.subtree_end[node as usize];
-        (node..end).any(|index| {
-            let row = self.progress.node(index);
-            let leaf = self.original.nodes[index as usize].kind.is_leaf();
-            row.cancel
-                || row.ignored
-                || row.attempt > 0
-                || row.admission != Admission::None
-                || !row.drift.is_empty()
-                || (leaf && self.progress.state(index) != NodeState::NotStarted)
-        })
+        is_touched(self.original, self.progress, node)
     }
 
     fn unit_at(&self, node: NodeIndex) -> Option<u32> {
@@ -294,6 +364,41 @@ impl Draft<'_> {
         let unit = &self.original.units[unit as usize];
         let part = self.original.part_of(unit);
         part.map_or_else(String::new, |part| part.key.clone())
+    }
+
+    /// The shifts of an application's traffic.
+    fn shifts_of(&self, part: u32) -> impl Iterator<Item = (NodeIndex, Vec<ServerId>)> + '_ {
+        let nodes = (0u32..).zip(&self.original.nodes);
+        nodes.filter_map(move |(index, planned)| match &planned.kind {
+            NodeKind::Traffic(action) => action
+                .shifts()
+                .filter(|(of, _)| *of == part)
+                .map(|(_, servers)| (index, servers)),
+            NodeKind::Sequence
+            | NodeKind::Parallel { .. }
+            | NodeKind::Unit { .. }
+            | NodeKind::Step { .. }
+            | NodeKind::Gate { .. }
+            | NodeKind::Pause { .. }
+            | NodeKind::Judge { .. } => None,
+        })
+    }
+
+    /// A strategy that moves a server's traffic counts on where the server stands: canaries, cells.
+    fn expect_no_shift_of(&self, unit: u32) -> Result<(), BadEdit> {
+        let unit = &self.original.units[unit as usize];
+        let Some(part) = unit.part else { return Ok(()) };
+        let moves = self.shifts_of(part).find(|(index, servers)| {
+            servers.contains(&unit.server) && !self.progress.state(*index).is_settled()
+        });
+        match moves {
+            None => Ok(()),
+            Some((index, _)) => Err(BadEdit::TrafficMoves {
+                of: unit.server_name.clone(),
+                node: self.original.id_of(index),
+                name: self.name(index),
+            }),
+        }
     }
 
     fn leave_out(&mut self, unit: u32, reason: String) {
@@ -327,6 +432,9 @@ impl Draft<'_> {
             });
         }
         let units = self.units_in(node);
+        for (_, unit) in &units {
+            self.expect_no_shift_of(*unit)?;
+        }
         let name = self.name(node);
         let names: Vec<&str> = units
             .iter()
@@ -402,6 +510,7 @@ impl Draft<'_> {
             if self.is_touched(at) {
                 return Err(BadEdit::ServerStarted { server: name });
             }
+            self.expect_no_shift_of(unit)?;
             moved.push(at);
             names.push(name);
         }
@@ -414,6 +523,16 @@ impl Draft<'_> {
             listed(&names),
             planned.name
         ))
+    }
+}
+
+/// A difference is kept with the order's header: it is no longer than this, in characters.
+const MAX_DIFFERENCE: usize = 1000;
+
+fn cut(difference: String) -> String {
+    match difference.char_indices().nth(MAX_DIFFERENCE) {
+        None => difference,
+        Some((at, _)) => format!("{}…", &difference[..at]),
     }
 }
 

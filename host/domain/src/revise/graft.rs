@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     id::ServerId,
-    plan::{Level, NodeIndex, NodeKind, Plan, TrafficAction},
+    plan::{Level, NodeIndex, NodeKind, Plan, Read, TrafficAction},
 };
 
 use super::{BadEdit, Draft, listed};
@@ -19,8 +19,8 @@ pub struct Graft {
 }
 
 impl Draft<'_> {
-    /// The position of an application, and its node.
-    fn application(&self, application: &str) -> Result<(u32, NodeIndex), BadEdit> {
+    /// The position of an application, and its node; no node where all its groups were deleted.
+    fn application(&self, application: &str) -> Result<(u32, Option<NodeIndex>), BadEdit> {
         let missing = || BadEdit::NoSuchApplication {
             application: application.to_owned(),
         };
@@ -39,11 +39,23 @@ impl Draft<'_> {
             .map(|(index, _)| index)
             .filter(|index| of_it(*index));
         match (nodes.next(), nodes.next()) {
-            (Some(node), None) => Ok((part, node)),
+            (Some(node), None) => Ok((part, Some(node))),
+            (None, _) if !of_it(0) => Ok((part, None)),
             (None, _) | (Some(_), Some(_)) => Err(BadEdit::NotOneApplication {
                 application: application.to_owned(),
             }),
         }
+    }
+
+    /// The node that an application's groups go below: a new one at the end of the order where it has none.
+    fn place_of(&mut self, application: &str, node: Option<NodeIndex>) -> usize {
+        node.map_or_else(
+            || {
+                self.tree
+                    .add(0, Level::Application, application, NodeKind::Sequence)
+            },
+            |node| node as usize,
+        )
     }
 
     pub(super) fn regroup(&mut self, graft: &Graft) -> Result<String, BadEdit> {
@@ -54,6 +66,16 @@ impl Draft<'_> {
             });
         }
         self.check(graft)?;
+        let moved = self
+            .shifts_of(part)
+            .find(|(index, _)| self.is_touched(*index));
+        if let Some((index, _)) = moved {
+            return Err(BadEdit::TrafficMoved {
+                application: graft.application.clone(),
+                node: self.original.id_of(index),
+                name: self.name(index),
+            });
+        }
         let servers: BTreeSet<ServerId> = graft.plan.units.iter().map(|unit| unit.server).collect();
         let mut taken = Vec::new();
         for (at, unit) in self.units_in(0) {
@@ -68,9 +90,16 @@ impl Draft<'_> {
             }
             taken.push(at);
         }
-        // Gates, pauses and the like of the old grouping go with it, as far as they were not reached. Found before anything
-        // is taken out: what is empty goes by itself, the application's own node at the end as well.
-        let between: Vec<NodeIndex> = (node..self.progress.subtree_end[node as usize])
+        // Gates, pauses and the like of the old grouping go with it, as far as they were not reached; those in front of it
+        // stay: they belong to what has started. Found before anything is taken out: what is empty goes by itself, the
+        // application's own node at the end as well.
+        let begun = node.is_some_and(|node| self.is_touched(node));
+        let first = taken.iter().copied().min().unwrap_or(NodeIndex::MAX);
+        let inside = node.map_or(0..0, |node| {
+            let from = if begun { node.max(first) } else { node };
+            from..self.progress.subtree_end[node as usize].max(from)
+        });
+        let between: Vec<NodeIndex> = inside
             .filter(|index| {
                 let kind = &self.original.nodes[*index as usize].kind;
                 kind.is_leaf()
@@ -78,7 +107,8 @@ impl Draft<'_> {
                     && crate::dispatch::unit_of(self.original, *index).is_none()
             })
             .collect();
-        self.insert(part, node, graft);
+        let place = self.place_of(&graft.application, node);
+        self.insert(part, place, graft);
         for at in between.into_iter().chain(taken) {
             self.tree.remove(at as usize);
         }
@@ -102,8 +132,19 @@ impl Draft<'_> {
         application: &str,
         came: Option<&Graft>,
         gone: &[ServerId],
+        reads: &BTreeMap<String, Read>,
     ) -> Result<String, BadEdit> {
         let (part, node) = self.application(application)?;
+        let moves = self
+            .shifts_of(part)
+            .find(|(index, _)| !self.progress.state(*index).is_settled());
+        if let Some((index, _)) = moves {
+            return Err(BadEdit::TrafficMoves {
+                of: application.to_owned(),
+                node: self.original.id_of(index),
+                name: self.name(index),
+            });
+        }
         let mut said = Vec::new();
         if let Some(graft) = came {
             self.check(graft)?;
@@ -125,11 +166,12 @@ impl Draft<'_> {
                 .map(|unit| unit.server_name.as_str())
                 .collect();
             said.push(format!("took in {}", listed(&names)));
-            self.insert(part, node, graft);
+            let place = self.place_of(application, node);
+            self.insert(part, place, graft);
         }
         let mut left = Vec::new();
         let mut stay = Vec::new();
-        for (at, unit) in self.units_in(node) {
+        for (at, unit) in self.units_in(0) {
             let planned = &self.original.units[unit as usize];
             if planned.part != Some(part) || !gone.contains(&planned.server) {
                 continue;
@@ -139,9 +181,24 @@ impl Draft<'_> {
                 continue;
             }
             left.push(planned.server_name.as_str());
-            self.leave_out(unit, "it is bound to the application no more".to_owned());
             self.tree.remove(at as usize);
         }
+        // What is bound no more is not the application's to be assigned to a group either.
+        let named = self.plan.left_out.len();
+        self.plan
+            .left_out
+            .retain(|out| out.application != application || !gone.contains(&out.server));
+        if self.plan.left_out.len() != named {
+            said.push(format!(
+                "forgot {} unassigned",
+                named - self.plan.left_out.len()
+            ));
+        }
+        self.plan.reads.extend(
+            reads
+                .iter()
+                .map(|(subject, read)| (subject.clone(), read.clone())),
+        );
         if !left.is_empty() {
             said.push(format!("left out {}", listed(&left)));
         }
@@ -191,7 +248,7 @@ impl Draft<'_> {
     }
 
     /// Puts the graft's groups at the end of an application. A server that has a unit keeps its position.
-    fn insert(&mut self, part: u32, application: NodeIndex, graft: &Graft) {
+    fn insert(&mut self, part: u32, application: usize, graft: &Graft) {
         let mut units: BTreeMap<u32, u32> = BTreeMap::new();
         for (index, planned) in (0u32..).zip(&graft.plan.units) {
             let unit = crate::plan::Unit {
@@ -228,17 +285,20 @@ impl Draft<'_> {
             steps.insert(index, u32::try_from(position).unwrap_or(u32::MAX));
         }
         for (subject, read) in &graft.plan.reads {
-            let plugin = subject.starts_with("strategy ") || subject.starts_with("tech stack ");
-            if !plugin {
+            // Orders are pinned to the plugins they were planned with. Which servers there are is for a sync to say.
+            let stays = ["strategy ", "tech stack ", "servers of "]
+                .iter()
+                .any(|kind| subject.starts_with(kind));
+            if !stays {
                 self.plan.reads.insert(subject.clone(), read.clone());
             }
         }
         // Depth-first: a node's place in the tree is known before its children come.
-        let mut places: Vec<usize> = vec![application as usize; graft.plan.nodes.len()];
+        let mut places: Vec<usize> = vec![application; graft.plan.nodes.len()];
         for (index, node) in graft.plan.nodes.iter().enumerate().skip(1) {
             let parent = node
                 .parent
-                .map_or(application as usize, |parent| places[parent as usize]);
+                .map_or(application, |parent| places[parent as usize]);
             if node.level == Level::Application {
                 // Its place is taken by the node that is there.
                 places[index] = parent;

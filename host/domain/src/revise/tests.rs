@@ -283,8 +283,11 @@ fn servers_that_have_not_started_are_grouped_anew() {
     let revised = good(&plan, &progress, &Edit::Regroup(graft(&[3, 2])));
     assert_eq!(
         shape(&revised),
-        "order\n  shop\n    one\n      web-1\n    new 3\n      web-3\n    new 2\n      web-2\n  bank\n    only\n      web-4\n",
+        "order\n  shop\n    one\n      web-1\n    confirm one\n    new 3\n      web-3\n    new 2\n      web-2\n  bank\n    only\n      web-4\n",
     );
+    // Before anything has started, all of the old grouping goes.
+    let all = good(&plan, &fresh(&plan), &Edit::Regroup(graft(&[3, 2, 1])));
+    assert!(!shape(&all).contains("confirm"), "{}", shape(&all));
     assert_eq!(revised.steps, plan.steps, "no step stands twice");
     // Servers of a deleted group come back by it.
     let edit = Edit::DeleteGroup {
@@ -333,6 +336,7 @@ fn servers_come_and_go() {
         application: "shop".to_owned(),
         came: (!came.is_empty()).then(|| graft(came)),
         gone: gone.iter().map(|number| server_id(*number)).collect(),
+        reads: [("servers of shop".to_owned(), read("now"))].into(),
     };
     let revised = good(&plan, &progress, &sync(&[7], &[2]));
     assert!(
@@ -341,7 +345,22 @@ fn servers_come_and_go() {
         shape(&revised)
     );
     assert_eq!(revised.units.len(), plan.units.len() + 1);
-    assert_eq!(revised.left_out.len(), 1);
+    // Who is not bound any more is not to be assigned either.
+    assert!(revised.left_out.is_empty());
+    assert_eq!(revised.reads["servers of shop"], read("now"));
+    let placed = revised.placed();
+    let standing: Vec<&str> = placed
+        .iter()
+        .map(|unit| revised.units[*unit as usize].server_name.as_str())
+        .collect();
+    assert_eq!(standing, ["web-1", "web-3", "web-4", "web-7"]);
+    let edit = Edit::DeleteGroup {
+        node: id(&plan, "two"),
+    };
+    let deleted = good(&plan, &progress, &edit);
+    let carried = progress.carried(&plan, &deleted);
+    let forgotten = good(&deleted, &carried, &sync(&[], &[2]));
+    assert_eq!(forgotten.left_out.len(), 1);
     assert!(matches!(
         bad(&plan, &progress, &sync(&[], &[])),
         BadEdit::NothingToSync { .. }
@@ -353,6 +372,122 @@ fn servers_come_and_go() {
     // What has started stays.
     let error = bad(&plan, &progress, &sync(&[], &[1]));
     assert!(matches!(error, BadEdit::NothingToSync { .. }));
+}
+
+fn read(shown: &str) -> crate::plan::Read {
+    crate::plan::Read {
+        digest: crate::digest::Digest::of(shown.as_bytes()),
+        shown: shown.to_owned(),
+    }
+}
+
+#[test]
+fn what_only_left_servers_were_planned_from_is_no_drift() {
+    let mut plan = plan();
+    for (unit, name) in [(0, "web-1"), (1, "web-2"), (2, "web-3")] {
+        let subject = format!("server {name}");
+        plan.reads.insert(subject.clone(), read(name));
+        plan.units[unit].reads.push(subject);
+    }
+    let all: Vec<String> = plan.reads.keys().cloned().collect();
+    assert_eq!(plan.subjects(), all);
+    let edit = Edit::DeleteGroup {
+        node: id(&plan, "two"),
+    };
+    let left = good(&plan, &fresh(&plan), &edit).subjects();
+    assert!(left.contains(&"server web-1".to_owned()));
+    assert!(!left.contains(&"server web-2".to_owned()));
+    assert_eq!(left.len(), all.len() - 2);
+}
+
+/// `shop`: a canary of server 1 with a share of its traffic, then 2 and 3.
+fn canary() -> Plan {
+    let mut input = input();
+    let mut shop = part("shop", vec![server(1), server(2), server(3)]);
+    shop.only_traffic = vec![server_id(9)];
+    input.parts = vec![shop];
+    let share = StrategyNodeKind::Share {
+        application: "shop".to_owned(),
+        servers: vec![server_id(1).to_string()],
+        percent: 10,
+    };
+    let nodes = vec![
+        application("shop"),
+        group(0, "one"),
+        unit(1, "shop", 1),
+        node(Some(0), "10 percent", share),
+        group(0, "two"),
+        unit(4, "shop", 2),
+        unit(4, "shop", 3),
+    ];
+    expand(input, &of(nodes)).unwrap()
+}
+
+#[test]
+fn servers_stay_where_a_shift_of_traffic_counts_on_them() {
+    let plan = canary();
+    let mut progress = fresh(&plan);
+    let two = Edit::DeleteGroup {
+        node: id(&plan, "two"),
+    };
+    let to_one = Edit::MoveServers {
+        servers: vec![server_id(2)],
+        to: id(&plan, "one"),
+    };
+    let gone = Edit::SyncServers {
+        application: "shop".to_owned(),
+        came: None,
+        gone: vec![server_id(2)],
+        reads: BTreeMap::new(),
+    };
+    for edit in [&two, &to_one, &gone] {
+        let error = bad(&plan, &progress, edit);
+        assert!(matches!(error, BadEdit::TrafficMoves { .. }), "{error}");
+    }
+    // Grouped anew before it was begun: the shift goes with the grouping.
+    let revised = good(&plan, &progress, &Edit::Regroup(graft(&[1, 2, 3])));
+    assert!(!shape(&revised).contains("percent"));
+    // Once it is done, the servers behind it are free to go; to group them anew would lose what comes of the share.
+    let leaf = plan.index_of(id(&plan, "10 percent")).unwrap();
+    progress = Progress::load(
+        &plan,
+        Control::Active,
+        false,
+        [(
+            leaf,
+            crate::progress::NodeProgress {
+                state: NodeState::Succeeded,
+                attempt: 1,
+                ..Default::default()
+            },
+        )],
+    );
+    good(&plan, &progress, &two);
+    good(&plan, &progress, &gone);
+    let error = bad(&plan, &progress, &Edit::Regroup(graft(&[2, 3])));
+    assert!(matches!(error, BadEdit::TrafficMoved { .. }), "{error}");
+}
+
+#[test]
+fn an_application_without_groups_comes_back_at_the_end() {
+    let plan = plan();
+    let mut revised = plan.clone();
+    let mut progress = fresh(&plan);
+    for name in ["one", "two"] {
+        let edit = Edit::DeleteGroup {
+            node: id(&revised, name),
+        };
+        let next = good(&revised, &progress, &edit);
+        progress = progress.carried(&revised, &next);
+        revised = next;
+    }
+    assert!(!shape(&revised).contains("confirm"), "the gate went, too");
+    let again = good(&revised, &progress, &Edit::Regroup(graft(&[2])));
+    assert!(
+        shape(&again).contains("bank\n    only\n      web-4\n  shop\n    new 2\n      web-2"),
+        "{}",
+        shape(&again)
+    );
 }
 
 #[test]

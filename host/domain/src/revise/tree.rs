@@ -104,8 +104,9 @@ impl Tree {
         self.items[parent].children.push(item);
     }
 
-    pub(super) fn has_units(&self) -> bool {
-        let mut open = vec![0];
+    /// Whether a server's turn stands below an item.
+    pub(super) fn has_units(&self, item: usize) -> bool {
+        let mut open = vec![item];
         while let Some(item) = open.pop() {
             if matches!(self.items[item].kind, NodeKind::Unit { .. }) {
                 return true;
