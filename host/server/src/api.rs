@@ -28,6 +28,7 @@ mod meta;
 mod metrics;
 mod notifications;
 mod order_logs;
+mod order_revisions;
 mod order_traffic;
 mod orders;
 mod packages;
@@ -215,6 +216,7 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(orders::router())
         .merge(order_traffic::router())
         .merge(order_logs::router())
+        .merge(order_revisions::router())
         .merge(dashboard::router())
         .merge(diagnoses::router())
         .merge(invocations::router())

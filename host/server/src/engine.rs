@@ -45,10 +45,11 @@ use windlass_domain::{
     inbox::JournalEpoch,
     manifest::Manifest,
     order::{Action, Control, Order},
-    plan::{NodeIndex, Plan, Read},
+    plan::{NodeId, NodeIndex, Plan, Read},
     plugin::{Judgement, Observation},
     progress::Progress,
     reducer::{Event, Refused},
+    revise::{BadEdit, Edit},
     server::ReleaseState,
     task::{TaskId, TaskResult},
 };
@@ -160,8 +161,17 @@ pub enum ActError {
         #[source]
         source: RowError,
     },
-    /// Its plan could not be read.
-    #[error("the plan of order {id} could not be read")]
+    /// The plan cannot be changed so.
+    #[error(transparent)]
+    Edit(#[from] BadEdit),
+    /// The plan was changed since it was looked at.
+    #[error("the plan was changed meanwhile: revision {now} runs")]
+    Revised {
+        /// The revision that runs.
+        now: u32,
+    },
+    /// Its plan could not be read or written.
+    #[error("the plan of order {id} could not be read or written")]
     Plan {
         /// The order.
         id: OrderId,
@@ -368,8 +378,32 @@ impl Engine {
         self.send(id, Event::Act(action), by.to_owned(), with).await
     }
 
+    /// A person changes an order's plan, of which the revision `of` was looked at. Returns once it is durable. `with` is
+    /// committed together with it: an idempotency record.
+    ///
+    /// # Errors
+    /// [`ActError::Edit`], [`ActError::Revised`], and those of [`Engine::act`].
+    pub async fn revise(
+        &self,
+        id: OrderId,
+        (of, edit): (u32, Edit),
+        by: &str,
+        with: Txn,
+    ) -> Result<(), ActError> {
+        let (reply, answer) = oneshot::channel();
+        let asked = actor::Revise {
+            edit,
+            of,
+            by: by.to_owned(),
+            with,
+            reply,
+        };
+        self.deliver(id, Command::Revise(Box::new(asked))).await?;
+        answer.await.map_err(|_| ActError::Busy(id))?
+    }
+
     /// A group can be unlocked once its servers are ours.
-    async fn take_locks_of(&self, id: OrderId, node: NodeIndex) -> Result<(), ActError> {
+    async fn take_locks_of(&self, id: OrderId, node: NodeId) -> Result<(), ActError> {
         let shared = &self.shared;
         let found = rows::read_order(&*shared.store, id)
             .await
@@ -384,6 +418,10 @@ impl Engine {
             .plan(order.plan)
             .await
             .map_err(|source| ActError::Plan { id, source })?;
+        let Some(node) = plan.index_of(node) else {
+            // The actor says so.
+            return Ok(());
+        };
         match initialise::lock_node(shared, &plan, node, order.lock_owner).await {
             Ok(None) => Ok(()),
             Ok(Some((server, holder))) => Err(ActError::Held { server, holder }),
@@ -498,7 +536,7 @@ impl Engine {
         let nodes = rows::read_nodes(store, id)
             .await
             .map_err(|source| ActError::Row { id, source })?;
-        let progress = Progress::load(&plan, order.control, order.stalled, nodes);
+        let progress = Progress::of_rows(&plan, order.control, order.stalled, nodes);
         Ok(Some((order, Arc::new(plan), progress)))
     }
 

@@ -5,13 +5,19 @@
 //! header; a conflict there means that another server drives the order, and the actor ends. Only after the commit are
 //! callers answered and effects performed.
 //!
+//! Inside, nodes are indices of the plan that runs. Commands, rows, events, tasks and the effects that are being performed
+//! name them by their ids, which hold when the plan is revised.
+//!
 //! | step | when it fails |
 //! | --- | --- |
 //! | load | logged, tried again after a second |
 //! | claim the owner row | another server drives the order: the actor ends |
 //! | apply | the event is refused, the order is as it was |
 //! | commit | nothing was promised: callers are told to try again, the order is loaded afresh |
+//! | revise the plan (`revise`) | refused, or the commit failed: the plan is as it was |
 //! | effect | repeated by the executor until it has an answer; performed again after a restart |
+
+mod revise;
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -30,7 +36,7 @@ use windlass_domain::{
     inbox::InboxEntry,
     manifest::Manifest,
     order::{Control, Happened, Order, OrderEvent, OrderState},
-    plan::{Level, NodeIndex, NodeKind, Plan, StepTemplate},
+    plan::{Indices, Level, NodeIndex, NodeKind, Plan, StepTemplate},
     progress::{NodeProgress, NodeState, Progress, StageRollback},
     reducer::{self, Effect, Event, Refused},
     task::{Outcome, TaskId, TaskResult},
@@ -44,6 +50,7 @@ use super::{
     rows::{self, RowError},
 };
 use crate::clock;
+pub(crate) use revise::Revise;
 
 /// How much longer than its own time-out a task may stay unanswered before its outcome counts as unknown.
 const ANSWER_GRACE_MS: u64 = 60_000;
@@ -65,6 +72,8 @@ pub(crate) enum Command {
         result: Box<TaskResult>,
         reply: Reply,
     },
+    /// A person changes the plan.
+    Revise(Box<Revise>),
 }
 
 impl Command {
@@ -112,8 +121,11 @@ struct Actor {
     order: Order,
     revision: Revision,
     plan: Arc<Plan>,
+    /// Where the nodes of that plan stand.
+    indices: Indices,
     progress: Progress,
     owner_claimed: bool,
+    /// What is performed, named by ids.
     effects: JoinSet<Effect>,
     performing: HashMap<Effect, AbortHandle>,
     /// When something has to be looked at although nobody reported: sorted by time.
@@ -133,11 +145,12 @@ impl Actor {
         };
         let plan = Arc::new(engine.shared.plan(order.plan).await?);
         let nodes = rows::read_nodes(store, id).await?;
-        let progress = Progress::load(&plan, order.control, order.stalled, nodes);
+        let progress = Progress::of_rows(&plan, order.control, order.stalled, nodes);
         let mut actor = Self {
             engine,
             order,
             revision,
+            indices: plan.indices(),
             plan,
             progress,
             owner_claimed: false,
@@ -146,9 +159,7 @@ impl Actor {
             deadlines: BTreeSet::new(),
             back,
         };
-        for node in 0..u32::try_from(actor.plan.nodes.len()).unwrap_or(u32::MAX) {
-            actor.watch_deadline(node);
-        }
+        actor.watch_deadlines();
         Ok(Some(actor))
     }
 
@@ -187,6 +198,10 @@ impl Actor {
                 () = sleep_until(deadline) => self.overdue(&mut commands).await?,
             }
         }
+    }
+
+    fn node_count(&self) -> NodeIndex {
+        NodeIndex::try_from(self.plan.nodes.len()).unwrap_or(NodeIndex::MAX)
     }
 
     /// Nothing happens to the order unless somebody acts.
@@ -273,7 +288,11 @@ impl Actor {
                 self.advance(&mut batch);
             }
             more = batch.more;
+            let revise = batch.revise.take();
             self.commit(batch).await?;
+            if let Some(asked) = revise {
+                more |= self.revise(*asked).await?;
+            }
             if next.is_none() {
                 if !more {
                     return Ok(());
@@ -306,8 +325,11 @@ impl Actor {
                 result,
                 reply,
             } => {
-                let on_this_server = dispatch::unit_of(&self.plan, task.node)
-                    .is_some_and(|(_, _, unit)| unit.server == server);
+                let unit = self
+                    .indices
+                    .of(task.node)
+                    .and_then(|node| dispatch::unit_of(&self.plan, node));
+                let on_this_server = unit.is_some_and(|(_, _, unit)| unit.server == server);
                 if !on_this_server {
                     batch
                         .replies
@@ -320,6 +342,23 @@ impl Actor {
                     result,
                 };
                 (event, String::new(), Txn::new(), Some(reply))
+            }
+            Command::Revise(asked) => {
+                batch.revise = Some(asked);
+                return None;
+            }
+        };
+        let repeat = event.clone();
+        let event = match event.with_nodes(|id| self.indices.of(id)) {
+            Ok(event) => event,
+            Err(node) => {
+                if let Some(reply) = reply {
+                    let given = self.plan.next_id.max(self.node_count());
+                    let last = given.saturating_sub(1);
+                    let refused = Refused::NoSuchNode { node, last };
+                    batch.replies.push((reply, Err(refused.into())));
+                }
+                return None;
             }
         };
         let finished = match &event {
@@ -348,11 +387,11 @@ impl Actor {
         };
         let attempt = self.ended_attempt(&event, at);
         let control = self.progress.control;
-        let repeat = event.clone();
         let delta = match reducer::apply(&self.plan, &mut self.progress, event, at) {
             Ok(delta) => delta,
             Err(refused) => {
                 if let Some(reply) = reply {
+                    let refused = refused.with_nodes(|node| self.plan.id_of(node));
                     batch.replies.push((reply, Err(refused.into())));
                 }
                 return None;
@@ -563,7 +602,7 @@ impl Actor {
         let server = dispatch::unit_of(&self.plan, node).map(|(_, _, unit)| unit.server);
         let row = self.progress.node(node);
         let what = Happened::Node {
-            node,
+            node: self.plan.id_of(node),
             name: self.plan.nodes[node as usize].name.clone(),
             server,
             state,
@@ -632,17 +671,17 @@ impl Actor {
             .put(header.clone(), rows::encode(&self.order));
         for node in &batch.nodes {
             txn = txn.put(
-                rows::node(id, *node),
+                rows::node(id, self.plan.id_of(*node)),
                 rows::encode_node(self.progress.node(*node)),
             );
         }
         for (node, row) in &batch.attempts {
             txn = txn.put(
-                rows::attempt(id, *node, row.attempt),
+                rows::attempt(id, self.plan.id_of(*node), row.attempt),
                 rows::encode_node(row),
             );
         }
-        for (key, value) in &batch.notices {
+        for (key, value) in batch.notices.iter().chain(&batch.revisions) {
             txn = txn.put(key.clone(), value.clone());
         }
         for (first, value) in batch::event_rows(&batch.events) {
@@ -813,7 +852,8 @@ impl Actor {
 
     fn perform(&mut self, effects: Vec<Effect>) {
         for effect in effects {
-            match effect {
+            let named = effect.with_node(|node| self.plan.id_of(node));
+            match named {
                 // Dispatches are slots, written with the commit: the gateway pushes them.
                 Effect::Dispatch { .. } => continue,
                 Effect::Release(node) => {
@@ -832,7 +872,7 @@ impl Actor {
                 | Effect::ChangeTraffic { .. }
                 | Effect::Finish => {}
             }
-            if self.performing.contains_key(&effect) {
+            if self.performing.contains_key(&named) {
                 continue;
             }
             let Some(back) = self.back.upgrade() else {
@@ -848,13 +888,21 @@ impl Actor {
             };
             let handle = self.effects.spawn(async move {
                 executor::perform(job).await;
-                effect
+                named
             });
-            self.performing.insert(effect, handle);
+            self.performing.insert(named, handle);
         }
     }
 
     // ------------------------------------------------------------------------------------------ deadlines
+
+    /// Notes when tasks that run have to be looked at.
+    fn watch_deadlines(&mut self) {
+        self.deadlines.clear();
+        for node in 0..self.node_count() {
+            self.watch_deadline(node);
+        }
+    }
 
     /// Notes when a task that runs has to be looked at.
     fn watch_deadline(&mut self, node: NodeIndex) {
@@ -909,7 +957,7 @@ impl Actor {
             }
             if let Some(result) = self.unanswered(node, row.started_at, now).await? {
                 let event = Event::StepFinished {
-                    node,
+                    node: self.plan.id_of(node),
                     attempt,
                     result: Box::new(result),
                 };

@@ -17,7 +17,7 @@ use windlass_domain::{
 };
 use windlass_store::{Key, Txn};
 
-use super::ActError;
+use super::{ActError, actor::Revise};
 
 /// Another event is folded in while the transaction has at most so many operations: the largest event adds fewer than the
 /// rest, see [`windlass_domain::reducer::TURN_BUDGET`].
@@ -52,10 +52,14 @@ pub(crate) struct Batch {
     pub(crate) events: Vec<OrderEvent>,
     /// What people are to be told: rows.
     pub(crate) notices: Vec<(Key, Bytes)>,
+    /// Revisions of the plan: rows.
+    pub(crate) revisions: Vec<(Key, Bytes)>,
+    /// A revision that is asked for: it is made when this is committed. Nodes are indices of one revision in a batch.
+    pub(crate) revise: Option<Box<Revise>>,
     pub(crate) effects: Vec<Effect>,
     /// What callers commit together with their event.
     pub(crate) with: Vec<Txn>,
-    /// Rows besides: a rollback order that is made.
+    /// Who waits for it.
     pub(crate) replies: Vec<(Reply, Result<(), ActError>)>,
     /// Whether the header changed although no row did.
     pub(crate) header: bool,
@@ -70,7 +74,7 @@ impl Batch {
     pub(crate) fn has_room(&self) -> bool {
         let with: usize = self.with.iter().map(|txn| txn.operations().len()).sum();
         let rows = self.nodes.len() + self.slots.len() + self.installs.len() + self.attempts.len();
-        rows + with <= FOLD_OPERATIONS && self.bytes <= FOLD_BYTES
+        rows + with <= FOLD_OPERATIONS && self.bytes <= FOLD_BYTES && self.revise.is_none()
     }
 
     /// Whether there is anything to commit.

@@ -22,7 +22,7 @@ use windlass_domain::{
 use windlass_store::{Txn, crash::crash_point};
 
 use super::{
-    Engine,
+    ActError, Engine,
     actor::Command,
     figures, initialise,
     keeper::{Admission, Answer, Seat},
@@ -101,19 +101,24 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// Answers the order's actor. It is gone when the server shuts down: the effect is still due then.
     pub(super) async fn answer(&self, event: Event) {
-        self.answer_with(event, Txn::new()).await;
+        let command = Command::internal(self.named(event));
+        drop(self.back.send(command).await);
     }
 
-    async fn answer_with(&self, event: Event, with: Txn) {
-        let command = Command::Event {
-            event,
-            by: String::new(),
-            with,
-            reply: None,
-        };
-        // The actor is gone when the server shuts down: the effect is still due then.
-        drop(self.back.send(command).await);
+    /// Answers, and waits until that is durable.
+    pub(super) async fn tell(&self, event: Event, with: Txn) -> Result<(), ActError> {
+        let event = self.named(event);
+        let told = self.engine.send(self.order.id, event, String::new(), with);
+        told.await
+    }
+
+    /// The event as it is called outside of this plan: by the time of the answer the order may have another revision.
+    fn named(&self, event: Event) -> Event {
+        event
+            .with_nodes(|node| Some(self.plan.id_of(node)))
+            .expect("every node of a plan has an id")
     }
 }
 
@@ -383,10 +388,7 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
                     attempt,
                     weights,
                 };
-                let kept = job
-                    .engine
-                    .send(job.order.id, event, String::new(), Txn::new())
-                    .await;
+                let kept = job.tell(event, Txn::new()).await;
                 kept.map_err(|error| Steering {
                     message: error.to_string(),
                     repeat: true,
@@ -473,7 +475,7 @@ async fn pause(job: &Job, node: NodeIndex, attempt: u32) {
     let NodeKind::Pause { duration_ms } = job.plan.nodes[node as usize].kind else {
         return;
     };
-    let key = rows::node(job.order.id, node);
+    let key = rows::node(job.order.id, job.plan.id_of(node));
     let row =
         rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress").await;
     let started = match row {
@@ -526,10 +528,7 @@ async fn judge(job: &Job, node: NodeIndex, attempt: u32) {
             return job.answer(event).await;
         }
         // Durable before the next window: it is not collected twice after a crash.
-        let kept = job
-            .engine
-            .send(job.order.id, event, String::new(), Txn::new());
-        if kept.await.is_err() {
+        if job.tell(event, Txn::new()).await.is_err() {
             return;
         }
         extended += 1;
@@ -558,16 +557,7 @@ async fn start_rollback(job: &Job) {
     };
     let (id, with) = new_order_running(planned.order, &planned.plan);
     // The rollback order comes into being in the commit that tells its parent.
-    let started = job
-        .engine
-        .send(
-            job.order.id,
-            Event::RollbackStarted(id),
-            String::new(),
-            with,
-        )
-        .await;
-    match started {
+    match job.tell(Event::RollbackStarted(id), with).await {
         Ok(()) => drop(job.engine.take_up(id)),
         Err(error) => {
             tracing::info!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "the rollback order was not made now")
@@ -603,11 +593,7 @@ async fn roll_back_stage(job: &Job, node: NodeIndex) {
     let (order, with) = new_order_running(planned.order, &planned.plan);
     let now = StageRollback::Running { order };
     let event = Event::StageRollback { node, now };
-    match job
-        .engine
-        .send(job.order.id, event, String::new(), with)
-        .await
-    {
+    match job.tell(event, with).await {
         Ok(()) => drop(job.engine.take_up(order)),
         Err(error) => {
             tracing::info!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "the rollback order of a stage was not made now")
@@ -634,7 +620,7 @@ pub(crate) fn new_order_running(
     }
     for node in delta.rows {
         txn = txn.put(
-            rows::node(order.id, node),
+            rows::node(order.id, plan.id_of(node)),
             rows::encode_node(progress.node(node)),
         );
     }
@@ -691,7 +677,7 @@ async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + 
         };
         match job.engine.send(*of, told, String::new(), Txn::new()).await {
             // Told already, or rolled back after it had ended.
-            Ok(()) | Err(super::ActError::Refused(_) | super::ActError::NoSuchOrder(_)) => {}
+            Ok(()) | Err(ActError::Refused(_) | ActError::NoSuchOrder(_)) => {}
             Err(error) => return Err(error.into()),
         }
     }
@@ -704,7 +690,7 @@ async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + 
         }
     }
     if order.lock_owner == order.id {
-        initialise::unlock_all(shared, &job.plan, order.id).await?;
+        initialise::unlock_all(shared, order.id).await?;
     }
     shared
         .store

@@ -91,6 +91,7 @@ pub(super) async fn collect(
 /// The counters when the window began: as they are kept, or now.
 async fn begin(job: &Job, (node, attempt): (NodeIndex, u32)) -> Result<Begin, String> {
     let store = &*job.engine.shared.store;
+    let node = job.plan.id_of(node);
     let prefix = rows::samples_of(job.order.id, node);
     loop {
         let entries = rows::read_all(store, &prefix)

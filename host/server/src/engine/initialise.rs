@@ -13,7 +13,7 @@ use std::{
 
 use windlass_domain::{
     id::{OrderId, ServerId},
-    plan::{Level, NodeIndex, NodeKind, Plan},
+    plan::{Level, NodeIndex, NodeKind, Plan, Unit},
     reducer::Event,
 };
 use windlass_store::{CommitError, Txn};
@@ -57,7 +57,7 @@ pub(crate) async fn initialise(job: &Job) {
         }
         tokio::time::sleep(LOOK_EVERY).await;
     }
-    match lock_all(shared, &job.plan, job.order.lock_owner).await {
+    match lock_servers(shared, &servers(&job.plan), job.order.lock_owner).await {
         Ok(held) => {
             let locked = groups_of(shared, &job.plan, &held).await;
             answer(job, Event::Initialised { locked }).await;
@@ -82,7 +82,8 @@ fn told(problems: &[String]) -> String {
 }
 
 async fn fail(job: &Job, reason: String) {
-    if let Err(error) = unlock_all(&job.engine.shared, &job.plan, job.order.lock_owner).await {
+    let servers = servers(&job.plan);
+    if let Err(error) = unlock_servers(&job.engine.shared, &servers, job.order.lock_owner).await {
         tracing::error!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "locks could not be given back");
     }
     answer(job, Event::InitialisationFailed { reason }).await;
@@ -92,21 +93,38 @@ async fn answer(job: &Job, event: Event) {
     drop(job.back.send(super::actor::Command::internal(event)).await);
 }
 
+/// The servers' turns that stand in a plan's tree, with their nodes.
+pub(super) fn units_of(plan: &Plan) -> impl Iterator<Item = (NodeIndex, &Unit)> {
+    let nodes = (0u32..).zip(&plan.nodes);
+    nodes.filter_map(|(index, planned)| match planned.kind {
+        NodeKind::Unit { unit } => Some((index, plan.units.get(unit as usize)?)),
+        NodeKind::Sequence
+        | NodeKind::Parallel { .. }
+        | NodeKind::Step { .. }
+        | NodeKind::Traffic(_)
+        | NodeKind::Gate { .. }
+        | NodeKind::Pause { .. }
+        | NodeKind::Judge { .. } => None,
+    })
+}
+
 /// The servers to lock: those of applications.
 fn servers(plan: &Plan) -> BTreeSet<ServerId> {
-    let of_applications = plan.units.iter().filter(|unit| unit.part.is_some());
-    of_applications.map(|unit| unit.server).collect()
+    units_of(plan)
+        .filter(|(_, unit)| unit.part.is_some())
+        .map(|(_, unit)| unit.server)
+        .collect()
 }
 
 /// Takes the lock of every server that is free; answers those that others hold, with their holder.
-async fn lock_all(
+pub(super) async fn lock_servers(
     shared: &Shared,
-    plan: &Plan,
+    servers: &BTreeSet<ServerId>,
     owner: OrderId,
 ) -> Result<BTreeMap<ServerId, OrderId>, LockError> {
     let store = &*shared.store;
     let mut held = BTreeMap::new();
-    let servers: Vec<ServerId> = servers(plan).into_iter().collect();
+    let servers: Vec<ServerId> = servers.iter().copied().collect();
     for chunk in servers.chunks(CHUNK) {
         // Another order may take one between the look and the commit: look again.
         loop {
@@ -144,46 +162,42 @@ pub(crate) async fn lock_node(
     node: NodeIndex,
     owner: OrderId,
 ) -> Result<Option<(ServerId, OrderId)>, LockError> {
-    let mut part = plan.clone();
-    part.units = units_in(plan, node);
-    let held = lock_all(shared, &part, owner).await?;
+    let end = (node + 1..)
+        .zip(plan.nodes.iter().skip(node as usize + 1))
+        .find(|(_, planned)| planned.parent.is_none_or(|parent| parent < node))
+        .map_or(NodeIndex::MAX, |(index, _)| index);
+    let servers = units_of(plan)
+        .filter(|(index, unit)| (node..end).contains(index) && unit.part.is_some())
+        .map(|(_, unit)| unit.server)
+        .collect();
+    let held = lock_servers(shared, &servers, owner).await?;
     Ok(held.into_iter().next())
 }
 
-fn units_in(plan: &Plan, node: NodeIndex) -> Vec<windlass_domain::plan::Unit> {
-    let below = |mut at: NodeIndex| loop {
-        if at == node {
-            return true;
+/// Gives back every lock that is this order's: also those of servers that its plan does not hold any more, or not yet.
+pub(crate) async fn unlock_all(shared: &Shared, owner: OrderId) -> Result<(), LockError> {
+    let store = &*shared.store;
+    let mut mine = BTreeSet::new();
+    for entry in rows::read_all(store, &rows::all_locks()).await? {
+        let lock: ServerLock = rows::decode(&entry, "a server's lock")?;
+        let server = entry.key.segments().next_back();
+        if lock.owner == owner
+            && let Some(server) = server.and_then(|server| server.parse().ok())
+        {
+            mine.insert(server);
         }
-        match plan.nodes[at as usize].parent {
-            Some(parent) => at = parent,
-            None => return false,
-        }
-    };
-    (0u32..)
-        .zip(&plan.nodes)
-        .filter_map(|(index, planned)| match planned.kind {
-            NodeKind::Unit { unit } if below(index) => plan.units.get(unit as usize).cloned(),
-            NodeKind::Unit { .. }
-            | NodeKind::Sequence
-            | NodeKind::Parallel { .. }
-            | NodeKind::Step { .. }
-            | NodeKind::Traffic(_)
-            | NodeKind::Gate { .. }
-            | NodeKind::Pause { .. }
-            | NodeKind::Judge { .. } => None,
-        })
-        .collect()
+    }
+    unlock_servers(shared, &mine, owner).await
 }
 
-/// Gives back every lock that is this order's.
-pub(crate) async fn unlock_all(
+/// Gives back the locks of servers, as far as they are this order's.
+pub(super) async fn unlock_servers(
     shared: &Shared,
-    plan: &Plan,
+    servers: &BTreeSet<ServerId>,
     owner: OrderId,
 ) -> Result<(), LockError> {
     let store = &*shared.store;
-    let servers: Vec<ServerId> = servers(plan).into_iter().collect();
+    let servers: Vec<ServerId> = servers.iter().copied().collect();
     for chunk in servers.chunks(CHUNK) {
         let mut txn = Txn::new();
         for server in chunk {
@@ -204,19 +218,13 @@ pub(crate) async fn unlock_all(
 }
 
 /// The groups to lock because of servers that others hold, each with the reason.
-async fn groups_of(
+pub(super) async fn groups_of(
     shared: &Shared,
     plan: &Plan,
     held: &BTreeMap<ServerId, OrderId>,
 ) -> Vec<(NodeIndex, String)> {
     let mut locked: BTreeMap<NodeIndex, String> = BTreeMap::new();
-    for (index, planned) in (0u32..).zip(&plan.nodes) {
-        let NodeKind::Unit { unit } = planned.kind else {
-            continue;
-        };
-        let Some(unit) = plan.units.get(unit as usize) else {
-            continue;
-        };
+    for (index, unit) in units_of(plan) {
         let Some(holder) = held.get(&unit.server) else {
             continue;
         };

@@ -5,8 +5,9 @@
 //! | `order/{id}` | [`Order`], the header; every change of the order compares and swaps it |
 //! | `order-of/{workspace}/{id}` | empty: orders of a workspace, by age, without invocations |
 //! | `invocation-of/{workspace}/{id}` | empty: invocations of a workspace, by age |
-//! | `order-node/{id}/{node}` | [`NodeProgress`]; absent: not started |
+//! | `order-node/{id}/{node}` | [`NodeProgress`]; absent: not started. Nodes are named by their ids, which hold over revisions of a plan |
 //! | `order-attempt/{id}/{node}/{attempt}` | [`NodeProgress`] at the end of an attempt that did not succeed: its log stays when the step is repeated |
+//! | `order-revision/{id}/{number}` | [`PlanRevision`]: of an order whose plan was revised, all of them |
 //! | `order-event/{id}/{first seq}` | the [`OrderEvent`]s of one commit |
 //! | `order-sample/{id}/{node}/{chunk}` | what pools had counted when a judgement's window began |
 //! | `notice/{workspace}/{order}/{seq}` | [`Notice`]: people are to be told; the notifier takes it away |
@@ -24,8 +25,8 @@ use windlass_domain::{
     Timestamp,
     id::{InstanceId, OrderId, ServerId},
     notification::Notice,
-    order::{Order, OrderEvent, OrderState, Purpose},
-    plan::NodeIndex,
+    order::{Order, OrderEvent, OrderState, PlanRevision, Purpose},
+    plan::NodeId,
     progress::NodeProgress,
 };
 use windlass_store::{Entry, Key, Prefix, Revision, Store, StoreError, sortable};
@@ -116,7 +117,7 @@ pub(crate) fn listed(order: &Order) -> Key {
     }
 }
 
-pub(crate) fn node(id: OrderId, node: NodeIndex) -> Key {
+pub(crate) fn node(id: OrderId, node: NodeId) -> Key {
     key(["order-node", &id.to_string(), &sortable(u64::from(node))])
 }
 
@@ -124,13 +125,26 @@ pub(crate) fn nodes(id: OrderId) -> Prefix {
     prefix(["order-node", &id.to_string()])
 }
 
-pub(crate) fn attempt(id: OrderId, node: NodeIndex, attempt: u32) -> Key {
+pub(crate) fn attempt(id: OrderId, node: NodeId, attempt: u32) -> Key {
     let (node, attempt) = (sortable(u64::from(node)), sortable(u64::from(attempt)));
     key(["order-attempt", &id.to_string(), &node, &attempt])
 }
 
 pub(crate) fn attempts(id: OrderId) -> Prefix {
     prefix(["order-attempt", &id.to_string()])
+}
+
+pub(crate) fn revision(id: OrderId, number: u32) -> Key {
+    let number = sortable(u64::from(number));
+    key(["order-revision", &id.to_string(), &number])
+}
+
+pub(crate) fn revisions(id: OrderId) -> Prefix {
+    prefix(["order-revision", &id.to_string()])
+}
+
+pub(crate) fn all_revisions() -> Prefix {
+    prefix(["order-revision"])
 }
 
 pub(crate) fn event(id: OrderId, first_seq: u64) -> Key {
@@ -149,7 +163,7 @@ pub(crate) fn events(id: OrderId) -> Prefix {
     prefix(["order-event", &id.to_string()])
 }
 
-pub(crate) fn sample(id: OrderId, node: NodeIndex, chunk: u64) -> Key {
+pub(crate) fn sample(id: OrderId, node: NodeId, chunk: u64) -> Key {
     key([
         "order-sample",
         &id.to_string(),
@@ -158,7 +172,7 @@ pub(crate) fn sample(id: OrderId, node: NodeIndex, chunk: u64) -> Key {
     ])
 }
 
-pub(crate) fn samples_of(id: OrderId, node: NodeIndex) -> Prefix {
+pub(crate) fn samples_of(id: OrderId, node: NodeId) -> Prefix {
     prefix(["order-sample", &id.to_string(), &sortable(u64::from(node))])
 }
 
@@ -176,6 +190,10 @@ pub(crate) fn all_active() -> Prefix {
 
 pub(crate) fn owner(id: OrderId) -> Key {
     key(["order-owner", &id.to_string()])
+}
+
+pub(crate) fn all_locks() -> Prefix {
+    prefix(["lock"])
 }
 
 pub(crate) fn lock(server: ServerId) -> Key {
@@ -236,8 +254,8 @@ pub(crate) fn pool_traffic(pool: &str) -> Key {
     key(["pool-traffic", pool])
 }
 
-/// The node index at the end of a node's key.
-pub(crate) fn node_index(key: &Key) -> Option<NodeIndex> {
+/// The node's id at the end of a node's key.
+pub(crate) fn node_id(key: &Key) -> Option<NodeId> {
     key.segments()
         .next_back()
         .and_then(|segment| segment.parse().ok())
@@ -350,11 +368,25 @@ pub(crate) async fn read_order(
 pub(crate) async fn read_nodes(
     store: &dyn Store,
     id: OrderId,
-) -> Result<Vec<(NodeIndex, NodeProgress)>, RowError> {
+) -> Result<Vec<(NodeId, NodeProgress)>, RowError> {
     let rows = read_all(store, &nodes(id)).await?;
     rows.iter()
-        .filter_map(|entry| Some((node_index(&entry.key)?, entry)))
-        .map(|(index, entry)| Ok((index, decode(entry, "a node's progress")?)))
+        .filter_map(|entry| Some((node_id(&entry.key)?, entry)))
+        .map(|(id, entry)| Ok((id, decode(entry, "a node's progress")?)))
+        .collect()
+}
+
+/// Every revision of an order's plan, the first one first.
+pub(crate) async fn read_revisions(
+    store: &dyn Store,
+    order: &Order,
+) -> Result<Vec<PlanRevision>, RowError> {
+    let rows = read_all(store, &revisions(order.id)).await?;
+    if rows.is_empty() {
+        return Ok(order.revisions.clone());
+    }
+    rows.iter()
+        .map(|entry| decode(entry, "a plan's revision"))
         .collect()
 }
 

@@ -20,7 +20,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use windlass_domain::{
     id::{OrderId, PoolId, ServerId},
     order::Purpose,
-    plan::{NodeIndex, NodeKind, Part, Plan, TrafficAction},
+    plan::{NodeId, NodeIndex, NodeKind, Part, Plan, TrafficAction},
     plugin::{ShiftWeight, UnitState},
     progress::{NodeState, Progress, ServerWeight, TrafficChange, Undo},
     reducer::{Event, unit_state, weights_before},
@@ -144,9 +144,7 @@ async fn shift(
 ) -> Result<(), Steering> {
     let before_order = match &job.order.purpose {
         Purpose::Release | Purpose::Operation { .. } | Purpose::Invocation { .. } => None,
-        Purpose::Rollback { of, stage, .. } => {
-            Some(before_parent(job, *of, stage.unwrap_or(0)).await?)
-        }
+        Purpose::Rollback { of, stage, .. } => Some(before_parent(job, *of, *stage).await?),
     };
     let before_order = before_order.as_ref().unwrap_or(&view.before_order);
     let mut planned = Vec::with_capacity(part.pools.len());
@@ -173,13 +171,12 @@ async fn shift(
             attempt: leaf.attempt,
             weights: seen,
         };
-        let kept = job
-            .engine
-            .send(job.order.id, event, String::new(), Txn::new());
-        kept.await.map_err(|error| Steering {
-            message: error.to_string(),
-            repeat: true,
-        })?;
+        job.tell(event, Txn::new())
+            .await
+            .map_err(|error| Steering {
+                message: error.to_string(),
+                repeat: true,
+            })?;
     }
     set(job, planned).await
 }
@@ -229,12 +226,13 @@ fn wanted(
 }
 
 /// Of a rollback: what the order that is rolled back, or its stage, remembered.
-async fn before_parent(job: &Job, of: OrderId, scope: NodeIndex) -> Result<Weights, Steering> {
+async fn before_parent(job: &Job, of: OrderId, stage: Option<NodeId>) -> Result<Weights, Steering> {
     let found = job.engine.progress(of).await.map_err(|error| Steering {
         message: error.to_string(),
         repeat: true,
     })?;
     Ok(found.map_or_else(Weights::new, |(_, plan, progress)| {
+        let scope = stage.and_then(|stage| plan.index_of(stage)).unwrap_or(0);
         weights_before(&plan, &progress, scope)
     }))
 }

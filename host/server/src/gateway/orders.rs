@@ -47,6 +47,8 @@ impl TaskReports for Engine {
             Err(
                 error @ (ActError::Refused(_)
                 | ActError::Busy(_)
+                | ActError::Edit(_)
+                | ActError::Revised { .. }
                 | ActError::Held { .. }
                 | ActError::Row { .. }
                 | ActError::Plan { .. }),

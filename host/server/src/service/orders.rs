@@ -6,6 +6,7 @@
 
 pub mod dashboard;
 pub mod logs;
+mod revisions;
 mod traffic;
 
 use std::collections::BTreeSet;
@@ -15,7 +16,7 @@ use windlass_domain::{
     Digest, Timestamp, dispatch,
     id::{OrderId, ServerId},
     order::{Action, Control, Order, OrderEvent, OrderState, PlanRevision, Purpose, ReleaseSpec},
-    plan::{Level, NodeIndex, NodeKind, Plan},
+    plan::{Level, NodeId, NodeIndex, NodeKind, Plan},
     progress::{Counts, Drift, NodeProgress, NodeState, PoolWeight, Progress, StageRollback},
     reducer::{self, Refused},
     server::{ConnectionState, Server},
@@ -31,6 +32,8 @@ use crate::{
     keys::Kind,
 };
 
+pub use revisions::RevisionView;
+pub(super) use revisions::bad_edit;
 pub use traffic::{CellShare, MemberShare, PoolTraffic, TrafficView};
 
 /// Orders on one page unless asked otherwise.
@@ -65,10 +68,10 @@ pub struct PlanView {
 /// One node of an order with where it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct NodeView {
-    /// Its index: what actions name.
-    pub node: NodeIndex,
-    /// Its parent.
-    pub parent: Option<NodeIndex>,
+    /// Its id: what actions name. It holds when the plan is revised.
+    pub node: NodeId,
+    /// Its parent's id.
+    pub parent: Option<NodeId>,
     /// What it stands for.
     pub level: Level,
     /// Name for people.
@@ -354,15 +357,12 @@ impl Orders {
         &self,
         workspace: &str,
         id: OrderId,
-        node: NodeIndex,
+        node: NodeId,
     ) -> Result<(NodeView, NodeProgress), ServiceError> {
         let (_, plan, progress) = self.progress(workspace, id).await?;
-        if node as usize >= plan.nodes.len() {
-            return Err(ServiceError::NotFound {
-                what: "node of this order",
-                id: node.to_string(),
-            });
-        }
+        let Some(node) = plan.index_of(node) else {
+            return Err(ServiceError::not_found("node of this order", node));
+        };
         Ok((view(&plan, &progress, node), progress.node(node).clone()))
     }
 
@@ -375,7 +375,7 @@ impl Orders {
         let plan = std::sync::Arc::unwrap_or_clone(plan);
         Ok(PlanView {
             plan_digest: order.plan,
-            server_count: plan.units.len(),
+            server_count: plan.placed().len(),
             plan,
         })
     }
@@ -662,8 +662,8 @@ fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
         | NodeKind::Judge { .. } => None,
     };
     NodeView {
-        node,
-        parent: planned.parent,
+        node: plan.id_of(node),
+        parent: planned.parent.map(|parent| plan.id_of(parent)),
         level: planned.level,
         name: planned.name.clone(),
         kind: match &planned.kind {
@@ -809,6 +809,11 @@ fn refused(error: ActError) -> ServiceError {
             "server_held",
             "wait until the other order has ended, or end it",
         ),
+        ActError::Edit(bad) => revisions::bad_edit(&bad),
+        ActError::Revised { now } => ServiceError::Changed {
+            what: "plan of this order",
+            current: u64::from(now),
+        },
         ActError::Busy(_) => ServiceError::Unavailable { message },
         ActError::Row { source, .. } => failed("read the order", source),
         ActError::Plan { source, .. } => failed("read the order's plan", source),

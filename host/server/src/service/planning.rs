@@ -4,6 +4,7 @@
 //!
 //! | module | owns |
 //! | --- | --- |
+//! | `edits` | what changes of an order's plan take |
 //! | `reads` | what a plan *reads*, and how it is compared later (drift) |
 //! | `rollback` | the plan of a rollback |
 //! | `running` | what the engine asks while an order runs |
@@ -19,13 +20,14 @@
 //! | `server {name}` | cell, address, system, variables |
 //! | `installed {application} on {server}` | release and plan that are installed |
 
+mod edits;
 mod faults;
 mod reads;
 mod rollback;
 mod running;
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
 };
 
@@ -117,7 +119,10 @@ struct Chosen {
     app_name: String,
     package: Package,
     stack: Plugin,
+    /// Those to be released.
     servers: Vec<(Server, Binding)>,
+    /// All that could be, as they are read.
+    members: Read,
     /// Only servers of these cells; empty: all.
     cells: Vec<String>,
     parameters: Environment,
@@ -140,6 +145,16 @@ impl Planner {
         &self,
         workspace: &str,
         spec: &ReleaseSpec,
+    ) -> Result<Plan, ServiceError> {
+        self.plan_servers(workspace, spec, None).await
+    }
+
+    /// Likewise, of some servers alone.
+    async fn plan_servers(
+        &self,
+        workspace: &str,
+        spec: &ReleaseSpec,
+        only: Option<&BTreeSet<ServerId>>,
     ) -> Result<Plan, ServiceError> {
         let (workspace, _) = self.parts.workspaces.get(workspace).await?;
         if spec.shift_only.len() > MAX_TARGETS {
@@ -173,7 +188,10 @@ impl Planner {
         let mut chosen = Vec::with_capacity(spec.targets.len());
         let mut seen = HashSet::new();
         for (index, target) in spec.targets.iter().enumerate() {
-            let part = self.choose(&workspace, index, target).await?;
+            let mut part = self.choose(&workspace, index, target).await?;
+            if let Some(only) = only {
+                part.servers.retain(|(server, _)| only.contains(&server.id));
+            }
             if !seen.insert(part.app_name.clone()) {
                 return Err(invalid(
                     "target_twice",
@@ -432,6 +450,7 @@ impl Planner {
             app_name: app.name.to_string(),
             package,
             stack,
+            members: read_members(&servers),
             servers,
             cells: target.cells.clone(),
             parameters,
@@ -472,6 +491,7 @@ impl Planner {
             package,
             stack,
             servers,
+            members,
             cells,
             parameters,
         } = chosen;
@@ -511,7 +531,7 @@ impl Planner {
                 plugin_subject(PluginKind::TechStack, &stack.reference().name),
                 read_plugin(stack.reference()),
             ),
-            (members_subject(app_name, cells), read_members(servers)),
+            (members_subject(app_name, cells), members.clone()),
         ];
         let mut common: Vec<String> = mine[..2]
             .iter()

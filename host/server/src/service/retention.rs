@@ -25,7 +25,7 @@ use windlass_domain::{
     id::OrderId,
     manifest::Manifest,
     notification::Delivery,
-    order::{Order, Purpose},
+    order::{Order, PlanRevision, Purpose},
     package::UploadRecord,
 };
 use windlass_store::{Blobs, Store, Txn, retention};
@@ -271,6 +271,7 @@ impl Retention {
             engine_rows::attempts(order.id),
             engine_rows::events(order.id),
             engine_rows::samples(order.id),
+            engine_rows::revisions(order.id),
         ] {
             retention::delete_prefix(store, &prefix).await?;
         }
@@ -325,6 +326,10 @@ impl Retention {
         for (order, _) in self.orders().await? {
             live.extend([order.plan, order.spec]);
             live.extend(order.revisions.iter().map(|revision| revision.digest));
+        }
+        for entry in records::all(store, &engine_rows::all_revisions()).await? {
+            let revision: PlanRevision = records::decode_plain(&entry, "a plan's revision")?;
+            live.insert(revision.digest);
         }
         let diagnoses = self.diagnoses().await?;
         live.extend(diagnoses.iter().filter_map(|(found, _)| found.record));

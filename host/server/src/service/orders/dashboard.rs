@@ -7,7 +7,7 @@ use windlass_domain::{
     Timestamp,
     id::{InstanceId, OrderId, ServerId},
     order::{Order, OrderState},
-    plan::{Level, NodeIndex, NodeKind, Plan},
+    plan::{LeftOut, Level, NodeId, NodeIndex, NodeKind, Plan},
     progress::{NodeState, Progress},
 };
 
@@ -54,6 +54,9 @@ pub struct OrderProgress {
     pub previous_deployment: Option<OrderId>,
     /// By application, in the order of the plan.
     pub applications: Vec<ApplicationProgress>,
+    /// Servers that were asked for and do not take part: those without a group, those that do not qualify.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
 }
 
 /// Where an application of an order is.
@@ -78,7 +81,7 @@ pub struct ApplicationProgress {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct GroupProgress {
     /// Its node: what actions name.
-    pub node: NodeIndex,
+    pub node: NodeId,
     /// Its name.
     pub name: String,
     /// Its state.
@@ -94,7 +97,7 @@ pub struct GroupProgress {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ServerProgress {
     /// Its node: what actions name.
-    pub node: NodeIndex,
+    pub node: NodeId,
     /// The server.
     pub server: ServerId,
     /// Its name.
@@ -201,9 +204,9 @@ fn shown(order: &Order, plan: &Plan, progress: &Progress, now: Timestamp) -> Ord
         let server = server(plan, progress, node, now);
         *application.servers.entry(server.state).or_default() += 1;
         match application.groups.last_mut() {
-            Some(last) if last.node == group => last.servers.push(server),
+            Some(last) if last.node == plan.id_of(group) => last.servers.push(server),
             Some(_) | None => application.groups.push(GroupProgress {
-                node: group,
+                node: plan.id_of(group),
                 name: plan.nodes[group as usize].name.clone(),
                 state: progress.state(group),
                 span: Span::default(),
@@ -232,6 +235,7 @@ fn shown(order: &Order, plan: &Plan, progress: &Progress, now: Timestamp) -> Ord
             .into_iter()
             .map(|(_, application)| application)
             .collect(),
+        left_out: plan.left_out.clone(),
     }
 }
 
@@ -250,7 +254,7 @@ fn server(plan: &Plan, progress: &Progress, unit: NodeIndex, now: Timestamp) -> 
     let planned = windlass_domain::dispatch::unit_of(plan, unit).map(|(_, _, unit)| unit);
     let ended = rows().filter_map(|row| row.finished_at).max();
     ServerProgress {
-        node: unit,
+        node: plan.id_of(unit),
         server: planned.map_or_else(
             || ServerId::from_uuid(uuid::Uuid::nil()),
             |unit| unit.server,

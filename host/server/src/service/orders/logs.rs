@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 use windlass_domain::{
     Timestamp,
     id::{OrderId, ServerId},
-    plan::{NodeIndex, NodeKind},
+    plan::{NodeId, NodeKind},
     progress::NodeProgress,
     task::{Outcome, TaskId, TaskResult},
 };
@@ -30,7 +30,7 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct StepLog {
     /// The step.
-    pub node: NodeIndex,
+    pub node: NodeId,
     /// Which attempt, from 1; 0: none was begun.
     pub attempt: u32,
     /// Attempts so far.
@@ -127,7 +127,7 @@ impl Orders {
         &self,
         workspace: &str,
         id: OrderId,
-        node: NodeIndex,
+        node: NodeId,
         attempt: Option<u32>,
     ) -> Result<StepLog, ServiceError> {
         let server = self.server_of_step(workspace, id, node).await?;
@@ -184,7 +184,7 @@ impl Orders {
         &self,
         workspace: &str,
         id: OrderId,
-        node: NodeIndex,
+        node: NodeId,
         attempt: Option<u32>,
         offset: u64,
     ) -> Result<LogFollower, ServiceError> {
@@ -217,18 +217,19 @@ impl Orders {
         &self,
         workspace: &str,
         id: OrderId,
-        node: NodeIndex,
+        node: NodeId,
     ) -> Result<ServerId, ServiceError> {
         let (order, _) = self.get(workspace, id).await?;
         let plan = engine::load_plan(&self.engine.shared.blobs, order.plan)
             .await
             .map_err(|error| failed("read the plan", error))?;
-        let Some(planned) = plan.nodes.get(node as usize) else {
+        let Some(index) = plan.index_of(node) else {
             return Err(ServiceError::not_found("node of this order", node));
         };
+        let planned = &plan.nodes[index as usize];
         match (
             &planned.kind,
-            windlass_domain::dispatch::unit_of(&plan, node),
+            windlass_domain::dispatch::unit_of(&plan, index),
         ) {
             (NodeKind::Step { .. }, Some((_, _, unit))) => Ok(unit.server),
             (
@@ -252,7 +253,7 @@ impl Orders {
     async fn attempt(
         &self,
         id: OrderId,
-        node: NodeIndex,
+        node: NodeId,
         wanted: Option<u32>,
     ) -> Result<Attempt, ServiceError> {
         let store = &*self.engine.shared.store;

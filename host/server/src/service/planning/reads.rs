@@ -11,7 +11,7 @@ use windlass_domain::{
     instance::{Binding, ServiceInstance},
     manifest::{Manifest, PluginRef},
     package::Package,
-    plan::{Plan, Read},
+    plan::{Plan, Read, Unit},
     plugin::PluginKind,
     progress::Drift,
     server::Server,
@@ -27,7 +27,7 @@ impl Planner {
     /// # Errors
     /// [`ServiceError`] when something cannot be read.
     pub async fn drift(&self, plan: &Plan) -> Result<Vec<Drift>, ServiceError> {
-        let subjects: Vec<String> = plan.reads.keys().cloned().collect();
+        let subjects = plan.subjects();
         let now = self.current(plan, &subjects).await?;
         Ok(engine::differences(plan, &subjects, &now))
     }
@@ -39,8 +39,38 @@ impl Planner {
         subjects: &[String],
     ) -> Result<BTreeMap<String, Read>, ServiceError> {
         let wanted: HashSet<&str> = subjects.iter().map(String::as_str).collect();
+        // Before each server's first step its own subjects are read anew: what is not asked for is not looked at.
+        let asked_servers: HashSet<&str> = subjects
+            .iter()
+            .filter_map(|subject| {
+                let installed = || subject.strip_prefix("installed ")?.split_once(" on ");
+                let server = subject.strip_prefix("server ");
+                server.or_else(|| Some(installed()?.1))
+            })
+            .collect();
+        let mut asked_units: BTreeMap<u32, Vec<&Unit>> = BTreeMap::new();
+        for unit in &plan.units {
+            if let Some(part) = unit.part
+                && asked_servers.contains(unit.server_name.as_str())
+            {
+                asked_units.entry(part).or_default().push(unit);
+            }
+        }
         let mut now = BTreeMap::new();
         for (index, part) in (0u32..).zip(&plan.parts) {
+            let units = asked_units.remove(&index).unwrap_or_default();
+            let concerns = |subject: &String| {
+                *subject == instance_subject(&part.key)
+                    || *subject == package_subject(&part.key)
+                    || members_cells(&part.key, subject).is_some()
+            };
+            let stack = part.stack.as_ref();
+            let stack = stack.map(|stack| plugin_subject(PluginKind::TechStack, &stack.name));
+            let asks_stack = stack.is_some_and(|stack| wanted.contains(stack.as_str()));
+            let asks_cells = wanted.contains("cells") && !now.contains_key("cells");
+            if units.is_empty() && !asks_stack && !asks_cells && !subjects.iter().any(concerns) {
+                continue;
+            }
             let instance = self.parts.instances.find(part.instance).await?;
             let subject = instance_subject(&part.key);
             if let (true, Some(instance)) = (wanted.contains(subject.as_str()), &instance) {
@@ -71,17 +101,12 @@ impl Planner {
                     now.insert(subject, read_plugin(plugin.reference()));
                 }
             }
-            if wanted.contains("cells")
+            if asks_cells
                 && let Ok((workspace, _)) =
                     self.parts.workspaces.get(instance.workspace.as_str()).await
             {
                 now.insert("cells".to_owned(), read_cells(&workspace));
             }
-            let units: Vec<_> = plan
-                .units
-                .iter()
-                .filter(|unit| unit.part == Some(index))
-                .collect();
             // The cells as they were chosen: a server in a cell that had none belongs to a release to all cells.
             for subject in subjects {
                 if let Some(cells) = members_cells(&part.key, subject) {

@@ -26,6 +26,7 @@ use windlass_domain::{
     },
     progress::Progress,
     reducer,
+    stages::stages,
 };
 
 use self::traffic::Traffic;
@@ -135,7 +136,7 @@ impl Planner {
                 of: order.id,
                 reason: reason.to_owned(),
                 core_plan_because,
-                stage,
+                stage: stage.map(|stage| plan.id_of(stage)),
             },
             state: OrderState::NotStarted,
             state_reason: String::new(),
@@ -270,7 +271,7 @@ impl Planner {
                 cell: unit.cell.clone(),
                 env: old_unit.env.clone(),
                 installed: current,
-                drained_by: drain_of(plan, progress, node),
+                drained_by: drain_of(plan, progress, node).map(|leaf| plan.id_of(leaf)),
                 reads: Vec::new(),
             });
         }
@@ -319,6 +320,13 @@ impl Planner {
             .await
             .map_err(|error| error.to_string())?;
         let spec = self.spec(order).await?;
+        // What depends on something was released after it, and is brought back before it: the strategy turns stages round.
+        let names: Vec<&str> = plan.parts.iter().map(|part| part.key.as_str()).collect();
+        let stage_of = stages(&names, &spec.dependencies).unwrap_or_default();
+        let stage = |key: &str| {
+            let (application, _) = key.split_once('~').unwrap_or((key, ""));
+            stage_of.get(application).copied().unwrap_or(1)
+        };
         let request = StrategyRequest {
             parameters: spec.parameters,
             limits: plan.limits.clone(),
@@ -327,7 +335,7 @@ impl Planner {
                 .iter()
                 .map(|part| StrategyApp {
                     key: part.part.key.clone(),
-                    stage: 1,
+                    stage: stage(&part.part.key),
                     role: if part.servers.is_empty() {
                         AppRole::ShiftOnly
                     } else {

@@ -38,7 +38,11 @@ impl Planning for Planner {
                 problems.push(error.to_string());
             }
         }
-        for unit in &plan.units {
+        let placed = plan.placed();
+        for unit in placed
+            .iter()
+            .filter_map(|unit| plan.units.get(*unit as usize))
+        {
             // Server work waits for each server by itself.
             if unit.part.is_some() && !self.parts.agents.is_online(unit.server) {
                 problems.push(format!("{} is not connected", unit.server_name));
