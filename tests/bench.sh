@@ -25,6 +25,10 @@ plugin_idle_kb <= 300
 replay_identical >= 1000
 hostile_p99_ms <= 50
 engine_steps_per_s >= 5000
+preview_1000_servers_ms <= 1000
+preview_1000_servers_mb <= 150
+engine_steps_per_s_1000 >= 5000
+api_p99_under_load_ms <= 50
 store_commits_per_s >= 30000
 store_vs_sled_ratio >= 0.85
 api_get_vs_bare_ratio >= 0.6
@@ -35,7 +39,7 @@ idle_agent_kb <= 40
 traffic_failed_requests <= 0
 traffic_share_error_pp <= 3
 '
-all='bench_ready plugin_bench registry_bench bench_hostile bench_engine store_bench bench_api_get bench_upload agent_footprint idle_agents bench_traffic'
+all='bench_ready plugin_bench registry_bench bench_hostile bench_engine bench_fleet store_bench bench_api_get bench_upload agent_footprint idle_agents bench_traffic'
 
 say() { echo "bench: $*" >&2; }
 load() { cut -d ' ' -f 1-3 /proc/loadavg; }

@@ -66,6 +66,17 @@ pub struct Sessions {
 }
 
 impl Sessions {
+    /// Sessions for an engine that is yet to be made, and what it will nudge: [`SimulatedAgents::of`] takes it.
+    #[must_use]
+    pub fn new() -> (Arc<Self>, mpsc::Receiver<ServerId>) {
+        let (nudges, nudged) = mpsc::channel(100_000);
+        let sessions = Self {
+            offline: Mutex::default(),
+            nudges,
+        };
+        (Arc::new(sessions), nudged)
+    }
+
     /// Takes a server's session away, or gives it back.
     pub fn set_online(&self, server: ServerId, online: bool) {
         let mut offline = self.offline.lock().unwrap_or_else(PoisonError::into_inner);
@@ -207,8 +218,7 @@ pub struct Fleet {
     pub pools: Arc<SimulatedPools>,
     /// Tasks that were executed, in order.
     pub executed: Arc<Mutex<Vec<(ServerId, Task)>>>,
-    stop: CancellationToken,
-    tasks: TaskTracker,
+    agents: SimulatedAgents,
 }
 
 impl Fleet {
@@ -252,11 +262,7 @@ impl Fleet {
         answer: Arc<Answer>,
         journal: Journal,
     ) -> Self {
-        let (nudges, nudged) = mpsc::channel(100_000);
-        let sessions = Arc::new(Sessions {
-            offline: Mutex::default(),
-            nudges,
-        });
+        let (sessions, nudged) = Sessions::new();
         let pools = Arc::new(SimulatedPools::new(store.clone()));
         let engine = Engine::new(EngineParts {
             store: store.clone(),
@@ -266,28 +272,22 @@ impl Fleet {
             pools: pools.clone(),
         });
         let executed = Arc::new(Mutex::new(Vec::new()));
-        let stop = CancellationToken::new();
-        let tasks = TaskTracker::new();
-        let agents = FleetTask {
-            engine: engine.clone(),
-            store: store.clone(),
-            answer,
-            executed: executed.clone(),
-            tasks: tasks.clone(),
-            journal,
-            reported: HashSet::new(),
-        };
+        let agents = SimulatedAgents::start(
+            FleetTask {
+                engine: engine.clone(),
+                store: store.clone(),
+                answer,
+                executed: executed.clone(),
+                tasks: TaskTracker::new(),
+                journal,
+                reported: HashSet::new(),
+            },
+            nudged,
+        );
         // What waits in inboxes is pushed when a session begins.
         for (server, _) in &members {
             sessions.nudge(*server);
         }
-        let stopped = stop.clone();
-        tasks.spawn(async move {
-            tokio::select! {
-                () = stopped.cancelled() => {}
-                () = agents.run(nudged) => {}
-            }
-        });
         engine.start().await.expect("the engine starts");
         Self {
             engine,
@@ -296,17 +296,14 @@ impl Fleet {
             sessions,
             pools,
             executed,
-            stop,
-            tasks,
+            agents,
         }
     }
 
     /// Ends everything but the store.
     pub async fn shutdown(self) {
         self.engine.shutdown().await;
-        self.stop.cancel();
-        self.tasks.close();
-        self.tasks.wait().await;
+        self.agents.shutdown().await;
     }
 
     /// Keeps a plan and an order for it.
@@ -360,6 +357,53 @@ impl Fleet {
     /// Waits until the order has ended.
     pub async fn wait_ended(&self, id: OrderId) -> Order {
         self.wait_for(id, |order| order.state.is_terminal()).await
+    }
+}
+
+/// The agents of a fleet, whatever engine they work for.
+pub struct SimulatedAgents {
+    stop: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl SimulatedAgents {
+    /// Agents that answer every task as told, for an engine with these [`Sessions`].
+    #[must_use]
+    pub fn of(
+        engine: &Engine,
+        store: &Arc<dyn Store>,
+        answer: Arc<Answer>,
+        nudged: mpsc::Receiver<ServerId>,
+    ) -> Self {
+        let task = FleetTask {
+            engine: engine.clone(),
+            store: store.clone(),
+            answer,
+            executed: Arc::default(),
+            tasks: TaskTracker::new(),
+            journal: Journal::default(),
+            reported: HashSet::new(),
+        };
+        Self::start(task, nudged)
+    }
+
+    fn start(task: FleetTask, nudged: mpsc::Receiver<ServerId>) -> Self {
+        let (stop, tasks) = (CancellationToken::new(), task.tasks.clone());
+        let stopped = stop.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = stopped.cancelled() => {}
+                () = task.run(nudged) => {}
+            }
+        });
+        Self { stop, tasks }
+    }
+
+    /// Ends them, when their engine has ended.
+    pub async fn shutdown(self) {
+        self.stop.cancel();
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 }
 

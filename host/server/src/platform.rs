@@ -52,7 +52,7 @@ use crate::{
     api::{self, ApiParts, Gauge, Gauges, agents::AgentListenerSettings},
     clock,
     config::ServerConfig,
-    engine::{Engine, EngineParts, rows, rows::RowError, traffic::SimulatedPools},
+    engine::{Agents, Engine, EngineParts, rows, rows::RowError, traffic::SimulatedPools},
     gateway::{
         Gateway, GatewayParts, GatewaySettings,
         identity::{IdentityError, PlatformIdentity},
@@ -182,8 +182,9 @@ pub struct Running {
     pub engine: Engine,
     /// Holds agents' sessions.
     pub gateway: Gateway,
+    /// Holds everything.
+    pub store: Arc<dyn Store>,
     diagnoses: Diagnoses,
-    store: Arc<dyn Store>,
     plugins: Arc<Plugins>,
     journal: Arc<Journal>,
     ready: watch::Receiver<bool>,
@@ -249,6 +250,17 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
 /// # Errors
 /// [`StartError`]; nothing is left running.
 pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
+    start_with(config, |gateway| Arc::new(gateway.clone())).await
+}
+
+/// Likewise, with sessions that are not the gateway's: how a fleet is simulated that is larger than a machine can hold.
+///
+/// # Errors
+/// As [`start`].
+pub async fn start_with(
+    config: ServerConfig,
+    sessions: impl FnOnce(&Gateway) -> Arc<dyn Agents>,
+) -> Result<Running, StartError> {
     let data = open_data(&config.data)?;
     let api_listener = listen(config.listen, "the API", "--listen").await?;
     let agent_listener = listen(config.agent_listen, "agents", "--agent-listen").await?;
@@ -315,6 +327,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         secrets: Arc::new(secrets.clone()),
         settings: GatewaySettings::default(),
     });
+    let sessions = sessions(&gateway);
     let traffic = Arc::new(SimulatedPools::new(store.clone()));
     let certificates = Certificates::new(store.clone(), secrets.clone());
     let load_balancers = LoadBalancers::new(LoadBalancerParts {
@@ -327,7 +340,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
         store: store.clone(),
         blobs: blobs.clone(),
         plugins: plugins.clone(),
-        agents: Arc::new(gateway.clone()),
+        agents: sessions.clone(),
         workspaces: workspaces.clone(),
         apps: apps.clone(),
         packages: packages.clone(),
@@ -337,7 +350,7 @@ pub async fn start(config: ServerConfig) -> Result<Running, StartError> {
     let engine = Engine::new(EngineParts {
         store: store.clone(),
         blobs: blobs.clone(),
-        agents: Arc::new(gateway.clone()),
+        agents: sessions,
         planning: Arc::new(planner.clone()),
         pools: Arc::new(AllPools::new(traffic.clone(), load_balancers.clone())),
     });
