@@ -579,6 +579,7 @@ pub fn plan_in_cells(
             },
             approved: Wishes::default(),
             flow: flow::release(),
+            files: None,
             only_traffic: (1..=servers)
                 .filter(|number| !is_released(*number))
                 .map(server)

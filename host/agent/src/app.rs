@@ -369,6 +369,7 @@ pub fn look(data: &DataDir, id: InstanceId, record: &AppRecord) -> (AppState, bo
         | Action::WriteFile { .. }
         | Action::Activate(_)
         | Action::StopSupervised { .. }
+        | Action::PlaceFiles(_)
         | Action::Check(_) => false,
     };
     let relaunch = match client::find(&dir) {

@@ -7,6 +7,7 @@
 //! journal         see `journal`; a damaged one is kept as journal.damaged-<time>
 //! reserve         space that is given back when a script has to run on a full disk
 //! cache/          packages by digest; `<digest>.part` while one is downloaded
+//! downloads/      archives of static files while they are downloaded and unpacked
 //! runs/<task>/    one script under its shim; removed when the server has the result
 //! instances/<instance>/
 //!     releases/<release>/   unpacked; <release>.json beside it describes its package
@@ -151,6 +152,12 @@ impl DataDir {
     #[must_use]
     pub fn cache(&self) -> PathBuf {
         self.0.join("cache")
+    }
+
+    /// Archives of static files on their way.
+    #[must_use]
+    pub fn downloads(&self) -> PathBuf {
+        self.0.join("downloads")
     }
 
     /// A package in the cache.

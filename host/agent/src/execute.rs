@@ -5,6 +5,7 @@
 
 mod check;
 mod file;
+mod place;
 mod release;
 mod script;
 
@@ -114,6 +115,17 @@ pub enum ActionError {
     /// A path that is none.
     #[error("`{0}` is not a path of a file: no `..`, not empty, no links on the way")]
     Path(String),
+    /// Files that cannot be downloaded.
+    #[error("the files cannot be downloaded from the URL")]
+    Download(#[from] place::DownloadError),
+    /// A root itself.
+    #[error(
+        "`{0}` is a directory that this agent lets tasks write below, and no task's to replace: name one below it"
+    )]
+    Root(String),
+    /// Something else has the name.
+    #[error("`{0}` is there and is no directory: nothing was changed")]
+    NotADirectory(String),
     /// Of no instance.
     #[error(
         "the task is of no service instance, and there is nothing to {0} without one: only scripts, checks and files by absolute path are possible"
@@ -248,6 +260,10 @@ async fn carry_out(
                 Ok(Ended::new(Outcome::Succeeded, ""))
             }
             Action::Check(check) => check::run_check(context, job, check, &progress).await,
+            Action::PlaceFiles(files) => {
+                let placed = place::place_files(context, task, files, &cancelled).await?;
+                Ok(Ended::new(Outcome::Succeeded, placed))
+            }
         }
     };
     let ended = tokio::select! {
@@ -272,7 +288,9 @@ async fn carry_out(
 /// What can be done without a service instance.
 fn needs_no_instance(action: &Action) -> Result<(), ActionError> {
     match action {
-        Action::Script(_) | Action::Check(_) | Action::WriteFile { .. } => Ok(()),
+        Action::Script(_) | Action::Check(_) | Action::WriteFile { .. } | Action::PlaceFiles(_) => {
+            Ok(())
+        }
         Action::Fetch(_) => Err(ActionError::NoInstance("fetch")),
         Action::Unpack { .. } => Err(ActionError::NoInstance("unpack")),
         Action::Activate(_) => Err(ActionError::NoInstance("activate")),

@@ -135,6 +135,7 @@ fn part(app: u32, servers: u32) -> PartInput {
     };
     PartInput {
         flow: flow::release(),
+        files: None,
         part,
         steps: LifecyclePlan {
             steps: [Phase::Start, Phase::Check].map(step).into(),

@@ -85,7 +85,10 @@ pub fn manifest(plan: &Plan, digest: Digest, unit: &Unit) -> Option<Manifest> {
 #[must_use]
 pub const fn timeout_ms(step: &StepTemplate) -> u64 {
     match step {
-        StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::Activate => CORE_TIMEOUT_MS,
+        StepTemplate::Fetch
+        | StepTemplate::Unpack
+        | StepTemplate::Activate
+        | StepTemplate::PlaceFiles(_) => CORE_TIMEOUT_MS,
         StepTemplate::Stack(step) => step.timeout_ms,
         StepTemplate::Script(step) => step.timeout_ms,
     }
@@ -113,6 +116,10 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
             release: names.clone()?,
         },
         StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, attempt.plan, unit)?)),
+        StepTemplate::PlaceFiles(step) => {
+            run_as = Some(step.run_as.clone());
+            Action::PlaceFiles(step.files.clone())
+        }
         StepTemplate::Script(step) => {
             env.extend(step.env.clone());
             run_as.clone_from(&step.run_as);

@@ -26,7 +26,7 @@ use crate::{
     id::ServerId,
     limits::Limits,
     manifest::{Manifest, PluginRef},
-    plan::{NodeIndex, Part, Plan, Read},
+    plan::{FilesStep, NodeIndex, Part, Plan, Read},
     plugin::{
         LifecyclePlan, NodeRole, OnFailure, Phase, RestoreWeight, RollbackScope, StrategyNode,
         StrategyNodeKind, StrategyPlan, StrategyUnit, Wishes,
@@ -62,6 +62,8 @@ pub struct PartInput {
     pub approved: Wishes,
     /// The steps of each server's turn.
     pub flow: Vec<FlowStep>,
+    /// What [`FlowStep::PlaceFiles`] places.
+    pub files: Option<FilesStep>,
     /// Its servers: each stands in the plan once.
     pub servers: Vec<ServerInput>,
     /// Further servers that can only be named where traffic is moved.

@@ -37,6 +37,8 @@ pub enum FlowStep {
     CheckInstalled,
     /// Give the weights back.
     Restore,
+    /// Replace the directory with the archive's content. Only of an operation that brings static files.
+    PlaceFiles,
     /// Run a script in the release's directory.
     Script(ScriptStep),
     /// Wait until a person confirms.
@@ -83,6 +85,7 @@ pub fn operation(operation: &Operation) -> Vec<FlowStep> {
             FlowStep::Restore,
         ],
         Operation::Offline => vec![FlowStep::Drain, FlowStep::StopInstalled],
+        Operation::StaticFiles(_) => vec![FlowStep::PlaceFiles],
         Operation::Initialise => vec![
             FlowStep::Phase {
                 phase: Phase::Prepare,
@@ -94,11 +97,13 @@ pub fn operation(operation: &Operation) -> Vec<FlowStep> {
     }
 }
 
-/// The weight that a server gets at the end of an operation, whatever its strategy says; `None`: the strategy's.
+/// The weight that a server gets at the end of an operation, whatever its strategy says; `None`: the strategy's. Where nothing on
+/// the server was changed, it gets back what it had.
 #[must_use]
 pub const fn restore(operation: &Operation) -> Option<RestoreWeight> {
     match operation {
         Operation::Online { initial_weight } => Some(RestoreWeight::Override(*initial_weight)),
-        Operation::Restart | Operation::Offline | Operation::Initialise => None,
+        Operation::Offline => Some(RestoreWeight::KeepZero),
+        Operation::Restart | Operation::StaticFiles(_) | Operation::Initialise => None,
     }
 }

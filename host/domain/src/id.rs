@@ -148,6 +148,8 @@ ids! {
     ListenerId = "lsn", "a listener id";
     /// A certificate of a workspace.
     CertificateId = "crt", "a certificate id";
+    /// A process template.
+    TemplateId = "tpl", "a process template id";
 }
 
 #[cfg(test)]

@@ -33,6 +33,7 @@ pub mod server;
 pub mod share;
 pub mod stages;
 pub mod task;
+pub mod template;
 pub mod time;
 pub mod token;
 pub mod value;

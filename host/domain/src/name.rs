@@ -216,6 +216,12 @@ names! {
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
     };
+    /// A process template's name.
+    TemplateName = Rule {
+        what: "the process template name", min: 1, max: 60,
+        allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
+    };
     /// A load balancer's name.
     LoadBalancerName = Rule {
         what: "the load balancer name", min: 1, max: 60,

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     digest::Digest,
-    id::{InstanceId, OrderId, PackageId, ServerId},
+    id::{InstanceId, OrderId, PackageId, ServerId, TemplateId},
     limits::Limits,
     operation::Operation,
     progress::{Counts, ServerWeight},
@@ -190,6 +190,9 @@ pub struct ReleaseSpec {
     /// How long a task may wait for its server before it is not started any more, in milliseconds. Default 10 min.
     #[serde(default = "delivery_deadline")]
     pub delivery_deadline_ms: u64,
+    /// A process template for releases, which replaces the fixed flow of each server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<TemplateId>,
     /// Whether the workspace's notification channels are told. Default: yes.
     #[serde(default = "yes")]
     pub notifications: bool,

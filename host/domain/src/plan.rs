@@ -27,7 +27,7 @@ use crate::{
     limits::Limits,
     manifest::PluginRef,
     plugin::{OnFailure, RestoreWeight, RollbackScope, ShiftWeight, StackStep},
-    task::{PackageRef, Script},
+    task::{FilesRef, PackageRef, Script},
     value::Environment,
 };
 
@@ -156,6 +156,17 @@ pub enum StepTemplate {
     Stack(StackStep),
     /// A script of neither: a command. Never attempted again by itself.
     Script(ScriptStep),
+    /// Replace a directory with the content of an archive.
+    PlaceFiles(FilesStep),
+}
+
+/// Static files as a step.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct FilesStep {
+    /// The archive, and where it goes.
+    pub files: FilesRef,
+    /// OS user that they belong to.
+    pub run_as: String,
 }
 
 /// A command as a step.
@@ -168,9 +179,15 @@ pub struct ScriptStep {
     /// OS user; `None` is the agent's own.
     pub run_as: Option<String>,
     /// Environment of this step alone.
+    #[serde(default)]
     pub env: Environment,
-    /// Time-out in milliseconds.
+    /// Time-out in milliseconds. Default: 60 s.
+    #[serde(default = "script_timeout")]
     pub timeout_ms: u64,
+}
+
+const fn script_timeout() -> u64 {
+    60_000
 }
 
 /// What a node stands for; people act on nodes by it.
@@ -329,6 +346,17 @@ impl TrafficAction {
     }
 }
 
+fn is_files(step: &StepTemplate) -> bool {
+    match step {
+        StepTemplate::PlaceFiles(_) => true,
+        StepTemplate::Fetch
+        | StepTemplate::Unpack
+        | StepTemplate::Activate
+        | StepTemplate::Stack(_)
+        | StepTemplate::Script(_) => false,
+    }
+}
+
 impl NodeKind {
     /// Whether it has no children: something that is executed.
     #[must_use]
@@ -371,7 +399,7 @@ impl Plan {
     /// | 1 | releases of packages |
     /// | 2 | applications without a package, server work, commands as steps |
     /// | 3 | shares of traffic, remembered weights in shifts, stages, windows of judgements |
-    /// | 4 | servers left out, revisions |
+    /// | 4 | servers left out, static files, revisions |
     pub const SCHEMA: u32 = 4;
 
     /// The lowest schema that can say what this plan says.
@@ -387,8 +415,9 @@ impl Plan {
             | StepTemplate::Unpack
             | StepTemplate::Activate
             | StepTemplate::Stack(_) => true,
-            StepTemplate::Script(_) => false,
+            StepTemplate::Script(_) | StepTemplate::PlaceFiles(_) => false,
         });
+        let places_files = self.steps.iter().any(is_files);
         let known_nodes = self.nodes.iter().all(|node| {
             node.level != Level::Stage
                 && match &node.kind {
@@ -410,7 +439,7 @@ impl Plan {
                 }
         });
         let revised = self.next_id != 0 || !self.left_out.is_empty();
-        if revised {
+        if revised || places_files {
             4
         } else if !known_nodes {
             3

@@ -169,6 +169,22 @@ pub enum Action {
     },
     /// Check health until it is good for `healthy_for_ms` on end, or the task's time-out passes.
     Check(Check),
+    /// Replace a directory with the content of an archive that the agent downloads: the new one is there as a whole, or the old
+    /// one stays.
+    PlaceFiles(FilesRef),
+}
+
+/// An archive of files and where it goes, as an agent needs to know it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct FilesRef {
+    /// Where the archive is: `http://` or `https://`, a `.tar.gz`.
+    pub url: String,
+    /// SHA-256 that it must have.
+    pub sha256: Option<Digest>,
+    /// The directory that is replaced: starts and ends with `/`.
+    pub directory: String,
+    /// The largest archive that is taken, in bytes.
+    pub max_bytes: u64,
 }
 
 /// A script to run.

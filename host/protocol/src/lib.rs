@@ -44,6 +44,7 @@
 //! | --- | --- |
 //! | 1 | all that is not named below |
 //! | 2 | `query` and `query_answer`: see [`query`]. An agent of version 1 is not asked; the asker is told to upgrade it |
+//! | 3 | the action `place_files`. An agent of an earlier version is not sent it; the step fails and says so |
 //!
 //! # A task
 //! The server's view; `epoch` is the journal epoch in the hello, `pushed_epoch` is a field of the inbox row:
@@ -103,10 +104,13 @@ pub use secret::{DownloadGrant, SecretText};
 
 /// The version of the protocol that this crate describes. Rises when a message changes its meaning, or when
 /// the other side has to know before a new one is sent.
-pub const PROTOCOL_VERSION: u32 = 2;
+pub const PROTOCOL_VERSION: u32 = 3;
 
 /// From this version an agent takes tasks of no service instance.
 pub const SERVER_WORK_VERSION: u32 = 2;
+
+/// From this version an agent knows how to place files.
+pub const PLACE_FILES_VERSION: u32 = 3;
 
 /// The oldest version that this crate still speaks.
 pub const MIN_PROTOCOL_VERSION: u32 = 1;

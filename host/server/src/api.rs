@@ -27,6 +27,7 @@ mod load_balancers;
 mod meta;
 mod metrics;
 mod notifications;
+mod operations;
 mod order_logs;
 mod order_revisions;
 mod order_traffic;
@@ -37,6 +38,7 @@ mod plugin_files;
 mod plugins;
 mod pools;
 mod problem;
+mod process_templates;
 mod reply;
 mod secrets;
 mod servers;
@@ -72,8 +74,8 @@ use crate::{
         diagnoses::Diagnoses, idempotency::Idempotency, instances::Instances,
         invocations::Invocations, load_balancers::LoadBalancers, notifications::Notifications,
         orders::Orders, packages::Packages, plugin_calls::PluginCalls, plugin_events::PluginEvents,
-        plugins::PluginService, pools::Pools, servers::Servers, shadows::Shadows, tokens::Tokens,
-        workspaces::Workspaces,
+        plugins::PluginService, pools::Pools, servers::Servers, shadows::Shadows,
+        templates::Templates, tokens::Tokens, workspaces::Workspaces,
     },
 };
 use metrics::Metrics;
@@ -110,6 +112,8 @@ pub struct ApiParts {
     pub shadows: Shadows,
     /// Orders.
     pub orders: Orders,
+    /// Process templates.
+    pub templates: Templates,
     /// Diagnoses.
     pub diagnoses: Diagnoses,
     /// Invocations.
@@ -218,6 +222,8 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(order_logs::router())
         .merge(order_revisions::router())
         .merge(dashboard::router())
+        .merge(operations::router())
+        .merge(process_templates::router())
         .merge(diagnoses::router())
         .merge(invocations::router())
         .merge(plugins::router())

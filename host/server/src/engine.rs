@@ -442,19 +442,8 @@ impl Engine {
         server: ServerId,
     ) -> Result<ReleaseState, RowError> {
         let store = &*self.shared.store;
-        let seats = rows::read_all(store, &rows::unavailable_of(instance)).await?;
-        let seat = seats
-            .iter()
-            .find(|entry| entry.key.segments().next_back() == Some(&server.to_string()));
-        if let Some(entry) = seat {
-            let row: rows::Unavailable = rows::decode(entry, "an unavailable server")?;
-            let order = rows::read_order(store, row.order).await?;
-            let over = order.is_none_or(|(order, _)| order.state.is_terminal());
-            return Ok(if over {
-                ReleaseState::ReleaseFailed
-            } else {
-                ReleaseState::Releasing
-            });
+        if let Some(state) = states_of(store, instance).await?.0.get(&server) {
+            return Ok(*state);
         }
         let installed: Option<(Manifest, _)> = rows::read(
             store,
@@ -711,6 +700,54 @@ impl Shared {
     pub(crate) async fn plan(&self, digest: windlass_domain::Digest) -> Result<Plan, PlanError> {
         load_plan(&self.blobs, digest).await
     }
+}
+
+/// Where the servers of an instance are that take no part in serving because of an order; the others are as what is installed
+/// on them says. And whether one of these orders has ended and is about to say how it leaves its servers: a moment later.
+pub(crate) async fn states_of(
+    store: &dyn Store,
+    instance: InstanceId,
+) -> Result<(BTreeMap<ServerId, ReleaseState>, bool), RowError> {
+    let mut leaving = false;
+    let mut over: HashMap<OrderId, bool> = HashMap::new();
+    let mut states = BTreeMap::new();
+    for entry in rows::read_all(store, &rows::unavailable_of(instance)).await? {
+        let server = entry.key.segments().next_back();
+        let Some(server) = server.and_then(|id| id.parse().ok()) else {
+            continue;
+        };
+        let row: rows::Unavailable = rows::decode(&entry, "an unavailable server")?;
+        if row.offline {
+            states.insert(server, ReleaseState::Offline);
+            continue;
+        }
+        let is_over = match over.get(&row.order) {
+            Some(is_over) => *is_over,
+            None => {
+                let order = rows::read_order(store, row.order).await?;
+                let has_ended = order.is_none_or(|(order, _)| order.state.is_terminal());
+                let key = rows::active(row.order);
+                let active = store.get(&key).await;
+                let is_active = active
+                    .map_err(|source| RowError::Store {
+                        key: key.to_string(),
+                        source,
+                    })?
+                    .is_some();
+                leaving |= has_ended && is_active;
+                let is_over = has_ended && !is_active;
+                over.insert(row.order, is_over);
+                is_over
+            }
+        };
+        let state = if is_over {
+            ReleaseState::ReleaseFailed
+        } else {
+            ReleaseState::Releasing
+        };
+        states.insert(server, state);
+    }
+    Ok((states, leaving))
 }
 
 /// The largest plan that is read: 1,000 servers in 20 applications with long scripts stay far below.

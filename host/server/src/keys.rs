@@ -66,6 +66,7 @@ pub(crate) enum Kind {
     Channel,
     Delivery,
     Diagnosis,
+    Template,
 }
 
 impl Kind {
@@ -86,6 +87,7 @@ impl Kind {
             Self::Channel => "channel",
             Self::Delivery => "delivery",
             Self::Diagnosis => "diagnosis",
+            Self::Template => "process-template",
         }
     }
 
@@ -106,6 +108,7 @@ impl Kind {
             Self::Channel => "notification channel",
             Self::Delivery => "delivery",
             Self::Diagnosis => "diagnosis",
+            Self::Template => "process template",
         }
     }
 }

@@ -82,6 +82,7 @@ use crate::{
         retention::{Retention, RetentionSettings},
         servers::Servers,
         shadows::{ShadowQueue, Shadows},
+        templates::Templates,
         tokens::{ADMIN_TOKEN_FILE, AdminTokenError, Tokens},
         workspaces::Workspaces,
     },
@@ -336,6 +337,7 @@ pub async fn start_with(
         gateway: gateway.clone(),
         front_ports: config.front_ports.clone(),
     });
+    let templates = Templates::new(store.clone());
     let planner = Planner::new(PlannerParts {
         store: store.clone(),
         blobs: blobs.clone(),
@@ -346,6 +348,7 @@ pub async fn start_with(
         packages: packages.clone(),
         instances: instances.clone(),
         servers: servers.clone(),
+        templates: templates.clone(),
     });
     let engine = Engine::new(EngineParts {
         store: store.clone(),
@@ -464,6 +467,7 @@ pub async fn start_with(
             plugin_events: PluginEvents::new(store.clone()),
             shadows,
             orders,
+            templates,
             diagnoses: diagnoses.clone(),
             invocations,
             gateway: gateway.clone(),

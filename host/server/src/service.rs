@@ -31,6 +31,7 @@ pub(crate) mod records;
 pub mod retention;
 pub mod servers;
 pub mod shadows;
+pub mod templates;
 pub mod tokens;
 pub mod workspaces;
 

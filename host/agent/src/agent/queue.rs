@@ -132,6 +132,7 @@ impl Agent {
             | Action::Unpack { .. }
             | Action::WriteFile { .. }
             | Action::Activate(_)
+            | Action::PlaceFiles(_)
             | Action::Start(_) => false,
         };
         (disk.full && !may_free).then(|| {
@@ -204,6 +205,7 @@ impl Agent {
             | Action::Activate(_)
             | Action::Start(_)
             | Action::StopSupervised { .. }
+            | Action::PlaceFiles(_)
             | Action::Check(_) => true,
         }
     }

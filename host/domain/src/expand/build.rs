@@ -177,6 +177,13 @@ impl Builder<'_> {
         for step in &part.flow {
             self.flow_step(node, index, planned, server, step);
         }
+        let keeps_out =
+            part.flow.contains(&FlowStep::Drain) && !part.flow.contains(&FlowStep::Restore);
+        if keeps_out && !part.part.pools.is_empty() {
+            // What keeps the weight at 0 in the end gives it back where the turn ends before anything has changed.
+            let stay = NodeKind::Traffic(TrafficAction::Restore);
+            self.push(node, Level::Step, "without traffic", stay);
+        }
     }
 
     /// The nodes of one part of a server's turn.
@@ -231,6 +238,11 @@ impl Builder<'_> {
             FlowStep::CheckInstalled => {
                 if let Some(installed) = &server.installed {
                     self.installed(unit, installed, &installed.check, planned, false);
+                }
+            }
+            FlowStep::PlaceFiles => {
+                if let Some(files) = &part.files {
+                    self.core(unit, "place files", StepTemplate::PlaceFiles(files.clone()));
                 }
             }
             FlowStep::Script(script) => {

@@ -164,6 +164,7 @@ pub(crate) fn part(key: &str, servers: Vec<ServerInput>) -> PartInput {
             path_roots: vec!["/etc/shop/".to_owned(), "/srv/www".to_owned()],
         },
         flow: flow::release(),
+        files: None,
         servers,
         only_traffic: Vec::new(),
     }

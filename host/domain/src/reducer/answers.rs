@@ -309,7 +309,7 @@ impl Turn<'_> {
         // Attempts that a person asked for count too: a retried step does not start its automatic attempts afresh.
         let attempt = self.progress.node(node).attempt;
         match &self.plan.steps[*step as usize] {
-            StepTemplate::Fetch | StepTemplate::Unpack => attempt < 3,
+            StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::PlaceFiles(_) => attempt < 3,
             StepTemplate::Activate | StepTemplate::Script(_) => false,
             StepTemplate::Stack(step) => step.repeatable && attempt <= step.retries,
         }

@@ -43,11 +43,43 @@ pub fn takes_out(plan: &Plan, unit: NodeIndex) -> bool {
         })
 }
 
+/// Whether a unit's turn ends with its application stopped: it stops what is installed and starts nothing.
+#[must_use]
+pub fn takes_offline(plan: &Plan, unit: NodeIndex) -> bool {
+    let steps = (unit + 1..)
+        .zip(plan.nodes.iter().skip(unit as usize + 1))
+        .take_while(|(_, node)| node.parent == Some(unit));
+    let phases = steps.filter_map(|(_, node)| match node.kind {
+        NodeKind::Step { step } => match plan.steps.get(step as usize)? {
+            StepTemplate::Stack(step) => Some(step.phase),
+            StepTemplate::Fetch
+            | StepTemplate::Unpack
+            | StepTemplate::Activate
+            | StepTemplate::PlaceFiles(_)
+            | StepTemplate::Script(_) => None,
+        },
+        NodeKind::Sequence
+        | NodeKind::Parallel { .. }
+        | NodeKind::Unit { .. }
+        | NodeKind::Traffic(_)
+        | NodeKind::Gate { .. }
+        | NodeKind::Pause { .. }
+        | NodeKind::Judge { .. } => None,
+    });
+    let (mut stops, mut starts) = (false, false);
+    for phase in phases {
+        stops |= phase == Phase::Stop;
+        starts |= matches!(phase, Phase::Start | Phase::Restart);
+    }
+    stops && !starts
+}
+
 /// Whether a leaf, once started, changes what serves on the server.
 fn is_disruptive(plan: &Plan, leaf: NodeIndex) -> bool {
     match &plan.nodes[leaf as usize].kind {
         NodeKind::Step { step } => match &plan.steps[*step as usize] {
-            StepTemplate::Fetch | StepTemplate::Unpack => false,
+            // Files are replaced in one moment, under an application that goes on.
+            StepTemplate::Fetch | StepTemplate::Unpack | StepTemplate::PlaceFiles(_) => false,
             // What a command did is not for us to know.
             StepTemplate::Activate | StepTemplate::Script(_) => true,
             StepTemplate::Stack(step) => match step.phase {

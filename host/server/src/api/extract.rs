@@ -207,6 +207,62 @@ pub(crate) fn read<T: DeserializeOwned>(json: serde_json::Value) -> Result<T, Pr
     serde_path_to_error::deserialize(&json).map_err(|error| refused(error, || culprit::<T>(&json)))
 }
 
+/// The same where serde passes over fields that it does not know: beside the tag of a variant without fields of its own. What
+/// was read says which fields there are. Fields that are `null` say nothing.
+pub(crate) fn read_whole<T: DeserializeOwned + serde::Serialize>(
+    json: serde_json::Value,
+) -> Result<T, Problem> {
+    let value: T = read(json.clone())?;
+    let known = serde_json::to_value(&value).expect("requests have string keys");
+    let mut path = Vec::new();
+    if let Some(unknown) = unread(&json, &known, &mut path) {
+        return Err(Problem::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "unknown_field",
+            format!("unknown field `{}`", cut(&unknown)),
+        )
+        .field(pointer(&path))
+        .mend("leave it out, or correct its name"));
+    }
+    Ok(value)
+}
+
+/// The first field of `asked` that `known` does not have, with its path.
+fn unread(
+    asked: &serde_json::Value,
+    known: &serde_json::Value,
+    path: &mut Vec<String>,
+) -> Option<String> {
+    use serde_json::Value;
+    let below: Vec<(String, &Value, Option<&Value>)> = match (asked, known) {
+        (Value::Object(asked), Value::Object(known)) => asked
+            .iter()
+            .map(|(name, value)| (name.clone(), value, known.get(name)))
+            .collect(),
+        (Value::Array(asked), Value::Array(known)) => asked
+            .iter()
+            .zip(known)
+            .enumerate()
+            .map(|(at, (value, known))| (at.to_string(), value, Some(known)))
+            .collect(),
+        _ => return None,
+    };
+    for (name, value, known) in below {
+        path.push(name.clone());
+        match known {
+            None if !value.is_null() => return Some(name),
+            None => {}
+            Some(known) => {
+                if let Some(unknown) = unread(value, known, path) {
+                    return Some(unknown);
+                }
+            }
+        }
+        path.pop();
+    }
+    None
+}
+
 /// The field whose value cannot be read, where the reader did not say: types that are told apart by one of their fields, the
 /// tag, are read in one piece, and an error in them names no field. It is the field without which nothing is wrong, or
 /// something else; the tag, when it is none of the others.

@@ -31,7 +31,7 @@ use super::{
 };
 use crate::service::{
     Caller, PageOf, ServiceError,
-    orders::{CreateOrder, NodeView, OrderFilter, PlanView},
+    orders::{CreateOrder, NodeView, OrderFilter, PlanView, PurposeKind},
     tokens::Authenticated,
 };
 
@@ -61,6 +61,8 @@ pub(super) fn router() -> OpenApiRouter<Api> {
 struct ListOrders {
     /// Only in this state.
     state: Option<OrderState>,
+    /// Only for this: `release`, `rollback` or `operation`.
+    purpose: Option<PurposeKind>,
     /// Only with this strategy: `name`, or `name@version`.
     strategy: Option<String>,
     /// Only with this in their title or their maker's name, whatever its case.
@@ -185,6 +187,7 @@ async fn list_orders(
     let page = page_of(query.page_size, query.cursor, PAGES)?;
     let filter = OrderFilter {
         state: query.state,
+        purpose: query.purpose,
         strategy: query.strategy,
         text: query.text,
         made_after: query.made_after,

@@ -14,8 +14,8 @@ use windlass_domain::{
     inbox::InboxEntry,
     order::{Action, Control, Ending, Order, OrderState, Purpose},
     plan::{NodeIndex, NodeKind, Plan, TrafficAction, Unit},
-    plugin::{Judgement, RestoreWeight, Verdict},
-    progress::{Drift, NodeProgress, PoolWeight, Progress, StageRollback},
+    plugin::{Judgement, RestoreWeight, UnitState, Verdict},
+    progress::{Drift, NodeProgress, NodeState, PoolWeight, Progress, StageRollback},
     reducer::{self, Effect, Event},
     task::{Outcome, TaskResult},
 };
@@ -25,7 +25,7 @@ use super::{
     ActError, Engine,
     actor::Command,
     figures, initialise,
-    keeper::{Admission, Answer, Seat},
+    keeper::{Admission, Answer, Leaving, Seat},
     rows, shift,
     traffic::{TrafficError, set_and_read_back},
 };
@@ -40,12 +40,14 @@ pub(super) const AGAIN: Duration = Duration::from_millis(500);
 pub(crate) enum View {
     /// Nothing.
     Nothing,
-    /// Of a server's traffic leaf: weights that were remembered in its unit.
-    Remembered(Option<Vec<PoolWeight>>),
+    /// Of a server's traffic leaf: weights that were remembered in its unit, and how far that got.
+    Unit(Option<Vec<PoolWeight>>, UnitState),
     /// Of a shift.
     Shift(shift::View),
     /// Of a unit: it was rolled back with its stage and runs again.
     Again(bool),
+    /// Of a unit: how its turn leaves the server.
+    Leaving(Leaving),
     /// Everything.
     Whole(Box<Progress>),
 }
@@ -65,14 +67,14 @@ impl View {
                 | NodeKind::Gate { .. }
                 | NodeKind::Pause { .. }
                 | NodeKind::Judge { .. } => {
-                    let unit = dispatch::unit_of(plan, node).map(|(unit, ..)| unit);
-                    let remembered = unit.and_then(|unit| {
-                        progress
-                            .children(unit)
-                            .iter()
-                            .find_map(|leaf| progress.node(*leaf).remembered.clone())
-                    });
-                    Self::Remembered(remembered)
+                    let Some((unit, ..)) = dispatch::unit_of(plan, node) else {
+                        return Self::Nothing;
+                    };
+                    let leaves = progress.children(unit).iter();
+                    let mut remembered =
+                        leaves.filter_map(|leaf| progress.node(*leaf).remembered.clone());
+                    let state = reducer::unit_state(plan, progress, unit);
+                    Self::Unit(remembered.next(), state)
                 }
             },
             Effect::Judge { .. }
@@ -81,8 +83,8 @@ impl View {
             | Effect::ChangeTraffic { .. }
             | Effect::Finish => Self::Whole(Box::new(progress.clone())),
             Effect::Admit(node) => Self::Again(progress.node(node).again),
+            Effect::Release(node) => Self::Leaving(leaving(plan, progress, node)),
             Effect::Initialise
-            | Effect::Release(_)
             | Effect::Dispatch { .. }
             | Effect::Revoke { .. }
             | Effect::Pause { .. } => Self::Nothing,
@@ -128,7 +130,11 @@ pub(crate) async fn perform(job: Job) {
     match job.effect {
         Effect::Initialise => initialise::initialise(&job).await,
         Effect::Admit(node) => admit(&job, node).await,
-        Effect::Release(node) => release(&job, node).await,
+        Effect::Release(node) => {
+            if let View::Leaving(leaving) = job.view {
+                release(&job, node, leaving).await;
+            }
+        }
         Effect::Dispatch { .. } => {}
         Effect::Revoke { node, attempt } => revoke(&job, node, attempt).await,
         Effect::Traffic { node, attempt } => traffic(&job, node, attempt).await,
@@ -150,8 +156,11 @@ pub(crate) async fn perform(job: Job) {
 
 /// The seat of a unit in the safety envelope; `None`: it takes none.
 fn seat(plan: &Plan, node: NodeIndex) -> Option<Seat> {
-    let (_, _, unit) = dispatch::unit_of(plan, node)?;
+    let (node, _, unit) = dispatch::unit_of(plan, node)?;
     let part = plan.part_of(unit)?;
+    if !reducer::takes_out(plan, node) {
+        return None;
+    }
     Some(Seat {
         instance: part.instance,
         cell: unit.cell.clone(),
@@ -186,6 +195,20 @@ async fn admit(job: &Job, node: NodeIndex) {
     let asked_at = tokio::time::Instant::now();
     loop {
         let notified = changed.notified();
+        let subjects = match is_seated(job, seat.as_ref()).await {
+            // Admitted before a crash: its state is that we work on it.
+            Ok(true) => subjects
+                .iter()
+                .filter(|subject| !subject.starts_with("state of "))
+                .cloned()
+                .collect(),
+            Ok(false) => subjects.clone(),
+            Err(error) => {
+                hold(job, node, &mut told, error.to_string()).await;
+                tokio::time::sleep(AGAIN).await;
+                continue;
+            }
+        };
         match drift(job, &subjects).await {
             Ok(drift) if !drift.is_empty() => {
                 return job.answer(Event::UnitDrifted(node, drift)).await;
@@ -228,6 +251,15 @@ async fn admit(job: &Job, node: NodeIndex) {
             Err(_) => return,
         }
     }
+}
+
+/// Whether the order has the seat already.
+async fn is_seated(job: &Job, seat: Option<&Seat>) -> Result<bool, rows::RowError> {
+    let Some(seat) = seat else { return Ok(false) };
+    let key = rows::unavailable(seat.instance, &seat.cell, seat.server);
+    let store = &*job.engine.shared.store;
+    let row = rows::read::<rows::Unavailable>(store, &key, "an unavailable server").await?;
+    Ok(row.is_some_and(|(row, _)| row.order == job.order.id && !row.offline))
 }
 
 /// Tells once per reason why a unit does not start.
@@ -274,9 +306,24 @@ pub(crate) fn differences(
         .collect()
 }
 
-async fn release(job: &Job, node: NodeIndex) {
+/// How a unit leaves its server.
+fn leaving(plan: &Plan, progress: &Progress, unit: NodeIndex) -> Leaving {
+    if progress.state(unit) != NodeState::Succeeded {
+        Leaving::AsFound
+    } else if reducer::takes_offline(plan, unit) {
+        Leaving::Offline
+    } else {
+        Leaving::Serving
+    }
+}
+
+async fn release(job: &Job, node: NodeIndex, leaving: Leaving) {
     if let (Some(seat), Some(keeper)) = (seat(&job.plan, node), job.engine.shared.keeper()) {
-        while keeper.release(job.order.id, seat.clone()).await.is_err() {
+        while keeper
+            .release(job.order.id, seat.clone(), leaving)
+            .await
+            .is_err()
+        {
             tokio::time::sleep(AGAIN).await;
         }
     }
@@ -359,11 +406,12 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
         return Ok(());
     };
     let remembered = match &job.view {
-        View::Remembered(Some(weights)) => Some(weights),
-        View::Remembered(None)
+        View::Unit(Some(weights), _) => Some(weights),
+        View::Unit(None, _)
         | View::Nothing
         | View::Shift(_)
         | View::Again(_)
+        | View::Leaving(_)
         | View::Whole(_) => None,
     };
     match action {
@@ -422,10 +470,13 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             let Some((_, _, unit)) = dispatch::unit_of(&job.plan, node) else {
                 return Ok(());
             };
+            let untouched = matches!(job.view, View::Unit(Some(_), UnitState::Untouched));
             for pool in pools_of(&job.plan, unit) {
                 let before = remembered
                     .and_then(|weights| weights.iter().find(|weight| weight.pool == *pool));
                 let wanted = match (unit.restore, before) {
+                    // Its turn was ended before anything on it changed: it goes on as it was.
+                    (_, Some(before)) if untouched => before.weight,
                     (RestoreWeight::Remembered, Some(before)) => before.weight,
                     (RestoreWeight::Remembered, None) => super::traffic::DEFAULT_WEIGHT,
                     (RestoreWeight::KeepZero, _) => 0,
@@ -444,7 +495,9 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
                 };
                 shift::perform(job, leaf, view).await
             }
-            View::Nothing | View::Remembered(_) | View::Again(_) | View::Whole(_) => Ok(()),
+            View::Nothing | View::Unit(..) | View::Again(_) | View::Leaving(_) | View::Whole(_) => {
+                Ok(())
+            }
         },
     }
 }
@@ -685,7 +738,7 @@ async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + 
     if let View::Whole(progress) = &job.view {
         for effect in reducer::due(&job.plan, progress) {
             if let Effect::Release(node) = effect {
-                release(job, node).await;
+                release(job, node, leaving(&job.plan, progress, node)).await;
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The keeper of the safety envelope: who may be unavailable at once, across all orders.
 //!
 //! It owns the rows `unavailable/…`. A server is *unavailable* while an order works on it, after an order left it broken,
-//! and while its agent is not connected. Before a unit starts, the keeper counts the unavailable servers of its
+//! while its application is offline because a person took it out, and while its agent is not connected. Before a unit starts, the keeper counts the unavailable servers of its
 //! application in its cell, and the members with traffic that each of its pools would keep; it admits the unit by writing
 //! its row, or says what holds it. A failed server stays unavailable, tolerated or ignored: it does not serve, and a limit
 //! that looked away would let a release take one server after the other. Admissions and releases that wait are answered with one commit, one keeper per store.
@@ -71,6 +71,8 @@ pub(crate) enum Out {
     /// An order works on it, or left it broken. A person's going on without it does not change that: it is given back when
     /// its turn succeeds after all (retried, or in a later order), or when it is as it was before.
     Seated(OrderId),
+    /// A person took its application offline.
+    TakenOffline,
     /// Its agent is not connected.
     Offline,
 }
@@ -96,6 +98,7 @@ impl Hold {
                 Out::Seated(holder) => {
                     format!("{server}: the order {holder} works on it or left it broken")
                 }
+                Out::TakenOffline => format!("{server}: it was taken offline"),
                 Out::Offline => format!("{server}: its agent is not connected"),
             }
         });
@@ -114,7 +117,18 @@ impl Hold {
 
 enum Request {
     Admit(Box<Admission>, oneshot::Sender<Answer>),
-    Release(OrderId, Seat, oneshot::Sender<()>),
+    Release(OrderId, Seat, Leaving, oneshot::Sender<()>),
+}
+
+/// How an order leaves a server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Leaving {
+    /// Its application serves.
+    Serving,
+    /// As the order found it.
+    AsFound,
+    /// Its application was taken offline: its seat stays taken.
+    Offline,
 }
 
 /// A handle to the keeper.
@@ -140,11 +154,16 @@ impl Keeper {
         answer.await.map_err(|_| KeeperGone)
     }
 
-    /// The server is available again as far as this order goes.
-    pub(crate) async fn release(&self, order: OrderId, seat: Seat) -> Result<(), KeeperGone> {
+    /// The order is done with the server. Saying it again does no harm.
+    pub(crate) async fn release(
+        &self,
+        order: OrderId,
+        seat: Seat,
+        leaving: Leaving,
+    ) -> Result<(), KeeperGone> {
         let (reply, answer) = oneshot::channel();
         self.requests
-            .send(Request::Release(order, seat, reply))
+            .send(Request::Release(order, seat, leaving, reply))
             .await
             .map_err(|_| KeeperGone)?;
         answer.await.map_err(|_| KeeperGone)
@@ -163,7 +182,7 @@ pub(crate) struct KeeperTask {
     pools: Arc<dyn TrafficPools>,
     requests: mpsc::Receiver<Request>,
     changed: Arc<Notify>,
-    held: BTreeMap<Seat, OrderId>,
+    held: BTreeMap<Seat, Unavailable>,
 }
 
 impl KeeperTask {
@@ -177,7 +196,7 @@ impl KeeperTask {
         for entry in rows::read_all(&*store, &rows::all_unavailable()).await? {
             let row: Unavailable = rows::decode(&entry, "an unavailable server")?;
             if let Some(seat) = seat_of(&entry.key) {
-                held.insert(seat, row.order);
+                held.insert(seat, row);
             }
         }
         let (sender, requests) = mpsc::channel(QUEUE);
@@ -209,7 +228,7 @@ impl KeeperTask {
 
     async fn answer(&mut self, batch: Vec<Request>) {
         // Requests are answered in their order, on what is held in memory; what came of it is written with one commit.
-        let mut before: BTreeMap<Seat, Option<OrderId>> = BTreeMap::new();
+        let mut before: BTreeMap<Seat, Option<Unavailable>> = BTreeMap::new();
         let mut admitted = Vec::new();
         let mut released = Vec::new();
         let mut deferred = Vec::new();
@@ -217,41 +236,67 @@ impl KeeperTask {
             match request {
                 Request::Admit(admission, reply) => {
                     let (order, seat) = (admission.order, admission.seat.clone());
-                    let holder = self.held.get(&seat).copied();
-                    if before.contains_key(&seat) && holder.is_some_and(|holder| holder != order) {
+                    let holder = self.held.get(&seat).cloned();
+                    let others = holder.as_ref().is_some_and(|row| row.order != order);
+                    if before.contains_key(&seat) && others {
                         deferred.push(reply);
                         continue;
                     }
                     match self.refusal(&admission).await {
                         Some(reason) => drop(reply.send(Answer::Held(reason))),
                         None => {
+                            let row = Unavailable {
+                                order,
+                                offline: false,
+                                was_offline: holder
+                                    .as_ref()
+                                    .is_some_and(|row| row.offline || row.was_offline),
+                            };
                             before.entry(seat.clone()).or_insert(holder);
-                            self.held.insert(seat, order);
+                            self.held.insert(seat, row);
                             admitted.push(reply);
                         }
                     }
                 }
-                Request::Release(order, seat, reply) => {
-                    // Another order may hold the server by now: that is not ours to release.
-                    if self.held.get(&seat) == Some(&order) {
-                        self.held.remove(&seat);
-                        before.entry(seat).or_insert(Some(order));
+                Request::Release(order, seat, leaving, reply) => {
+                    // Another order may hold the server by now: that is not ours to release. What was told already stays.
+                    if let Some(row) = self.held.get(&seat)
+                        && row.order == order
+                        && !row.offline
+                    {
+                        let row = row.clone();
+                        let offline = match leaving {
+                            Leaving::Serving => false,
+                            Leaving::AsFound => row.was_offline,
+                            Leaving::Offline => true,
+                        };
+                        if offline {
+                            let now = Unavailable {
+                                order,
+                                offline,
+                                was_offline: false,
+                            };
+                            self.held.insert(seat.clone(), now);
+                        } else {
+                            self.held.remove(&seat);
+                        }
+                        before.entry(seat).or_insert(Some(row));
                     }
                     released.push(reply);
                 }
             }
         }
-        let changes: Vec<(Seat, Option<OrderId>)> = before
+        let changes: Vec<(Seat, Option<Unavailable>)> = before
             .iter()
-            .map(|(seat, before)| (seat, *before, self.held.get(seat).copied()))
-            .filter(|(_, before, now)| before != now)
+            .map(|(seat, before)| (seat, before, self.held.get(seat).cloned()))
+            .filter(|(_, before, now)| *before != now)
             .map(|(seat, _, now)| (seat.clone(), now))
             .collect();
         if !changes.is_empty() && !self.commit(&changes).await {
             // Nothing was promised: the askers see the channel close and ask again, and what is held is as it was.
             for (seat, before) in before {
                 match before {
-                    Some(order) => self.held.insert(seat, order),
+                    Some(row) => self.held.insert(seat, row),
                     None => self.held.remove(&seat),
                 };
             }
@@ -275,11 +320,11 @@ impl KeeperTask {
         }
     }
 
-    async fn commit(&self, changes: &[(Seat, Option<OrderId>)]) -> bool {
-        let txn = changes.iter().fold(Txn::new(), |txn, (seat, order)| {
+    async fn commit(&self, changes: &[(Seat, Option<Unavailable>)]) -> bool {
+        let txn = changes.iter().fold(Txn::new(), |txn, (seat, row)| {
             let key = rows::unavailable(seat.instance, &seat.cell, seat.server);
-            match order {
-                Some(order) => txn.put(key, rows::encode(&Unavailable { order: *order })),
+            match row {
+                Some(row) => txn.put(key, rows::encode(row)),
                 None => txn.delete(key),
             }
         });
@@ -312,12 +357,13 @@ impl KeeperTask {
             })
         };
         let why_out = |server: ServerId, cell: &str| match is_held(server, cell) {
-            Some(holder) => Some(Out::Seated(*holder)),
+            Some(row) if row.offline => Some(Out::TakenOffline),
+            Some(row) => Some(Out::Seated(row.order)),
             None if self.agents.is_online(server) => None,
             None => Some(Out::Offline),
         };
         let out = |server: ServerId, cell: &str| why_out(server, cell).is_some();
-        if is_held(seat.server, &seat.cell) == Some(order) {
+        if is_held(seat.server, &seat.cell).is_some_and(|row| row.order == *order && !row.offline) {
             return None;
         }
         let in_cell = || members.iter().filter(|(_, cell)| *cell == seat.cell);
@@ -409,6 +455,14 @@ mod tests {
         }
     }
 
+    fn row(order: OrderId) -> Unavailable {
+        Unavailable {
+            order,
+            offline: false,
+            was_offline: false,
+        }
+    }
+
     fn admit(order: OrderId, seat: &Seat) -> (Request, oneshot::Receiver<Answer>) {
         let (reply, answer) = oneshot::channel();
         let admission = Admission {
@@ -423,7 +477,10 @@ mod tests {
 
     fn release(order: OrderId, seat: &Seat) -> (Request, oneshot::Receiver<()>) {
         let (reply, answer) = oneshot::channel();
-        (Request::Release(order, seat.clone(), reply), answer)
+        (
+            Request::Release(order, seat.clone(), Leaving::Serving, reply),
+            answer,
+        )
     }
 
     #[tokio::test]
@@ -442,20 +499,72 @@ mod tests {
         task.answer(vec![asked, given_back, next]).await;
         done.await.unwrap();
         assert_eq!(admitted.await.unwrap(), Answer::Admitted);
-        assert_eq!(task.held, BTreeMap::from([(seat.clone(), two)]));
+        assert_eq!(task.held, BTreeMap::from([(seat.clone(), row(two))]));
         assert_eq!(open().await.unwrap().1.held, task.held);
 
         // What is not the asker's is not given back; one order at a time starts on a server.
         let (foreign, done) = release(one, &seat);
         task.answer(vec![foreign]).await;
         done.await.unwrap();
-        assert_eq!(task.held.get(&seat), Some(&two));
+        assert_eq!(task.held.get(&seat), Some(&row(two)));
         let (given_back, _) = release(two, &seat);
         let (first, admitted) = admit(one, &seat);
         let (second, held) = admit(two, &seat);
         task.answer(vec![given_back, first, second]).await;
         assert_eq!(admitted.await.unwrap(), Answer::Admitted);
         assert!(matches!(held.await.unwrap(), Answer::Held(_)));
-        assert_eq!(open().await.unwrap().1.held, BTreeMap::from([(seat, one)]));
+        let held = BTreeMap::from([(seat, row(one))]);
+        assert_eq!(open().await.unwrap().1.held, held);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_was_taken_offline_keeps_its_seat() {
+        let store = memory_store();
+        let pools = Arc::new(SimulatedPools::new(store.clone()));
+        let open = || KeeperTask::open(store.clone(), Arc::new(Connected), pools.clone());
+        let (_keeper, mut task) = open().await.unwrap();
+        let [offline, next, last] = [0; 3].map(|_| OrderId::from_uuid(ids::new_uuid()));
+        let seat = seat();
+        let leave = |order, leaving| {
+            let (reply, _) = oneshot::channel();
+            Request::Release(order, seat.clone(), leaving, reply)
+        };
+        let taken_by = |order| Unavailable {
+            offline: true,
+            ..row(order)
+        };
+
+        let (asked, _) = admit(offline, &seat);
+        // Performed again after a crash, when nobody knows any more how it was left.
+        let left = [
+            Leaving::Offline,
+            Leaving::Offline,
+            Leaving::AsFound,
+            Leaving::Serving,
+        ];
+        let mut batch = vec![asked];
+        batch.extend(left.map(|leaving| leave(offline, leaving)));
+        task.answer(batch).await;
+        assert_eq!(task.held.get(&seat), Some(&taken_by(offline)));
+        assert_eq!(open().await.unwrap().1.held, task.held);
+
+        // An order that is ended before it touches the server leaves it offline; what fails on it is no more so.
+        let (asked, admitted) = admit(next, &seat);
+        task.answer(vec![asked]).await;
+        assert_eq!(admitted.await.unwrap(), Answer::Admitted);
+        let seated = Unavailable {
+            was_offline: true,
+            ..row(next)
+        };
+        assert_eq!(task.held.get(&seat), Some(&seated));
+        task.answer(vec![leave(next, Leaving::AsFound)]).await;
+        assert_eq!(task.held.get(&seat), Some(&taken_by(next)));
+
+        // Whoever brings it online frees it.
+        let (asked, _) = admit(last, &seat);
+        task.answer(vec![asked, leave(last, Leaving::Serving)])
+            .await;
+        assert!(task.held.is_empty());
+        assert!(open().await.unwrap().1.held.is_empty());
     }
 }

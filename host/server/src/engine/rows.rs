@@ -49,6 +49,12 @@ pub struct ServerLock {
 pub struct Unavailable {
     /// The order.
     pub order: OrderId,
+    /// The order has taken its application offline.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub offline: bool,
+    /// It was offline when the order began on it: so it is again when the order leaves it untouched.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub was_offline: bool,
 }
 
 /// Why a row could not be read.

@@ -15,7 +15,7 @@ use windlass_domain::{
     task::{Action, Outcome, Task, TaskId, TaskResult},
     value::Value,
 };
-use windlass_protocol::{EncodeError, SERVER_WORK_VERSION, TaskPush, ToAgent};
+use windlass_protocol::{EncodeError, PLACE_FILES_VERSION, SERVER_WORK_VERSION, TaskPush, ToAgent};
 use windlass_store::{
     CommitError, Entry, Key, LimitError, PAGE_MAX_ENTRIES, Prefix, Revision, StoreError, Txn,
     crash::crash_point,
@@ -254,10 +254,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Turn<'_, S> {
 
     async fn push(&mut self, task: Task) -> Result<Option<GrantId>, SlotError> {
         let (gateway, session, id) = (self.gateway, self.session, task.id);
-        if task.instance.is_none() && session.protocol < SERVER_WORK_VERSION {
+        if let Some((needed, what)) = needs_version(&task)
+            && session.protocol < needed
+        {
             let message = format!(
-                "ClientNeedUpgrade: the agent of {} speaks version {} of the protocol, and work that is of no service instance \
-                 needs {SERVER_WORK_VERSION}: upgrade the agent",
+                "ClientNeedUpgrade: the agent of {} speaks version {} of the protocol, and {what} needs {needed}: upgrade \
+                 the agent",
                 session.server_name, session.protocol
             );
             return self.revoke_instead(id, message).map(|()| None);
@@ -302,6 +304,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Turn<'_, S> {
             | Action::Activate(_)
             | Action::Start(_)
             | Action::StopSupervised { .. }
+            | Action::PlaceFiles(_)
             | Action::Check(_) => (None, None),
         };
         let push = TaskPush {
@@ -347,5 +350,23 @@ fn journal_lost() -> TaskResult {
             .to_owned(),
         started_at: None,
         finished_at: clock::now(),
+    }
+}
+
+/// The version of the protocol that a task needs, where the first is too old, and what needs it.
+fn needs_version(task: &Task) -> Option<(u32, &'static str)> {
+    match &task.action {
+        Action::PlaceFiles(_) => Some((PLACE_FILES_VERSION, "the placing of files")),
+        Action::Script(_)
+        | Action::Fetch(_)
+        | Action::Unpack { .. }
+        | Action::WriteFile { .. }
+        | Action::Activate(_)
+        | Action::Start(_)
+        | Action::StopSupervised { .. }
+        | Action::Check(_) => task
+            .instance
+            .is_none()
+            .then_some((SERVER_WORK_VERSION, "work that is of no service instance")),
     }
 }

@@ -6,6 +6,7 @@
 
 pub mod dashboard;
 pub mod logs;
+pub mod operations;
 mod revisions;
 mod traffic;
 
@@ -106,11 +107,36 @@ pub struct NodeView {
     pub exit_code: Option<i32>,
 }
 
+/// What orders are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PurposeKind {
+    /// Releases of packages.
+    Release,
+    /// Rollbacks.
+    Rollback,
+    /// Operations of any kind.
+    Operation,
+}
+
+impl PurposeKind {
+    fn is(self, purpose: &Purpose) -> bool {
+        match purpose {
+            Purpose::Release => self == Self::Release,
+            Purpose::Rollback { .. } => self == Self::Rollback,
+            Purpose::Operation { .. } => self == Self::Operation,
+            Purpose::Invocation { .. } => false,
+        }
+    }
+}
+
 /// Filters of the list of orders.
 #[derive(Debug, Clone, Default)]
 pub struct OrderFilter {
     /// Only in this state.
     pub state: Option<OrderState>,
+    /// Only for this.
+    pub purpose: Option<PurposeKind>,
     /// Only with this strategy: `name`, or `name@version`.
     pub strategy: Option<String>,
     /// Only with this in their title or their maker's name, whatever its case.
@@ -133,11 +159,30 @@ impl OrderFilter {
                 || order.created_by.to_lowercase().contains(&wanted)
         };
         self.state.is_none_or(|state| state == order.state)
+            && self
+                .purpose
+                .is_none_or(|purpose| purpose.is(&order.purpose))
             && self.strategy.as_ref().is_none_or(strategy)
             && self.text.as_ref().is_none_or(text)
             && self.made_after.is_none_or(|at| order.created_at >= at)
             && self.made_before.is_none_or(|at| order.created_at < at)
     }
+}
+
+/// An order that is about to be made.
+struct NewOrder {
+    id: OrderId,
+    title: String,
+    purpose: Purpose,
+    plan: Plan,
+    /// The plan that was previewed.
+    plan_digest: Option<Digest>,
+    /// What was asked for, kept already.
+    spec: Digest,
+    run: bool,
+    notify: bool,
+    /// Ids of packages that it uses.
+    packages: BTreeSet<String>,
 }
 
 /// Orders. Cheap to clone.
@@ -189,7 +234,7 @@ impl Orders {
             run,
         } = create;
         check_title(&release.title)?;
-        let create_refers: BTreeSet<String> = release
+        let packages = release
             .targets
             .iter()
             .map(|target| target.package.to_string())
@@ -200,20 +245,56 @@ impl Orders {
             self.planner.plan_release(workspace, &release),
         )
         .await?;
+        let spec = self.keep_spec(&release).await?;
+        let new = NewOrder {
+            id,
+            title: release.title,
+            purpose: Purpose::Release,
+            plan,
+            plan_digest,
+            spec,
+            run,
+            notify: release.notifications,
+            packages,
+        };
+        self.make(caller, workspace, new).await
+    }
+
+    async fn keep_spec<T: Serialize + Sync>(&self, spec: &T) -> Result<Digest, ServiceError> {
+        engine::store_json(&self.engine.shared.blobs, spec)
+            .await
+            .map_err(|error| failed("keep the order's specification", error))
+    }
+
+    /// Makes an order of a plan, where that is the one that was previewed.
+    async fn make(
+        &self,
+        caller: Caller,
+        workspace: &str,
+        new: NewOrder,
+    ) -> Result<Order, ServiceError> {
+        let NewOrder {
+            id,
+            title,
+            purpose,
+            plan,
+            plan_digest,
+            spec,
+            run,
+            notify,
+            packages,
+        } = new;
         let digest = self.keep(&plan).await?;
         if let Some(previewed) = plan_digest.filter(|previewed| *previewed != digest) {
             return Err(self.changed_since(previewed, &plan).await);
         }
-        let spec = engine::store_json(&self.engine.shared.blobs, &release)
-            .await
-            .map_err(|error| failed("keep the order's specification", error))?;
         let at = clock::now();
         let order = Order {
             schema: Order::SCHEMA,
             id,
             workspace: workspace.to_owned(),
-            title: release.title,
-            purpose: Purpose::Release,
+            title,
+            purpose,
             state: OrderState::NotStarted,
             state_reason: String::new(),
             strategy: plan.strategy.as_ref().map_or_else(String::new, |plugin| {
@@ -243,10 +324,10 @@ impl Orders {
             started_at: None,
             finished_at: None,
             last_progress_at: None,
-            notify: release.notifications,
+            notify,
         };
         // Who begins to use a package says so in the same commit: a deletion at this moment finds out.
-        let with = create_refers
+        let with = packages
             .into_iter()
             .fold(caller.answered(shown(&order)), |with, package| {
                 with.and(records::refer(Kind::Package, &package))
@@ -392,6 +473,7 @@ impl Orders {
         action: Action,
     ) -> Result<Order, ServiceError> {
         let (order, _) = self.get(workspace, id).await?;
+        operations::check_action(&order, &action)?;
         match &action {
             Action::Run | Action::RunNode { .. } if order.control == Control::NotStarted => {
                 let plan = engine::load_plan(&self.engine.shared.blobs, order.plan)
@@ -621,7 +703,8 @@ impl Orders {
             .collect::<BTreeSet<_>>()
             .into_iter()
             .collect();
-        let changed = engine::differences(&before, &subjects, &now.reads);
+        let mut changed = engine::differences(&before, &subjects, &now.reads);
+        changed.extend(operations::taking_part_changed(&before, now));
         if changed.is_empty() {
             return ServiceError::Conflict {
                 code: "plan_differs",

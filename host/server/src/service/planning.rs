@@ -6,6 +6,8 @@
 //! | --- | --- |
 //! | `edits` | what changes of an order's plan take |
 //! | `reads` | what a plan *reads*, and how it is compared later (drift) |
+//! | `operations` | the plan of an operation, and which servers take part |
+//! | `templates` | the flow that a process template gives |
 //! | `rollback` | the plan of a rollback |
 //! | `running` | what the engine asks while an order runs |
 //! | `faults` | what a request is refused for |
@@ -19,12 +21,17 @@
 //! | `servers of {name}`, `servers of {name} in {cells}` | which servers are bound: all of them, or in the cells chosen |
 //! | `server {name}` | cell, address, system, variables |
 //! | `installed {application} on {server}` | release and plan that are installed |
+//! | `state of {application} on {server}` | released, failed, offline…: of operations |
+//! | `pools of {application}` | the pools: of operations on what is installed |
+//! | `process template {id}` | its steps |
 
 mod edits;
 mod faults;
+mod operations;
 mod reads;
 mod rollback;
 mod running;
+mod templates;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -33,6 +40,7 @@ use std::{
 
 use semver::VersionReq;
 use windlass_domain::{
+    application::Application,
     expand::{self, PartInput, PlanInput, ServerInput},
     flow,
     id::{InstanceId, ServerId},
@@ -43,11 +51,12 @@ use windlass_domain::{
     plan::{Part, Plan, Read},
     plugin::{
         AppRole, LifecyclePlan, LifecycleRequest, Phase, PluginKind, ServerFacts, StrategyApp,
-        StrategyRequest, StrategyServer, Wishes,
+        StrategyPlan, StrategyRequest, StrategyServer, Wishes,
     },
     revise::arrange,
     server::Server,
     stages::{BadDependencies, stages},
+    template::TemplateKind,
     value::{Environment, Value},
     workspace::{DeploymentZone, Workspace},
 };
@@ -66,7 +75,7 @@ use self::{
 };
 use super::{
     ServiceError, apps::Apps, instances::Instances, packages::Packages, servers::Servers,
-    workspaces::Workspaces,
+    templates::Templates, workspaces::Workspaces,
 };
 use crate::engine::{Agents, rows};
 pub(super) use faults::plugin_failed;
@@ -111,6 +120,8 @@ pub struct PlannerParts {
     pub instances: Instances,
     /// Servers.
     pub servers: Servers,
+    /// Process templates.
+    pub templates: Templates,
 }
 
 /// One application of a release, with everything that was read for it.
@@ -183,7 +194,11 @@ impl Planner {
                 mend: "name the service instances to release, and split larger releases".to_owned(),
             });
         }
-        check_limits(spec)?;
+        check_limits(
+            &spec.limits,
+            spec.drain_deadline_ms,
+            spec.delivery_deadline_ms,
+        )?;
         check_environment("/environment", &spec.environment)?;
         let mut chosen = Vec::with_capacity(spec.targets.len());
         let mut seen = HashSet::new();
@@ -221,8 +236,16 @@ impl Planner {
             read_plugin(strategy.reference()),
         );
         let mut parts = Vec::with_capacity(chosen.len());
+        let flow = self
+            .flow(&workspace, spec.template, TemplateKind::Release, &mut reads)
+            .await?
+            .unwrap_or_else(flow::release);
         for part in &chosen {
-            parts.push(self.part(&workspace, spec, part, &mut reads).await?);
+            let part = self.part(&workspace, spec, part, &mut reads).await?;
+            parts.push(PartInput {
+                flow: flow.clone(),
+                ..part
+            });
         }
         let mut shifting = Vec::with_capacity(spec.shift_only.len());
         for (index, target) in spec.shift_only.iter().enumerate() {
@@ -269,16 +292,7 @@ impl Planner {
             parts,
             reads,
         };
-        let plan = expand::expand(input, &answer).map_err(|bad| ServiceError::Plugin {
-            code: "plan_refused",
-            message: format!(
-                "the plan that `{}` made is refused: {bad}",
-                strategy.reference().name
-            ),
-            mend:
-                "change the order's parameters or limits, or mend the plugin; no server was touched"
-                    .to_owned(),
-        })?;
+        let plan = expanded(&strategy, input, &answer)?;
         if spec.lanes.is_empty() {
             return Ok(plan);
         }
@@ -365,7 +379,8 @@ impl Planner {
                 server_env: BTreeMap::new(),
             },
             approved: Wishes::default(),
-            flow: flow::release(),
+            flow: Vec::new(),
+            files: None,
             servers: Vec::new(),
             only_traffic: bound.iter().map(|(server, _)| server.id).collect(),
         };
@@ -401,37 +416,9 @@ impl Planner {
                 "choose a package of the instance's application",
             ));
         }
-        for cell in &target.cells {
-            if !workspace
-                .cells
-                .iter()
-                .any(|known| known.name.as_str() == cell)
-            {
-                return Err(invalid(
-                    "no_such_cell",
-                    field("cells"),
-                    format!("the workspace `{}` has no cell `{cell}`", workspace.name),
-                    "name cells of the workspace, or none for all",
-                ));
-            }
-        }
+        check_cells(workspace, &target.cells, &field("cells"))?;
         check_environment(&field("parameters"), &target.parameters)?;
-        let wanted = instance
-            .tech_stack_version
-            .as_ref()
-            .unwrap_or(&app.tech_stack.version);
-        let stack = self
-            .parts
-            .plugins
-            .get_of_kind(
-                PluginKind::TechStack,
-                app.tech_stack.name.as_str(),
-                specific(wanted),
-            )
-            .map_err(|error| lookup_failed(field("instance"), &error))?;
-        stack
-            .validate_parameters(&instance.parameters)
-            .map_err(|faults| parameters_invalid("/parameters", &stack, &faults))?;
+        let stack = self.stack(&app, &instance, field("instance"))?;
         let servers = self.bound(&instance, &target.cells).await?;
         if servers.is_empty() {
             return Err(invalid(
@@ -455,6 +442,32 @@ impl Planner {
             cells: target.cells.clone(),
             parameters,
         })
+    }
+
+    /// The tech stack of an instance, which its parameters fit.
+    fn stack(
+        &self,
+        app: &Application,
+        instance: &ServiceInstance,
+        field: String,
+    ) -> Result<Plugin, ServiceError> {
+        let wanted = instance
+            .tech_stack_version
+            .as_ref()
+            .unwrap_or(&app.tech_stack.version);
+        let stack = self
+            .parts
+            .plugins
+            .get_of_kind(
+                PluginKind::TechStack,
+                app.tech_stack.name.as_str(),
+                specific(wanted),
+            )
+            .map_err(|error| lookup_failed(field, &error))?;
+        stack
+            .validate_parameters(&instance.parameters)
+            .map_err(|faults| parameters_invalid("/parameters", &stack, &faults))?;
+        Ok(stack)
     }
 
     /// The servers bound to an instance, in some cells, by name.
@@ -583,6 +596,7 @@ impl Planner {
             steps,
             approved,
             flow: flow::release(),
+            files: None,
             servers: inputs,
             only_traffic: Vec::new(),
         })
@@ -649,6 +663,38 @@ impl Planner {
             .map_err(|error| internal("read what is installed", error))?
             .map(|(manifest, _)| manifest))
     }
+}
+
+/// A strategy's answer as a plan.
+fn expanded(
+    strategy: &Plugin,
+    input: PlanInput,
+    answer: &StrategyPlan,
+) -> Result<Plan, ServiceError> {
+    expand::expand(input, answer).map_err(|bad| ServiceError::Plugin {
+        code: "plan_refused",
+        message: format!(
+            "the plan that `{}` made is refused: {bad}",
+            strategy.reference().name
+        ),
+        mend: "change the order's parameters or limits, or mend the plugin; no server was touched"
+            .to_owned(),
+    })
+}
+
+fn check_cells(workspace: &Workspace, cells: &[String], field: &str) -> Result<(), ServiceError> {
+    for cell in cells {
+        let known = |known: &windlass_domain::workspace::Cell| known.name.as_str() == cell;
+        if !workspace.cells.iter().any(known) {
+            return Err(invalid(
+                "no_such_cell",
+                field.to_owned(),
+                format!("the workspace `{}` has no cell `{cell}`", workspace.name),
+                "name cells of the workspace, or none for all",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn dependencies_invalid(error: BadDependencies) -> ServiceError {

@@ -18,6 +18,7 @@ use windlass_domain::{
     package::Package,
     pool::Pool,
     server::Server,
+    template::ProcessTemplate,
     token::Token,
     workspace::Workspace,
 };
@@ -108,6 +109,7 @@ records! {
     Channel = Channel, id;
     Delivery = Delivery, id;
     Diagnosis = Diagnosis, id;
+    ProcessTemplate = Template, id;
 }
 
 /// A row that is not what it should be.

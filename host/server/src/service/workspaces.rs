@@ -15,6 +15,7 @@ use windlass_domain::{
     package::Package,
     pool::Pool,
     server::Server,
+    template::ProcessTemplate,
     workspace::{Cell, DEFAULT_PACKAGE_LIMIT_BYTES, DeploymentZone, Workspace, WorkspaceKind},
 };
 use windlass_store::{Revision, Store, retention};
@@ -377,6 +378,9 @@ impl Workspaces {
                 "notification channel {} ({})",
                 found.name, found.id
             ));
+        }
+        for found in records::all_indexed::<ProcessTemplate>(store, &below(Kind::Template)).await? {
+            left.push(format!("process template {} ({})", found.name, found.id));
         }
         for row in records::all(store, &below(Kind::Activation)).await? {
             left.push(format!("activation code {}", keys::last_segment(&row.key)));

@@ -5,17 +5,20 @@ use crate::{
     expand::{
         MAX_TIMEOUT_MS, PlanInput, expand,
         fixture::{
-            all_at_once, env, input, installed, node, part, script, server, server_id, strategy,
-            unit, unit_of,
+            all_at_once, env, input, installed, node, part, script, server, server_id, steps,
+            strategy, unit, unit_of,
         },
         one_by_one,
     },
+    flow,
     limits::Amount,
-    plan::{Level, NodeIndex, NodeKind, Plan, StepTemplate, TrafficAction},
+    operation::Operation,
+    plan::{FilesStep, Level, NodeIndex, NodeKind, Plan, StepTemplate, TrafficAction},
     plugin::{
         NodeRole, Phase, RestoreWeight, RollbackScope, ShiftWeight, StackAction, StackStep,
         StrategyNode, StrategyNodeKind, StrategyPlan, StrategyUnit,
     },
+    reducer,
     value::Environment,
 };
 
@@ -43,12 +46,105 @@ fn stack_step<'a>(plan: &'a Plan, name: &str) -> &'a StackStep {
         StepTemplate::Fetch
         | StepTemplate::Unpack
         | StepTemplate::Activate
+        | StepTemplate::PlaceFiles(_)
         | StepTemplate::Script(_) => None,
     });
     let mut named = steps.filter(|step| step.name == name);
     let first = named.next().unwrap_or_else(|| panic!("no step `{name}`"));
     assert_eq!(named.next(), None, "one step `{name}`");
     first
+}
+
+#[test]
+fn an_operation_has_the_steps_of_what_is_installed() {
+    let turn = |operation: Operation, pools: bool| {
+        let mut input = input();
+        let part = &mut input.parts[0];
+        part.flow = flow::operation(&operation);
+        part.part.package = None;
+        part.part.stack = None;
+        part.files = match &operation {
+            Operation::StaticFiles(files) => Some(FilesStep {
+                files: files.reference(),
+                run_as: files.user.clone(),
+            }),
+            Operation::Restart
+            | Operation::Online { .. }
+            | Operation::Offline
+            | Operation::Initialise => None,
+        };
+        if !pools {
+            part.part.pools.clear();
+        }
+        let mut manifest = installed();
+        let known = steps();
+        let of = |phase| {
+            known
+                .iter()
+                .filter(move |step| step.phase == phase)
+                .cloned()
+        };
+        manifest.start = of(Phase::Start).collect();
+        manifest.check = of(Phase::Check).collect();
+        part.servers[0].env = manifest.env.clone();
+        part.servers[0].installed = Some(manifest);
+        let plan = plan(input, &all_at_once());
+        let server = find(&plan, "web-1");
+        let names: Vec<String> = children(&plan, server)
+            .into_iter()
+            .map(str::to_owned)
+            .collect();
+        let ends = (
+            reducer::takes_out(&plan, server),
+            reducer::takes_offline(&plan, server),
+        );
+        assert_eq!(plan.units[0].before, None, "nothing to go back to");
+        (names, ends, plan.schema)
+    };
+    let files = serde_json::from_str(
+        r#"{"url": "https://files.example/site.tar.gz", "directory": "/srv/www/site/"}"#,
+    )
+    .unwrap();
+    for (operation, expect, ends, schema) in [
+        (
+            Operation::Restart,
+            &["drain", "stop the old one", "start", "listens", "restore"][..],
+            (true, false),
+            2,
+        ),
+        (
+            Operation::Online { initial_weight: 7 },
+            &["start", "listens", "restore"],
+            (true, false),
+            2,
+        ),
+        (
+            Operation::Offline,
+            &["drain", "stop the old one", "without traffic"],
+            (true, true),
+            2,
+        ),
+        (
+            Operation::Initialise,
+            &["directories", "users", "runtime"],
+            (false, false),
+            2,
+        ),
+        (
+            Operation::StaticFiles(files),
+            &["place files"],
+            (false, false),
+            4,
+        ),
+    ] {
+        let (names, found, version) = turn(operation.clone(), true);
+        assert_eq!(names, expect, "{operation:?}");
+        assert_eq!((found, version), (ends, schema), "{operation:?}");
+        let (names, ..) = turn(operation.clone(), false);
+        let mut expect: Vec<&str> = expect.to_vec();
+        expect.retain(|name| !["drain", "restore", "without traffic"].contains(name));
+        assert_eq!(names, expect, "without pools: {operation:?}");
+    }
 }
 
 #[test]

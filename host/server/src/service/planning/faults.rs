@@ -1,8 +1,8 @@
 //! What a request is refused for before anything is planned, and how plugins' failures are told.
 
 use windlass_domain::{
+    limits::Limits,
     name::{RESERVED_ENV_PREFIX, check_env_key, check_variable},
-    order::ReleaseSpec,
     value::{Environment, Value},
 };
 use windlass_runtime::{CallFailure, Plugin};
@@ -134,23 +134,27 @@ pub(super) fn lookup_failed(field: String, error: &windlass_runtime::LookupError
 }
 
 /// The figures of an order that have bounds.
-pub(super) fn check_limits(spec: &ReleaseSpec) -> Result<(), ServiceError> {
+pub(super) fn check_limits(
+    limits: &Limits,
+    drain_deadline_ms: u64,
+    delivery_deadline_ms: u64,
+) -> Result<(), ServiceError> {
     for (field, found, min, max) in [
         (
             "/limits/max_in_flight",
-            u64::from(spec.limits.max_in_flight),
+            u64::from(limits.max_in_flight),
             1,
             MAX_IN_FLIGHT,
         ),
         (
             "/drain_deadline_ms",
-            spec.drain_deadline_ms,
+            drain_deadline_ms,
             0,
             MAX_DRAIN_DEADLINE_MS,
         ),
         (
             "/delivery_deadline_ms",
-            spec.delivery_deadline_ms,
+            delivery_deadline_ms,
             1,
             MAX_DELIVERY_DEADLINE_MS,
         ),

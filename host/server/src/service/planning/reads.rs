@@ -7,14 +7,15 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use windlass_domain::{
     Digest,
-    id::ServerId,
+    id::{ServerId, TemplateId},
     instance::{Binding, ServiceInstance},
     manifest::{Manifest, PluginRef},
     package::Package,
     plan::{Plan, Read, Unit},
     plugin::PluginKind,
     progress::Drift,
-    server::Server,
+    server::{ReleaseState, Server},
+    template::ProcessTemplate,
     workspace::Workspace,
 };
 
@@ -77,6 +78,10 @@ impl Planner {
                 now.insert(subject, read_instance(instance));
             }
             let Some(instance) = instance else { continue };
+            let subject = pools_subject(&part.key);
+            if wanted.contains(subject.as_str()) {
+                now.insert(subject, read_pools(&instance));
+            }
             let subject = package_subject(&part.key);
             if wanted.contains(subject.as_str())
                 && let Some(package) = &part.package
@@ -114,11 +119,23 @@ impl Planner {
                     now.insert(subject.clone(), read_members(&members));
                 }
             }
+            let mut states = None;
             for unit in units {
-                let (server, installed) = (
+                let (server, installed, state) = (
                     server_subject(&unit.server_name),
                     installed_subject(&part.key, &unit.server_name),
+                    state_subject(&part.key, &unit.server_name),
                 );
+                if wanted.contains(state.as_str()) {
+                    if states.is_none() {
+                        states = Some(self.states(part.instance).await?);
+                    }
+                    let installed = self.installed(part.instance, unit.server).await?;
+                    if let Some(states) = &states {
+                        let found = states.of(unit.server, installed.is_some());
+                        now.insert(state, read_state(found));
+                    }
+                }
                 if wanted.contains(server.as_str())
                     && let Some(binding) = self
                         .parts
@@ -139,6 +156,13 @@ impl Planner {
                         read_installed(self.installed(part.instance, unit.server).await?.as_ref()),
                     );
                 }
+            }
+        }
+        for subject in subjects {
+            if let Some(id) = template_of(subject)
+                && let Some(template) = self.parts.templates.find(id).await?
+            {
+                now.insert(subject.clone(), read_template(&template));
             }
         }
         if let Some(strategy) = &plan.strategy {
@@ -186,6 +210,22 @@ pub(super) fn server_subject(server: &str) -> String {
 
 pub(super) fn installed_subject(app: &str, server: &str) -> String {
     format!("installed {app} on {server}")
+}
+
+pub(super) fn state_subject(app: &str, server: &str) -> String {
+    format!("state of {app} on {server}")
+}
+
+pub(super) fn pools_subject(app: &str) -> String {
+    format!("pools of {app}")
+}
+
+pub(super) fn template_subject(id: TemplateId) -> String {
+    format!("process template {id}")
+}
+
+fn template_of(subject: &str) -> Option<TemplateId> {
+    subject.strip_prefix("process template ")?.parse().ok()
 }
 
 pub(super) fn plugin_subject(kind: PluginKind, name: &str) -> String {
@@ -266,6 +306,41 @@ pub(super) fn read_server(server: &Server, binding: &Binding) -> Read {
         shown: format!(
             "cell {}, variables and system {}",
             cell_of(server),
+            digest.short()
+        ),
+    }
+}
+
+/// Where a server is in the life of its application.
+pub(super) fn read_state(state: ReleaseState) -> Read {
+    let shown = match state {
+        ReleaseState::AwaitingRelease => "awaiting its first release",
+        ReleaseState::Releasing => "worked on by an order",
+        ReleaseState::Released => "released",
+        ReleaseState::ReleaseFailed => "failed",
+        ReleaseState::Offline => "offline",
+    };
+    Read {
+        digest: Digest::of_json(&state),
+        shown: shown.to_owned(),
+    }
+}
+
+pub(super) fn read_pools(instance: &ServiceInstance) -> Read {
+    Read {
+        digest: Digest::of_json(&instance.pools),
+        shown: format!("{} pools", instance.pools.len()),
+    }
+}
+
+pub(super) fn read_template(template: &ProcessTemplate) -> Read {
+    let digest = Digest::of_json(&template.steps);
+    Read {
+        digest,
+        shown: format!(
+            "`{}` with {} steps and digest {}",
+            template.name,
+            template.steps.len(),
             digest.short()
         ),
     }

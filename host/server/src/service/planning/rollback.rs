@@ -256,6 +256,7 @@ impl Planner {
                     // They were checked against what was approved when they were planned.
                     approved: all_wishes(&old),
                     flow: flow::release(),
+                    files: None,
                     servers: Vec::new(),
                     only_traffic: Vec::new(),
                 });
@@ -434,6 +435,7 @@ fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
             | StepTemplate::Fetch
             | StepTemplate::Unpack
             | StepTemplate::Activate
+            | StepTemplate::PlaceFiles(_)
             | StepTemplate::Script(_) => None,
         },
         NodeKind::Sequence
@@ -454,6 +456,7 @@ fn all_wishes(plan: &Plan) -> Wishes {
         StepTemplate::Fetch
         | StepTemplate::Unpack
         | StepTemplate::Activate
+        | StepTemplate::PlaceFiles(_)
         | StepTemplate::Script(_) => None,
     });
     let kept = plan.parts.iter().flat_map(|part| &part.stop);

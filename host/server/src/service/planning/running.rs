@@ -88,7 +88,7 @@ impl Planning for Planner {
             .pinned(strategy.digest)
             .await
             .map_err(|error| error.to_string())?;
-        let spec = self.spec(order).await?;
+        let parameters = self.strategy_parameters(order).await?;
         let mut observations = figures;
         for (node, planned) in (0u32..).zip(&plan.nodes) {
             let NodeKind::Unit { unit } = planned.kind else {
@@ -114,7 +114,7 @@ impl Planning for Planner {
         }
         let request = JudgeRequest {
             stage: stage.to_owned(),
-            parameters: spec.parameters,
+            parameters,
             observations,
         };
         windlass_runtime::for_order(order.id.to_string(), plugin.judge(&request))
@@ -146,7 +146,26 @@ impl Planning for Planner {
 }
 
 impl Planner {
+    /// The parameters that an order gave its strategy.
+    pub(super) async fn strategy_parameters(
+        &self,
+        order: &Order,
+    ) -> Result<serde_json::Value, String> {
+        /// What releases and operations have in common.
+        #[derive(serde::Deserialize)]
+        struct Spec {
+            parameters: serde_json::Value,
+        }
+        let spec: Spec = self.asked(order).await?;
+        Ok(spec.parameters)
+    }
+
+    /// What a release was made from.
     pub(super) async fn spec(&self, order: &Order) -> Result<ReleaseSpec, String> {
+        self.asked(order).await
+    }
+
+    async fn asked<T: serde::de::DeserializeOwned>(&self, order: &Order) -> Result<T, String> {
         let digest = windlass_store::BlobDigest::from_bytes(*order.spec.as_bytes());
         let bytes = self
             .parts

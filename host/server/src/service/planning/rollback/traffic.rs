@@ -96,6 +96,7 @@ impl Traffic {
                     },
                     approved: Wishes::default(),
                     flow: flow::release(),
+                    files: None,
                     servers: Vec::new(),
                     only_traffic: all.clone(),
                 }),
