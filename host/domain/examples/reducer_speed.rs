@@ -149,6 +149,7 @@ fn plan(servers: u32, in_flight: u32) -> Plan {
             ..Limits::default()
         },
         on_failure: OnFailure::Block,
+        brings_back: false,
         progress_deadline_ms: None,
         delivery_deadline_ms: 1,
         strategy: None,

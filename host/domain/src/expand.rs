@@ -309,6 +309,7 @@ pub fn expand(input: PlanInput, strategy: &StrategyPlan) -> Result<Plan, BadPlan
         schema: Plan::SCHEMA,
         limits: input.limits,
         on_failure: strategy.on_failure,
+        brings_back: false,
         progress_deadline_ms: strategy.progress_deadline_ms,
         delivery_deadline_ms: input.delivery_deadline_ms,
         strategy: input.strategy,

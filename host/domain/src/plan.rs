@@ -48,6 +48,10 @@ pub struct Plan {
     pub limits: Limits,
     /// What a failure does.
     pub on_failure: OnFailure,
+    /// Of a rollback: what stands on its servers is what has to go. One whose turn is ended before it is brought back gets no
+    /// traffic again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub brings_back: bool,
     /// The order counts as failed when nothing has finished for so long, in milliseconds.
     pub progress_deadline_ms: Option<u64>,
     /// How long a task may wait for its server before it is not started any more, in milliseconds.
@@ -399,7 +403,7 @@ impl Plan {
     /// | 1 | releases of packages |
     /// | 2 | applications without a package, server work, commands as steps |
     /// | 3 | shares of traffic, remembered weights in shifts, stages, windows of judgements |
-    /// | 4 | servers left out, static files, revisions |
+    /// | 4 | servers left out, static files, revisions, rollbacks that are named so |
     pub const SCHEMA: u32 = 4;
 
     /// The lowest schema that can say what this plan says.
@@ -439,7 +443,7 @@ impl Plan {
                 }
         });
         let revised = self.next_id != 0 || !self.left_out.is_empty();
-        if revised || places_files {
+        if revised || places_files || self.brings_back {
             4
         } else if !known_nodes {
             3

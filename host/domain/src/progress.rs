@@ -666,6 +666,13 @@ impl Progress {
         self.busy_leaves == 0 && self.asked == 0
     }
 
+    /// Whether a person changes traffic just now.
+    pub(crate) fn edit_is_due(&self) -> bool {
+        let edit = &self.node(0).edit;
+        edit.as_ref()
+            .is_some_and(|edit| edit.state == EditState::Due)
+    }
+
     /// Recomputes a node's state after its row or its tally changed, and its ancestors' as far as that reaches.
     /// `changed` is told each node whose state changed, with the state before, from the bottom up.
     pub(crate) fn refresh(

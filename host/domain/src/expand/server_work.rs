@@ -108,6 +108,7 @@ pub fn server_work(work: ServerWork) -> Result<Plan, BadServerWork> {
         schema: Plan::SCHEMA,
         limits: work.limits,
         on_failure: OnFailure::Block,
+        brings_back: false,
         progress_deadline_ms: None,
         delivery_deadline_ms: work.delivery_deadline_ms,
         strategy: None,

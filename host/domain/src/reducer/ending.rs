@@ -188,7 +188,8 @@ impl Turn<'_> {
     /// Takes back the last shift that is left in what was ended and is at rest; says whether there is one. One after the
     /// other: each remembers what the one before it had set.
     pub(super) fn take_shifts_back(&mut self) -> bool {
-        if self.progress.ended == 0 {
+        // A change by hand is made first: it may be of weights that are to be as they were.
+        if self.progress.ended == 0 || self.progress.edit_is_due() {
             return false;
         }
         let left = self.progress.shifts.iter().rev().copied().find(|leaf| {

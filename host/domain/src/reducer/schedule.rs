@@ -5,7 +5,7 @@
 
 use crate::{
     order::Control,
-    plan::{NodeIndex, NodeKind},
+    plan::{NodeIndex, NodeKind, TrafficAction},
     progress::{Admission, NodeState, StageRollback},
 };
 
@@ -105,9 +105,15 @@ impl Turn<'_> {
             | NodeKind::Judge { .. } => {
                 // A server's turn goes on; beside it nothing starts after too many failures, a shift of traffic least of all.
                 let stopped = self.progress.is_over_failures() && self.unit_of(node).is_none();
+                // What a person changes is changed before the plan moves on: the later one stays.
+                let waits = matches!(
+                    plan.nodes[node as usize].kind,
+                    NodeKind::Traffic(TrafficAction::Set { .. } | TrafficAction::Share { .. })
+                ) && self.progress.edit_is_due();
                 if opened
                     && !locked
                     && !stopped
+                    && !waits
                     && !self.progress.stalled
                     && self.progress.state(node) == NodeState::NotStarted
                 {

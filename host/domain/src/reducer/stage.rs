@@ -140,6 +140,10 @@ impl Turn<'_> {
         if self.progress.control != Control::Active {
             return;
         }
+        // A change by hand that is under way could give traffic to what is taken back.
+        if self.progress.edit_is_due() {
+            return;
+        }
         for position in 0..self.progress.stage_nodes.len() {
             let stage = self.progress.stage_nodes[position];
             let Some(StageRollback::Ending { reason }) = &self.progress.node(stage).rollback else {

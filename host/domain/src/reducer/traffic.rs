@@ -156,6 +156,8 @@ impl Turn<'_> {
                 edit.state = error.map_or(EditState::Done, EditState::Failed);
             }
         });
+        // Shifts may have waited for it.
+        self.schedule_all();
         Ok(())
     }
 }

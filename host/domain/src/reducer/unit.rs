@@ -100,7 +100,8 @@ fn is_disruptive(plan: &Plan, leaf: NodeIndex) -> bool {
 }
 
 /// The restore leaf to run when a unit is ended that was drained: where nothing on the server changed, or all that was to be
-/// done on it has succeeded, its weight would stay at 0 for nothing.
+/// done on it has succeeded, its weight would stay at 0 for nothing. In a rollback a server on which nothing changed still
+/// has what was to go: it stays without traffic.
 pub(super) fn restore_on_leaving(
     plan: &Plan,
     progress: &Progress,
@@ -119,7 +120,7 @@ pub(super) fn restore_on_leaving(
             NodeKind::Traffic(TrafficAction::Restore)
         ) && progress.state(*leaf) == NodeState::NotStarted
     })?;
-    let untouched = unit_state(plan, progress, unit) == UnitState::Untouched;
+    let untouched = !plan.brings_back && unit_state(plan, progress, unit) == UnitState::Untouched;
     let healthy = leaves[..position]
         .iter()
         .all(|leaf| progress.state(*leaf) == NodeState::Succeeded);

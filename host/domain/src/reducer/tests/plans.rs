@@ -79,6 +79,7 @@ pub(super) fn build(tree: &Tree) -> Plan {
             ..Limits::default()
         },
         on_failure: OnFailure::Block,
+        brings_back: false,
         progress_deadline_ms: None,
         delivery_deadline_ms: 1,
         strategy: None,

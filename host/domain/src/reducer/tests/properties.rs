@@ -113,6 +113,9 @@ fn plan() -> impl Strategy<Value = crate::plan::Plan> {
             plan.limits.max_failures = failures;
             if roll_back {
                 plan.on_failure = OnFailure::RollBack;
+            } else {
+                // A rollback, which never rolls itself back.
+                plan.brings_back = closes % 3 == 0;
             }
             let mut stages = plan.nodes.iter_mut().rev();
             if let Some(last) = stages.find(|node| node.level == Level::Stage) {

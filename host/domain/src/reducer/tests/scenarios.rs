@@ -328,6 +328,39 @@ fn a_cancelled_server_that_was_only_drained_gets_its_weight_back() {
 }
 
 #[test]
+fn a_rollback_gives_no_traffic_back_to_what_it_did_not_bring_back() {
+    for action in [
+        Action::Cancel { node: None },
+        cancel(FIRST),
+        Action::Ignore { node: FIRST },
+    ] {
+        let mut plan = two_groups();
+        plan.brings_back = true;
+        let mut world = World::running(plan);
+        world.run_to(FIRST + FETCH);
+        if matches!(action, Action::Ignore { .. }) {
+            for _ in 0..3 {
+                world.finish_step(FIRST, Outcome::Failed);
+            }
+        }
+        world.act(action.clone()).unwrap();
+        world.settle();
+        assert_eq!(
+            world.state(FIRST + RESTORE),
+            NodeState::NotStarted,
+            "{action:?}"
+        );
+        // It does not serve, so that it stays unavailable.
+        assert_eq!(
+            world.progress.node(FIRST).admission,
+            Admission::Admitted,
+            "{action:?}"
+        );
+        assert!(world.is_over(), "{action:?}");
+    }
+}
+
+#[test]
 fn a_cancelled_server_that_was_changed_stays_out_of_traffic() {
     let mut world = World::running(two_groups());
     world.run_to(FIRST + STOP);

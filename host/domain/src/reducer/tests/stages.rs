@@ -339,3 +339,36 @@ fn a_cell_gets_a_share_once_all_of_it_is_released() {
         EditState::Done
     );
 }
+
+#[test]
+fn what_a_person_changes_is_changed_before_the_plan_moves_on() {
+    let shift = |node| move |effect: &Effect| matches!(effect, Effect::Traffic { node: of, .. } if *of == node);
+    let weigh = Action::SetWeights {
+        weights: vec![ServerWeight {
+            server: green(),
+            weight: 10,
+        }],
+    };
+    for (then, next) in [(confirm(), THIRD + 1), (roll_back(SECOND), SHIFT)] {
+        let mut world = in_the_second();
+        world.act(weigh.clone()).unwrap();
+        world.act(then.clone()).unwrap();
+        world.advance();
+        assert_eq!(
+            world.due(),
+            [Effect::ChangeTraffic { number: 1 }],
+            "{then:?}"
+        );
+        world
+            .send(Event::TrafficChanged {
+                number: 1,
+                error: None,
+            })
+            .unwrap();
+        assert!(
+            world.due().iter().any(shift(next)),
+            "{then:?}: {:?}",
+            world.due()
+        );
+    }
+}

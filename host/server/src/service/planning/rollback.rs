@@ -118,6 +118,8 @@ impl Planner {
         };
         // A rollback never rolls itself back.
         rollback.on_failure = OnFailure::Block;
+        rollback.brings_back = true;
+        rollback.schema = rollback.lowest_schema();
         let digest = engine::store_json(&self.parts.blobs, &rollback)
             .await
             .map_err(|error| error.to_string())?;
