@@ -14,7 +14,8 @@ use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 use windlass::engine::{
-    Agents, Engine, EngineParts, PlannedRollback, Planning, store_json, traffic::SimulatedPools,
+    Agents, Engine, EngineParts, PlannedRollback, Planning, store_json,
+    traffic::{SimulatedPools, TrafficPools},
 };
 use windlass_domain::{
     Digest, Timestamp,
@@ -262,6 +263,22 @@ impl Fleet {
         answer: Arc<Answer>,
         journal: Journal,
     ) -> Self {
+        let pools = |pools: Arc<SimulatedPools>| pools as Arc<dyn TrafficPools>;
+        Self::with_pools(store, blobs, planning, members, (answer, journal), pools).await
+    }
+
+    /// Likewise, with something between the engine and the simulated pools.
+    ///
+    /// # Panics
+    /// When the engine cannot start.
+    pub async fn with_pools(
+        store: Arc<dyn Store>,
+        blobs: Blobs,
+        planning: impl Planning + 'static,
+        members: Vec<(ServerId, String)>,
+        (answer, journal): (Arc<Answer>, Journal),
+        steered: impl FnOnce(Arc<SimulatedPools>) -> Arc<dyn TrafficPools>,
+    ) -> Self {
         let (sessions, nudged) = Sessions::new();
         let pools = Arc::new(SimulatedPools::new(store.clone()));
         let engine = Engine::new(EngineParts {
@@ -269,7 +286,7 @@ impl Fleet {
             blobs: blobs.clone(),
             agents: sessions.clone(),
             planning: Arc::new(planning),
-            pools: pools.clone(),
+            pools: steered(pools.clone()),
         });
         let executed = Arc::new(Mutex::new(Vec::new()));
         let agents = SimulatedAgents::start(

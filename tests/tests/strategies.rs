@@ -6,7 +6,7 @@
 
 use serde_json::{Value, json};
 use windlass_tests::{
-    host::{Setup, TestHost, items, text},
+    host::{Setup, TestHost, eventually, items, text},
     scene::{Scene, act, events, nodes, nodes_when, refusal},
 };
 
@@ -128,6 +128,7 @@ async fn weights_are_set_by_hand_and_canaries_wait_for_figures() {
     let (host, scene, _) = ready().await;
     gray_traffic(&host, &scene).await;
     a_cancelled_shift_is_taken_back(&host, &scene).await;
+    a_cancelled_rollback_lets_nothing_bad_in(&host, &scene).await;
     a_canary_that_sees_too_little_never_goes_on(&host, &scene).await;
     a_canary_with_bad_figures_is_rolled_back(&host, &scene).await;
     a_canary_with_good_figures_goes_to_the_end(&host, &scene).await;
@@ -471,6 +472,95 @@ async fn a_cancelled_shift_is_taken_back(host: &TestHost, scene: &Scene) {
         .await
         .expect("an order");
     assert_eq!(host.order_ended(&id).await["state"], "succeeded");
+}
+
+/// Waits until the rollback order of an order works on a server; its id.
+async fn rollback_works_on(host: &TestHost, scene: &Scene, order: &str) -> String {
+    let path = host.ws(&format!("orders/{order}"));
+    let rollback = eventually("the rollback order is made", || async {
+        let header = host.api.get(&path).await;
+        let header = header.map_err(|error| error.to_string())?;
+        let rollback = header["rolled_back_by"].as_str().map(str::to_owned);
+        rollback.ok_or_else(|| header.to_string())
+    })
+    .await;
+    scene.wait_begun(1).await;
+    rollback
+}
+
+/// `scene` has 2.0.0 everywhere before and after.
+async fn a_cancelled_rollback_lets_nothing_bad_in(host: &TestHost, scene: &Scene) {
+    // A canary has a share of the traffic; its rollback is cancelled when that is taken away and nothing is brought back.
+    let parameters = json!({ "percentages": [20, 100], "window_s": 1, "max_windows": 1 });
+    let id = host
+        .order(&order(scene, "canary", parameters, 0))
+        .await
+        .expect("an order");
+    waits(host, &id, "judge 20 %").await;
+    assert_eq!(weights(host, scene).await, [75, 100, 100, 100]);
+    scene.forget();
+    scene.put("hold");
+    let roll_back = json!({ "action": "roll_back", "reason": "bad" });
+    act(host, &id, &roll_back).await.expect("a rollback");
+    let rollback = rollback_works_on(host, scene, &id).await;
+    assert_eq!(weights(host, scene).await, [0, 100, 100, 100]);
+    act(host, &rollback, &json!({ "action": "cancel" }))
+        .await
+        .expect("cancelled");
+    let ended = host.order_ended(&rollback).await;
+    assert_eq!(ended["state"], "failed", "{ended}");
+    let left = nodes(host, &rollback).await;
+    let away = named(&left, "traffic of scene away").expect("the shift");
+    assert!(
+        text(&away["message"]).contains("stays away from"),
+        "it says why not all is as before: {away}"
+    );
+    assert_eq!(host.order_ended(&id).await["state"], "failed");
+    assert_eq!(weights(host, scene).await, [0, 100, 100, 100]);
+    assert_eq!(versions(host, scene)[0], "1.0.0");
+    scene.take("hold");
+    mend(host, scene).await;
+
+    // A rolling release: what the rollback did not reach keeps what it has, what it drained gets nothing.
+    let grouping = json!({ "grouping": "one-per-group" });
+    let mut rolling = order(scene, "grouped", grouping, 0);
+    rolling["limits"] = json!({ "max_in_flight": 1 });
+    let id = host.order(&rolling).await.expect("an order");
+    assert_eq!(host.order_ended(&id).await["state"], "succeeded");
+    scene.forget();
+    scene.put("hold");
+    // Of an order that has ended the answer is its rollback.
+    let rollback = act(host, &id, &roll_back).await.expect("a rollback");
+    let rollback = text(&rollback["id"]);
+    scene.wait_begun(1).await;
+    act(host, &rollback, &json!({ "action": "cancel" }))
+        .await
+        .expect("cancelled");
+    host.order_ended(&rollback).await;
+    let drained = scene.begun().into_keys().next().expect("a server");
+    let expected: Vec<u64> = scene
+        .servers
+        .iter()
+        .map(|(name, _)| if *name == drained { 0 } else { 100 })
+        .collect();
+    assert_eq!(weights(host, scene).await, expected);
+    assert_eq!(versions(host, scene), ["1.0.0"; 4]);
+    scene.take("hold");
+    mend(host, scene).await;
+}
+
+/// Releases 2.0.0 again, by a plain order, and gives back the weights that were taken.
+async fn mend(host: &TestHost, scene: &Scene) {
+    let mend = order(
+        scene,
+        "grouped",
+        json!({ "grouping": "one-per-group", "weight_override": 100 }),
+        1,
+    );
+    let id = host.order(&mend).await.expect("an order");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "succeeded", "{ended}");
+    scene.check_serves(host, 1).await;
 }
 
 /// Tells the pool what its members answer: the first one with these errors.

@@ -202,7 +202,9 @@ impl From<SecretError> for Problem {
 impl From<TrafficError> for Problem {
     fn from(error: TrafficError) -> Self {
         match error {
-            TrafficError::Failed { .. } | TrafficError::ReadBack { .. } => {
+            TrafficError::Failed { .. }
+            | TrafficError::Away { .. }
+            | TrafficError::ReadBack { .. } => {
                 Self::new(StatusCode::BAD_GATEWAY, "pool_failed", error.to_string())
                     .mend("try again; look at the pool's state")
             }

@@ -10,7 +10,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::sync::mpsc;
 use windlass_domain::{
     dispatch,
-    id::PoolId,
+    id::{PoolId, ServerId},
     inbox::InboxEntry,
     order::{Action, Control, Ending, Order, OrderState, Purpose},
     plan::{NodeIndex, NodeKind, Plan, TrafficAction, Unit},
@@ -33,6 +33,8 @@ use crate::clock;
 
 /// Between two looks at something that nobody announces.
 const POLL: Duration = Duration::from_millis(200);
+/// How long agents that are not connected are waited for before a change of weights counts as failed.
+const BACK_WITHIN: Duration = Duration::from_secs(60);
 /// Before an effect that failed for reasons of the store is tried again.
 pub(super) const AGAIN: Duration = Duration::from_millis(500);
 
@@ -374,11 +376,11 @@ async fn revoke(job: &Job, node: NodeIndex, attempt: u32) {
 async fn traffic(job: &Job, node: NodeIndex, attempt: u32) {
     let event = match steer(job, node, attempt).await {
         Ok(()) => Event::TrafficDone { node, attempt },
-        Err(Steering { message, repeat }) => Event::TrafficFailed {
+        Err(Steering { message, again }) => Event::TrafficFailed {
             node,
             attempt,
             message,
-            repeat,
+            repeat: helps(job, &again).await,
         },
     };
     job.answer(event).await;
@@ -387,14 +389,59 @@ async fn traffic(job: &Job, node: NodeIndex, attempt: u32) {
 /// Why weights were not changed.
 pub(super) struct Steering {
     pub(super) message: String,
-    pub(super) repeat: bool,
+    pub(super) again: Again,
+}
+
+/// Whether another attempt could help.
+pub(super) enum Again {
+    Never,
+    Now,
+    /// Once the pool can be reached.
+    Reached(PoolId),
+    /// Once so many of these are connected.
+    Connected {
+        count: usize,
+        of: Vec<ServerId>,
+    },
+}
+
+/// Waits until another attempt could help; says whether it does. An agent that comes back, after the platform or it was
+/// started anew, is waited for: it is no reason to stop an order.
+pub(super) async fn helps(job: &Job, again: &Again) -> bool {
+    let shared = &job.engine.shared;
+    let came_back = async {
+        loop {
+            let is_back = match again {
+                Again::Never => return false,
+                Again::Now => true,
+                Again::Reached(pool) => {
+                    let seen = shared.pools.stats(*pool).await;
+                    !matches!(seen, Err(TrafficError::Away { .. }))
+                }
+                Again::Connected { count, of } => {
+                    let connected = of.iter().filter(|server| shared.agents.is_online(**server));
+                    connected.count() >= *count
+                }
+            };
+            if is_back {
+                return true;
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    };
+    tokio::time::timeout(BACK_WITHIN, came_back)
+        .await
+        .unwrap_or(false)
 }
 
 impl From<TrafficError> for Steering {
     fn from(error: TrafficError) -> Self {
         Self {
             message: error.to_string(),
-            repeat: true,
+            again: match error {
+                TrafficError::Away { pool, .. } => Again::Reached(pool),
+                TrafficError::Failed { .. } | TrafficError::ReadBack { .. } => Again::Now,
+            },
         }
     }
 }
@@ -439,7 +486,7 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
                 let kept = job.tell(event, Txn::new()).await;
                 kept.map_err(|error| Steering {
                     message: error.to_string(),
-                    repeat: true,
+                    again: Again::Now,
                 })?;
             }
             for pool in mine {
@@ -517,7 +564,7 @@ async fn weights_of_parent(job: &Job, unit: &Unit) -> Result<Vec<PoolWeight>, St
         rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress").await;
     let row = row.map_err(|error| Steering {
         message: error.to_string(),
-        repeat: true,
+        again: Again::Now,
     })?;
     Ok(row.and_then(|(row, _)| row.remembered).unwrap_or_default())
 }

@@ -5,7 +5,10 @@
 //! application in its cell, and the members with traffic that each of its pools would keep; it admits the unit by writing
 //! its row, or says what holds it. A failed server stays unavailable, tolerated or ignored: it does not serve, and a limit
 //! that looked away would let a release take one server after the other. Admissions and releases that wait are answered with one commit, one keeper per store.
+//! Weights that others set are decided here as well, see `weights`.
 //! Source: design, "Safety envelope".
+
+mod weights;
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -21,6 +24,9 @@ use super::{
     rows::{self, RowError, Unavailable},
     traffic::TrafficPools,
 };
+
+use weights::Cuts;
+pub(crate) use weights::{Cut, PoolWeights, Reweighing, Short, Weighed};
 
 /// Requests that may wait for the keeper.
 const QUEUE: usize = 1024;
@@ -118,6 +124,7 @@ impl Hold {
 enum Request {
     Admit(Box<Admission>, oneshot::Sender<Answer>),
     Release(OrderId, Seat, Leaving, oneshot::Sender<()>),
+    Weigh(Box<Reweighing>, oneshot::Sender<Weighed>),
 }
 
 /// How an order leaves a server.
@@ -169,6 +176,16 @@ impl Keeper {
         answer.await.map_err(|_| KeeperGone)
     }
 
+    /// Asks whether weights may be set.
+    pub(crate) async fn weigh(&self, wanted: Reweighing) -> Result<Weighed, KeeperGone> {
+        let (reply, answer) = oneshot::channel();
+        self.requests
+            .send(Request::Weigh(Box::new(wanted), reply))
+            .await
+            .map_err(|_| KeeperGone)?;
+        answer.await.map_err(|_| KeeperGone)
+    }
+
     /// Wakes those who were held whenever a server may have become available.
     pub(crate) fn changed(&self) -> Arc<Notify> {
         self.changed.clone()
@@ -183,6 +200,8 @@ pub(crate) struct KeeperTask {
     requests: mpsc::Receiver<Request>,
     changed: Arc<Notify>,
     held: BTreeMap<Seat, Unavailable>,
+    cuts: Cuts,
+    last_cut: u64,
 }
 
 impl KeeperTask {
@@ -214,6 +233,8 @@ impl KeeperTask {
                 requests,
                 changed,
                 held,
+                cuts: Cuts::default(),
+                last_cut: 0,
             },
         ))
     }
@@ -232,6 +253,7 @@ impl KeeperTask {
         let mut admitted = Vec::new();
         let mut released = Vec::new();
         let mut deferred = Vec::new();
+        let mut weighed = Vec::new();
         for request in batch {
             match request {
                 Request::Admit(admission, reply) => {
@@ -284,6 +306,10 @@ impl KeeperTask {
                     }
                     released.push(reply);
                 }
+                Request::Weigh(wanted, reply) => {
+                    let answer = self.weigh(&wanted).await;
+                    weighed.push((reply, answer));
+                }
             }
         }
         let changes: Vec<(Seat, Option<Unavailable>)> = before
@@ -313,6 +339,10 @@ impl KeeperTask {
         }
         if !released.is_empty() {
             self.changed.notify_waiters();
+        }
+        for (reply, answer) in weighed {
+            // Of one that is gone the cut is dropped.
+            drop(reply.send(answer));
         }
         for reply in released {
             // Whoever asked may be gone; the release stands.
@@ -388,9 +418,14 @@ impl KeeperTask {
         }
         if members.len() > 1 && limits.min_healthy_members > 0 {
             for pool in pools {
+                // Taken before weights are read: a cut that ends meanwhile has set them.
+                let cut = self.cut();
                 let mut serving = 0u32;
                 for (server, cell) in members {
-                    if *server != seat.server && !out(*server, cell) {
+                    if *server != seat.server
+                        && !out(*server, cell)
+                        && !cut.contains(&(*pool, *server))
+                    {
                         match self.pools.serves(*pool, *server).await {
                             Ok(serves) => serving += u32::from(serves),
                             Err(error) => return Some(Hold::because(error.to_string())),
@@ -433,7 +468,7 @@ mod tests {
     use crate::{engine::traffic::SimulatedPools, ids, service::records::tests::memory_store};
 
     /// Every agent is connected.
-    struct Connected;
+    pub(super) struct Connected;
 
     impl Agents for Connected {
         fn current_epoch(&self, _: ServerId) -> Option<JournalEpoch> {
@@ -463,16 +498,20 @@ mod tests {
         }
     }
 
-    fn admit(order: OrderId, seat: &Seat) -> (Request, oneshot::Receiver<Answer>) {
-        let (reply, answer) = oneshot::channel();
-        let admission = Admission {
+    pub(super) fn admission(order: OrderId, seat: &Seat) -> Admission {
+        Admission {
             order,
             seat: seat.clone(),
             limits: Limits::default(),
             pools: Vec::new(),
             members: vec![(seat.server, seat.cell.clone())],
-        };
-        (Request::Admit(Box::new(admission), reply), answer)
+        }
+    }
+
+    fn admit(order: OrderId, seat: &Seat) -> (Request, oneshot::Receiver<Answer>) {
+        let (reply, answer) = oneshot::channel();
+        let admission = Box::new(admission(order, seat));
+        (Request::Admit(admission, reply), answer)
     }
 
     fn release(order: OrderId, seat: &Seat) -> (Request, oneshot::Receiver<()>) {

@@ -5,8 +5,9 @@
 //! or when a person ends the order, what was before is known. Taking back sets them again, for servers that this order left
 //! broken only as far as it takes traffic from them. A change by hand is kept in the root's row until it is made. All raise
 //! before they lower, lower nothing that would leave a pool with fewer healthy members with traffic than
-//! `min_healthy_members`, and leave servers alone that an order works on or left broken. One is made at a time, whatever
-//! order it is of, so that two do not count on each other's members.
+//! `min_healthy_members` (the keeper decides, in turn with admissions), and leave servers alone that an order works on or
+//! left broken. One is made at a time, whatever order it is of. A rollback gives no traffic to a server that it has not
+//! brought back: that still runs what was to go.
 //!
 //! | step | when it fails |
 //! | --- | --- |
@@ -15,7 +16,10 @@
 //! | take back | tried again, then the leaf is `failed` and the order ends so |
 //! | change by hand | tried again while the pool fails, a few times; then the person is told |
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use windlass_domain::{
     id::{OrderId, PoolId, ServerId},
@@ -29,8 +33,8 @@ use windlass_domain::{
 use windlass_store::Txn;
 
 use super::{
-    executor::{Job, Steering},
-    rows,
+    executor::{Again, Job, Steering, helps},
+    keeper::{Cut, PoolWeights, Reweighing, Short, Weighed},
     traffic::set_and_read_back,
 };
 
@@ -39,6 +43,8 @@ type Weights = BTreeMap<(PoolId, ServerId), u32>;
 
 /// How often a change by hand is tried while a pool fails.
 const EDIT_ATTEMPTS: u32 = 3;
+/// How long agents that are not connected are waited for meanwhile.
+const EDIT_WAITS: Duration = Duration::from_secs(8);
 
 /// What performing a shift needs to know of the progress.
 pub(crate) struct View {
@@ -61,6 +67,8 @@ struct Out {
     busy: BTreeSet<ServerId>,
     /// Released, and healthy: whatever seat is still theirs.
     released: BTreeSet<ServerId>,
+    /// Of a rollback: not brought back, so that they get no traffic.
+    stale: BTreeSet<ServerId>,
 }
 
 impl Out {
@@ -74,6 +82,9 @@ impl Out {
             let Some(unit) = unit.filter(|unit| unit.part == Some(part)) else {
                 continue;
             };
+            if plan.brings_back && unit_state(plan, progress, node) != UnitState::Released {
+                out.stale.insert(unit.server);
+            }
             match unit_state(plan, progress, node) {
                 UnitState::Failed if progress.state(node) == NodeState::Running => {
                     out.busy.insert(unit.server);
@@ -150,20 +161,23 @@ async fn shift(
     let mut planned = Vec::with_capacity(part.pools.len());
     let mut seen = Vec::with_capacity(part.pools.len() * servers.len());
     for pool in &part.pools {
-        let now = Members::read(job, part, *pool, &view.out).await?;
+        let now = Members::read(job, part, *pool).await?;
         let mut shown = BTreeMap::new();
         for server in servers {
-            let weight = match now.weights.get(server) {
+            let weight = match now.0.get(server) {
                 Some(member) => member.weight,
                 None => job.engine.shared.pools.weight(*pool, *server).await?,
             };
             shown.insert(*server, weight);
             seen.push(weight);
         }
-        let wanted = wanted(leaf.action, *pool, before_order, &shown, &view.out);
-        planned.push((*pool, now, wanted));
+        let mut wanted = wanted(leaf.action, *pool, before_order, &shown, &view.out);
+        wanted.retain(|(server, weight)| {
+            !view.out.stale.contains(server) || shown.get(server).is_some_and(|now| weight <= now)
+        });
+        planned.push(weights_of(part, *pool, &now, wanted, &view.out));
     }
-    keeps_minimum(job, &planned)?;
+    let allowed = allow(job, planned, Short::Refuse).await?;
     if !remembered {
         // Durable before the first weight changes.
         let event = Event::ShiftRemembered {
@@ -171,14 +185,13 @@ async fn shift(
             attempt: leaf.attempt,
             weights: seen,
         };
-        job.tell(event, Txn::new())
-            .await
-            .map_err(|error| Steering {
-                message: error.to_string(),
-                repeat: true,
-            })?;
+        let kept = job.tell(event, Txn::new()).await;
+        kept.map_err(|error| Steering {
+            message: error.to_string(),
+            again: Again::Now,
+        })?;
     }
-    set(job, planned).await
+    set(job, allowed).await
 }
 
 /// What a shift sets in one pool: of servers that are out nothing.
@@ -229,7 +242,7 @@ fn wanted(
 async fn before_parent(job: &Job, of: OrderId, stage: Option<NodeId>) -> Result<Weights, Steering> {
     let found = job.engine.progress(of).await.map_err(|error| Steering {
         message: error.to_string(),
-        repeat: true,
+        again: Again::Now,
     })?;
     Ok(found.map_or_else(Weights::new, |(_, plan, progress)| {
         let scope = stage.and_then(|stage| plan.index_of(stage)).unwrap_or(0);
@@ -237,30 +250,98 @@ async fn before_parent(job: &Job, of: OrderId, stage: Option<NodeId>) -> Result<
     }))
 }
 
-/// Refuses before anything is changed what would leave a pool with too few members.
-fn keeps_minimum(job: &Job, planned: &[PoolShift]) -> Result<(), Steering> {
-    let minimum = job.plan.limits.min_healthy_members;
-    for (pool, now, wanted) in planned {
-        let serving = now.serving_with(&wanted.iter().copied().collect());
-        if now.weights.len() > 1 && serving < minimum {
-            return Err(Steering {
-                message: format!(
-                    "min_healthy_members is {minimum}, and these weights would leave the pool {pool} with {serving} \
-                     healthy members with traffic: nothing was changed"
-                ),
-                repeat: false,
-            });
-        }
+/// Weights that are to be set in one pool.
+fn weights_of(
+    part: &Part,
+    pool: PoolId,
+    now: &Members,
+    weights: Vec<(ServerId, u32)>,
+    out: &Out,
+) -> PoolWeights {
+    PoolWeights {
+        instance: part.instance,
+        pool,
+        weights,
+        members: now.0.keys().copied().collect(),
+        released: out.released.clone(),
+        out: out.broken.union(&out.busy).copied().collect(),
     }
-    Ok(())
 }
 
-async fn set(job: &Job, planned: Vec<PoolShift>) -> Result<(), Steering> {
-    for (pool, _, mut wanted) in planned {
+/// Weights that the keeper allows to be set, until this is dropped.
+struct Allowed {
+    pools: Vec<(PoolId, Vec<(ServerId, u32)>)>,
+    _cut: Cut,
+}
+
+/// Asks the keeper; weights of servers that another order works on are left out.
+async fn allow(job: &Job, pools: Vec<PoolWeights>, short: Short) -> Result<Allowed, Steering> {
+    let mut orders = vec![job.order.id];
+    if let Purpose::Rollback { of, .. } = &job.order.purpose {
+        orders.push(*of);
+    }
+    let minimum = job.plan.limits.min_healthy_members;
+    let mut weights: Vec<(PoolId, Vec<(ServerId, u32)>)> = pools
+        .iter()
+        .map(|change| (change.pool, change.weights.clone()))
+        .collect();
+    let later = |message: String| Steering {
+        message,
+        again: Again::Now,
+    };
+    let Some(keeper) = job.engine.shared.keeper() else {
+        return Err(later("the safety envelope is not open yet".to_owned()));
+    };
+    let asked = Reweighing {
+        orders,
+        minimum,
+        short,
+        pools,
+    };
+    let answer = keeper.weigh(asked).await;
+    match answer.map_err(|gone| later(gone.to_string()))? {
+        Weighed::Allowed(cut) => {
+            for (pool, weights) in &mut weights {
+                weights.retain(|(server, _)| !cut.taken.contains(&(*pool, *server)));
+            }
+            Ok(Allowed {
+                pools: weights,
+                _cut: cut,
+            })
+        }
+        Weighed::Unread(error) => Err(error.into()),
+        Weighed::TooFew {
+            pool,
+            serving,
+            away,
+        } => {
+            let missing = usize::try_from(minimum.saturating_sub(serving)).unwrap_or(usize::MAX);
+            Err(Steering {
+                message: format!(
+                    "min_healthy_members is {minimum}, and these weights would leave the pool {pool} with {serving} \
+                     healthy members with traffic ({} more are not connected): nothing was changed",
+                    away.len()
+                ),
+                again: if away.len() >= missing {
+                    Again::Connected {
+                        count: missing,
+                        of: away,
+                    }
+                } else {
+                    Again::Never
+                },
+            })
+        }
+    }
+}
+
+async fn set(job: &Job, allowed: Allowed) -> Result<(), Steering> {
+    for (pool, weights) in &allowed.pools {
         // Raise before lowering, so that the pool never has less than both states have.
-        wanted.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
-        for (server, weight) in wanted {
-            set_and_read_back(&*job.engine.shared.pools, pool, server, weight).await?;
+        let mut weights = weights.clone();
+        weights.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
+        for (server, weight) in weights {
+            set_and_read_back(&*job.engine.shared.pools, *pool, server, weight).await?;
         }
     }
     Ok(())
@@ -274,33 +355,49 @@ async fn take_back(
     out: &Out,
 ) -> Result<(), Steering> {
     let pools = &*job.engine.shared.pools;
-    let minimum = job.plan.limits.min_healthy_members;
     let mut kept = Vec::new();
     for (pool, before) in part.pools.iter().zip(before.chunks(servers.len().max(1))) {
-        let mut now = Members::read(job, part, *pool, out).await?;
-        let mut wanted: Vec<(ServerId, u32)> = servers
-            .iter()
-            .copied()
-            .zip(before.iter().copied())
-            .collect();
-        wanted.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
-        for (server, weight) in wanted {
-            let has = match now.weights.get(&server) {
+        let now = Members::read(job, part, *pool).await?;
+        let mut wanted = Vec::with_capacity(servers.len());
+        for (server, weight) in servers.iter().zip(before) {
+            let has = match now.0.get(server) {
                 Some(member) => member.weight,
-                None => pools.weight(*pool, server).await?,
+                None => pools.weight(*pool, *server).await?,
             };
+            wanted.push((*server, *weight, has));
+        }
+        let stale: Vec<String> = wanted
+            .iter()
+            .filter(|(server, weight, has)| weight > has && out.stale.contains(server))
+            .map(|(server, ..)| server.to_string())
+            .collect();
+        if !stale.is_empty() {
+            return Err(Steering {
+                message: format!(
+                    "the traffic of the pool {pool} stays away from {}: what this order was to take away still runs there; \
+                     bring them to another release, then set the weights",
+                    stale.join(", ")
+                ),
+                again: Again::Never,
+            });
+        }
+        // Raise before lowering.
+        wanted.sort_by_key(|(_, weight, _)| std::cmp::Reverse(*weight));
+        for (server, weight, has) in wanted {
             let raises = weight > has;
             if weight == has || (raises && out.broken.contains(&server)) {
                 continue;
             }
-            let left = now.serving_with(&[(server, weight)].into());
-            if !raises && now.weights.len() > 1 && left < minimum.min(now.serving()) {
-                kept.push(format!("{server} in {pool} keeps {has}"));
-                continue;
-            }
-            set_and_read_back(pools, *pool, server, weight).await?;
-            if let Some(member) = now.weights.get_mut(&server) {
-                member.weight = weight;
+            let one = weights_of(part, *pool, &now, vec![(server, weight)], out);
+            match allow(job, vec![one], Short::NotShorter).await {
+                Ok(allowed) => set(job, allowed).await?,
+                Err(Steering {
+                    again: Again::Never,
+                    ..
+                }) => {
+                    kept.push(format!("{server} in {pool} keeps {has}"));
+                }
+                Err(error) => return Err(error),
             }
         }
     }
@@ -309,11 +406,12 @@ async fn take_back(
     }
     Err(Steering {
         message: format!(
-            "min_healthy_members is {minimum}, and servers that would take the traffic back were left broken, so {}: \
-             mend those servers, then set the weights",
+            "min_healthy_members is {}, and servers that would take the traffic back were left broken, so {}: mend those \
+             servers, then set the weights",
+            job.plan.limits.min_healthy_members,
             kept.join(", ")
         ),
-        repeat: false,
+        again: Again::Never,
     })
 }
 
@@ -336,9 +434,14 @@ pub(super) async fn change_by_hand(job: &Job, progress: &Progress, number: u32) 
                 error = None;
                 break;
             }
-            Err(Steering { message, repeat }) => {
+            Err(Steering { message, again }) => {
                 error = Some(message);
-                if !repeat || attempt == EDIT_ATTEMPTS {
+                if attempt == EDIT_ATTEMPTS {
+                    break;
+                }
+                // Somebody waits for the answer.
+                let helps = tokio::time::timeout(EDIT_WAITS, helps(job, &again));
+                if !helps.await.unwrap_or(false) {
                     break;
                 }
                 tokio::time::sleep(super::executor::AGAIN).await;
@@ -359,8 +462,8 @@ async fn try_change(
     for (index, part) in (0u32..).zip(&job.plan.parts) {
         let out = Out::of(&job.plan, progress, index);
         for pool in &part.pools {
-            let now = Members::read(job, part, *pool, &out).await?;
-            let wanted = match change {
+            let now = Members::read(job, part, *pool).await?;
+            let mut wanted: Vec<(ServerId, u32)> = match change {
                 TrafficChange::Weights(weights) => weights
                     .iter()
                     .filter(|asked| out.released.contains(&asked.server))
@@ -368,7 +471,7 @@ async fn try_change(
                     .collect(),
                 TrafficChange::Cell { cell, percent } => {
                     let (mut servers, mut rest) = (Vec::new(), Vec::new());
-                    for (server, member) in &now.weights {
+                    for (server, member) in &now.0 {
                         if before_order.contains_key(&(*pool, *server)) {
                             let mine = member.cell == *cell;
                             if mine { &mut servers } else { &mut rest }.push(*server);
@@ -381,7 +484,7 @@ async fn try_change(
                                  the cell {cell} could be taken back to: nothing was changed",
                                 part.key
                             ),
-                            repeat: false,
+                            again: Again::Never,
                         });
                     }
                     let action = TrafficAction::Share {
@@ -393,74 +496,40 @@ async fn try_change(
                     wanted(&action, *pool, &before_order, &BTreeMap::new(), &out)
                 }
             };
-            planned.push((*pool, now, wanted));
+            wanted.retain(|(server, weight)| {
+                let shown = now.0.get(server).map(|member| member.weight);
+                !out.stale.contains(server) || shown.is_some_and(|shown| *weight <= shown)
+            });
+            planned.push(weights_of(part, *pool, &now, wanted, &out));
         }
     }
-    keeps_minimum(job, &planned)?;
-    set(job, planned).await
+    let allowed = allow(job, planned, Short::Refuse).await?;
+    set(job, allowed).await
 }
 
 // ---------------------------------------------------------------------------------------------- members
 
-/// A pool, its members as they are, and the weights to set.
-type PoolShift = (PoolId, Members, Vec<(ServerId, u32)>);
-
 struct Member {
     weight: u32,
     cell: String,
-    /// Connected, and neither worked on nor left broken by any order.
-    healthy: bool,
 }
 
 /// The members of one pool.
-struct Members {
-    weights: BTreeMap<ServerId, Member>,
-}
+struct Members(BTreeMap<ServerId, Member>);
 
 impl Members {
-    async fn read(job: &Job, part: &Part, pool: PoolId, out: &Out) -> Result<Self, Steering> {
+    async fn read(job: &Job, part: &Part, pool: PoolId) -> Result<Self, Steering> {
         let shared = &job.engine.shared;
-        let again = |message: String| Steering {
+        let members = shared.planning.members(part.instance).await;
+        let members = members.map_err(|message| Steering {
             message,
-            repeat: true,
-        };
-        let members = shared
-            .planning
-            .members(part.instance)
-            .await
-            .map_err(again)?;
-        let seats = rows::read_all(&*shared.store, &rows::unavailable_of(part.instance)).await;
-        let seats = seats.map_err(|error| again(error.to_string()))?;
-        let seated: BTreeSet<ServerId> = seats
-            .iter()
-            .filter_map(|entry| entry.key.segments().next_back()?.parse().ok())
-            .collect();
-        let mut weights = BTreeMap::new();
+            again: Again::Now,
+        })?;
+        let mut found = BTreeMap::new();
         for (server, cell) in members {
             let weight = shared.pools.weight(pool, server).await?;
-            // A seat is given back a moment after its server's turn.
-            let free = !seated.contains(&server) || out.released.contains(&server);
-            let healthy = free && shared.agents.is_online(server) && !out.has(server);
-            let member = Member {
-                weight,
-                cell,
-                healthy,
-            };
-            weights.insert(server, member);
+            found.insert(server, Member { weight, cell });
         }
-        Ok(Self { weights })
-    }
-
-    /// Healthy members with traffic.
-    fn serving(&self) -> u32 {
-        self.serving_with(&BTreeMap::new())
-    }
-
-    /// The same, once these weights are set.
-    fn serving_with(&self, changed: &BTreeMap<ServerId, u32>) -> u32 {
-        let serving = self.weights.iter().filter(|(server, member)| {
-            member.healthy && *changed.get(server).unwrap_or(&member.weight) > 0
-        });
-        u32::try_from(serving.count()).unwrap_or(u32::MAX)
+        Ok(Self(found))
     }
 }

@@ -34,6 +34,14 @@ pub enum TrafficError {
         /// Why.
         reason: String,
     },
+    /// The agent of its load balancer is not connected, and may be so again in a moment.
+    #[error("the pool {pool} cannot be reached now: {reason}")]
+    Away {
+        /// The pool.
+        pool: PoolId,
+        /// Why.
+        reason: String,
+    },
     /// What was read back is not what was set.
     #[error("the pool {pool} shows a weight of {found} for {server} after it was set to {wanted}")]
     ReadBack {

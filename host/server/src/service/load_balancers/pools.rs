@@ -11,8 +11,11 @@ use windlass_domain::{
     pool::MemberStats,
 };
 
-use super::{LoadBalancers, steered::SteeredPool};
-use crate::engine::traffic::{SimulatedPools, TrafficError, TrafficPools};
+use super::{LoadBalancers, steered::SteeredPool, steering::SteeringError};
+use crate::{
+    engine::traffic::{SimulatedPools, TrafficError, TrafficPools},
+    gateway::QueryFailure,
+};
 
 /// Simulated pools, and those of load balancers.
 pub struct AllPools {
@@ -57,6 +60,21 @@ fn failed(pool: PoolId, error: &dyn std::error::Error) -> TrafficError {
     }
 }
 
+/// Of one whose agent is not connected it is known that it may come back.
+fn not_steered(pool: PoolId, error: &SteeringError) -> TrafficError {
+    match error {
+        SteeringError::Agent(QueryFailure::Offline { .. } | QueryFailure::SessionLost { .. }) => {
+            TrafficError::Away {
+                pool,
+                reason: crate::platform::chain(error),
+            }
+        }
+        SteeringError::Agent(_) | SteeringError::OddAnswer | SteeringError::Service(_) => {
+            failed(pool, error)
+        }
+    }
+}
+
 async fn member(
     steered: &SteeredPool,
     pool: PoolId,
@@ -64,7 +82,7 @@ async fn member(
 ) -> Result<MemberStats, TrafficError> {
     let found = steered.member(server).await;
     found
-        .map_err(|error| failed(pool, &error))?
+        .map_err(|error| not_steered(pool, &error))?
         .ok_or_else(|| TrafficError::Failed {
             pool,
             reason: format!(
@@ -85,7 +103,12 @@ impl TrafficPools for AllPools {
 
     async fn serves(&self, pool: PoolId, server: ServerId) -> Result<bool, TrafficError> {
         match self.steered(pool).await? {
-            Some(steered) => Ok(member(&steered, pool, server).await?.serves()),
+            Some(steered) => {
+                let kept = steered.is_to_be_drained(server).await;
+                // HAProxy may not have heard of it yet.
+                let drained = kept.map_err(|error| not_steered(pool, &error))?;
+                Ok(!drained && member(&steered, pool, server).await?.serves())
+            }
             None => self.simulated.serves(pool, server).await,
         }
     }
@@ -100,7 +123,7 @@ impl TrafficPools for AllPools {
             return self.simulated.set_weight(pool, server, weight).await;
         };
         let set = steered.set_weight(server, weight).await;
-        set.map_err(|error| failed(pool, &error))?
+        set.map_err(|error| not_steered(pool, &error))?
             .map_err(|reason| TrafficError::Failed { pool, reason })
     }
 
@@ -113,7 +136,10 @@ impl TrafficPools for AllPools {
 
     async fn stats(&self, pool: PoolId) -> Result<Vec<MemberStats>, TrafficError> {
         match self.steered(pool).await? {
-            Some(steered) => steered.stats().await.map_err(|error| failed(pool, &error)),
+            Some(steered) => steered
+                .stats()
+                .await
+                .map_err(|error| not_steered(pool, &error)),
             None => self.simulated.stats(pool).await,
         }
     }

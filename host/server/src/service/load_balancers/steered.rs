@@ -5,12 +5,15 @@ use std::time::Duration;
 use tokio::time::Instant;
 use windlass_domain::{
     id::{PoolId, ServerId},
-    load_balancer::{LoadBalancer, Power},
+    load_balancer::{BackEnd, LoadBalancer, Power},
     pool::{MemberHealth, MemberStats, Pool},
 };
 
 use super::{LoadBalancers, back_ends::SetBackEndWeight, steering::SteeringError};
-use crate::service::{Caller, ServiceError};
+use crate::{
+    keys,
+    service::{Caller, ServiceError, records},
+};
 
 /// How long the load balancer's own check of a server that gets traffic again may take to find it up.
 const UP_WITHIN: Duration = Duration::from_secs(20);
@@ -82,6 +85,20 @@ impl SteeredPool {
     pub async fn member(&self, server: ServerId) -> Result<Option<MemberStats>, SteeringError> {
         let found = self.stats().await?;
         Ok(found.into_iter().find(|member| member.server == server))
+    }
+
+    /// Whether a weight of 0 is kept for a server, whatever HAProxy still shows.
+    ///
+    /// # Errors
+    /// [`SteeringError`].
+    pub async fn is_to_be_drained(&self, server: ServerId) -> Result<bool, SteeringError> {
+        let key = keys::back_end(self.pool.id, server);
+        let row = self.balancers.store.get(&key).await;
+        let Some(entry) = row.map_err(ServiceError::from)? else {
+            return Ok(false);
+        };
+        let row: BackEnd = records::decode_plain(&entry, "a back end")?;
+        Ok(row.weight == 0)
     }
 
     /// Keeps a weight and has HAProxy take it. With a weight above 0 it returns when HAProxy's own check finds the server up:
