@@ -37,7 +37,9 @@ agent_binary_mb <= 10
 agent_rss_mb <= 15
 idle_agent_kb <= 40
 traffic_failed_requests <= 0
+traffic_second_tries <= 0
 traffic_share_error_pp <= 3
+traffic_least_per_s >= 500
 '
 all='bench_ready plugin_bench registry_bench bench_hostile bench_engine bench_fleet store_bench bench_api_get bench_upload agent_footprint idle_agents bench_traffic'
 

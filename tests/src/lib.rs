@@ -9,3 +9,4 @@ pub mod problem;
 pub mod release;
 pub mod scene;
 pub mod simulated;
+pub mod under_load;

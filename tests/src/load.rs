@@ -3,6 +3,7 @@
 //! Every request that was handed to a connection counts: answered with 200, or failed. A connection that the other side
 //! closed while it was idle is opened anew, as any client does, before a request is handed to it; a request itself is never
 //! sent again. Answers are told apart by the last word of their first line: the sample application says its server there.
+//! An error that the sample application was told to answer is whole and its own: it is counted by itself, not as a failure.
 //!
 //! ```text
 //! Load::start ─► connections × (wait for the next beat ─► request ─► count) ─► Load::stop ─► Report
@@ -84,6 +85,8 @@ pub struct Counts {
     pub failed: u64,
     /// The first failures, for people.
     pub failures: Vec<String>,
+    /// Errors that the application was told to answer with: requests that got through, and are not among the failed ones.
+    pub told_to_fail: u64,
     /// Answers by who gave them.
     pub by: BTreeMap<String, u64>,
     /// The longest time of a request in milliseconds.
@@ -91,10 +94,11 @@ pub struct Counts {
 }
 
 impl Counts {
-    fn add(&mut self, more: &Self) {
+    pub(crate) fn add(&mut self, more: &Self) {
         self.requests += more.requests;
         self.failed += more.failed;
         self.failures.extend(more.failures.iter().cloned());
+        self.told_to_fail += more.told_to_fail;
         for (who, count) in &more.by {
             *self.by.entry(who.clone()).or_default() += count;
         }
@@ -121,6 +125,12 @@ impl Counts {
     }
 }
 
+/// How a request ended well.
+enum Answered {
+    By(String),
+    ToldToFail,
+}
+
 /// What a load came to.
 #[derive(Debug, Clone)]
 pub struct Report {
@@ -141,13 +151,14 @@ struct Shared {
 }
 
 impl Shared {
-    fn count(&self, began: Instant, took: Duration, answer: Result<String, String>) {
+    fn count(&self, began: Instant, took: Duration, answer: Result<Answered, String>) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.requests += 1;
         let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
         counts.slowest_ms = counts.slowest_ms.max(took_ms);
         match answer {
-            Ok(who) => *counts.by.entry(who).or_default() += 1,
+            Ok(Answered::By(who)) => *counts.by.entry(who).or_default() += 1,
+            Ok(Answered::ToldToFail) => counts.told_to_fail += 1,
             Err(why) => {
                 counts.failed += 1;
                 if counts.failures.len() < FAILURES_KEPT {
@@ -298,7 +309,7 @@ async fn connect(spec: &LoadSpec) -> Result<Sender, String> {
 }
 
 /// One request; who answered it.
-async fn ask(spec: &LoadSpec, kept: &mut Option<Sender>, number: u64) -> Result<String, String> {
+async fn ask(spec: &LoadSpec, kept: &mut Option<Sender>, number: u64) -> Result<Answered, String> {
     let mut sender = match kept.take() {
         Some(mut sender) => match sender.ready().await {
             Ok(()) => sender,
@@ -336,7 +347,11 @@ async fn ask(spec: &LoadSpec, kept: &mut Option<Sender>, number: u64) -> Result<
         .map_err(|error| format!("broken off in the body: {}", with_causes(&error)))?
         .to_bytes();
     let text = String::from_utf8_lossy(&body).into_owned();
-    if status != hyper::StatusCode::OK {
+    let first = text.lines().next().unwrap_or_default();
+    let told_to_fail = status == hyper::StatusCode::INTERNAL_SERVER_ERROR
+        && first.starts_with("sample ")
+        && first.ends_with(" was told to fail");
+    if status != hyper::StatusCode::OK && !told_to_fail {
         return Err(format!(
             "{status}: {}",
             text.chars().take(200).collect::<String>()
@@ -345,8 +360,11 @@ async fn ask(spec: &LoadSpec, kept: &mut Option<Sender>, number: u64) -> Result<
     if spec.connections == Connections::KeptAlive {
         *kept = Some(sender);
     }
-    let first = text.lines().next().unwrap_or_default();
-    Ok(first.split(' ').next_back().unwrap_or_default().to_owned())
+    if told_to_fail {
+        return Ok(Answered::ToldToFail);
+    }
+    let who = first.split(' ').next_back().unwrap_or_default();
+    Ok(Answered::By(who.to_owned()))
 }
 
 fn with_causes(error: &dyn std::error::Error) -> String {
