@@ -18,7 +18,15 @@
 //! A torn frame is accepted in two cases: the machine restarted since the journal was opened (each opening records the boot id), or
 //! its end is zeros, which is a write that was cut. A last frame whose bytes are all there but wrong is damage.
 //!
-//! When acknowledged records dominate, the file is written anew (to another name, synced, renamed) with the same epoch.
+//! # Writing it anew
+//! When more than half of it, and 4 MiB beyond, is about tasks that the server has, it is written anew with the same epoch: to
+//! `journal.new`, synced, renamed over it, the directory synced. Looked at when it is opened and after each acknowledgement, by
+//! what the file holds, so that restarts do not put it off. A crash before the rename leaves a whole journal and a file that
+//! the next attempt overwrites; one behind it leaves the new journal, which says the same. Where it cannot be done (a full
+//! disk), the old one goes on and it is tried again 1 MiB later. While the directory is not synced nothing is appended: a power
+//! failure could bring the old file back, without it.
+//!
+//! Of damaged journals the two latest are kept.
 
 mod frame;
 mod picture;
@@ -51,8 +59,14 @@ use crate::{
 const CHUNK: u64 = 64 * 1024;
 /// Acknowledged ids that are remembered, so that none of them ever runs again.
 const TOMBSTONES: usize = 4096;
-/// Bytes of forgotten records after which the file is written anew.
-const COMPACT_AT: u64 = 4 << 20;
+/// Bytes that the file may have beyond twice what it has to hold.
+const SLACK: u64 = 4 << 20;
+/// Bytes that are appended between two looks at how much it has to hold, at least.
+const LOOK_EVERY: u64 = 1 << 20;
+/// Bytes of the records that one frame takes when the file is written anew: far from what a frame may hold.
+const FRAME_BYTES: u64 = 1 << 20;
+/// Damaged journals that are kept.
+const KEPT_DAMAGED: usize = 2;
 
 /// A journal that cannot be used at all (a damaged one is replaced, not refused).
 #[derive(Debug, thiserror::Error)]
@@ -78,7 +92,10 @@ pub struct Journal {
     file: File,
     end: u64,
     size: u64,
-    forgotten: u64,
+    /// The end at which it is looked at whether it should be written anew.
+    look_at: u64,
+    /// Its name in the directory may not survive a power failure yet.
+    renamed: bool,
     epoch: Epoch,
     picture: Picture,
     state: JournalState,
@@ -95,6 +112,7 @@ impl Journal {
         boot_id: &str,
         now: Timestamp,
     ) -> Result<Self, JournalError> {
+        prune_damaged(path, KEPT_DAMAGED);
         let read = match File::open(path) {
             Ok(mut file) => {
                 let mut bytes = Vec::new();
@@ -119,7 +137,8 @@ impl Journal {
                     file,
                     end,
                     size,
-                    forgotten: 0,
+                    look_at: 0,
+                    renamed: false,
                     epoch,
                     picture,
                     state: JournalState::Intact,
@@ -131,10 +150,13 @@ impl Journal {
                         boot_id: boot_id.to_owned(),
                     }])?;
                 }
+                journal.compact_when_due();
                 Ok(journal)
             }
             Err(reason) => {
                 let kept = path.with_extension(format!("damaged-{}", now.unix_ms()));
+                // Before it is added, so that a clock that went back does not make it the one to go.
+                prune_damaged(path, KEPT_DAMAGED - 1);
                 std::fs::rename(path, &kept).during("keep aside", path)?;
                 let state = JournalState::Replaced {
                     reason,
@@ -155,14 +177,17 @@ impl Journal {
             boot_id: boot_id.to_owned(),
             ..Picture::default()
         };
-        Self::write_anew(path, epoch, picture, state)
+        let mut journal = Self::write_beside(path, epoch, &picture, state)?;
+        journal.take_place()?;
+        journal.sync_name()?;
+        Ok(journal)
     }
 
-    /// A whole new file in the place of the one at `path`.
-    fn write_anew(
+    /// A whole new file beside the one at `path`, of which it is to take the place.
+    fn write_beside(
         path: &Path,
         epoch: Epoch,
-        picture: Picture,
+        picture: &Picture,
         state: JournalState,
     ) -> Result<Self, JournalError> {
         let temporary = path.with_extension("new");
@@ -175,22 +200,92 @@ impl Journal {
             .open(&temporary)
             .during("create", &temporary)?;
         let mut journal = Self {
-            path: temporary.clone(),
+            path: path.to_owned(),
             file,
             end: 0,
             size: 0,
-            forgotten: 0,
+            look_at: 0,
+            renamed: false,
             epoch,
             picture: Picture::default(),
             state,
         };
-        journal.append(picture.records(epoch))?;
-        std::fs::rename(&temporary, path).during("replace", path)?;
-        if let Some(dir) = path.parent() {
-            sync_dir(dir)?;
+        if let Err(error) = journal.fill(picture) {
+            if let Err(left) = files::remove_file(&temporary) {
+                tracing::debug!(error = %left, "a journal that was not finished is left");
+            }
+            return Err(error);
         }
-        journal.path = path.to_owned();
         Ok(journal)
+    }
+
+    fn fill(&mut self, picture: &Picture) -> Result<(), JournalError> {
+        let mut records = Vec::new();
+        let mut bytes = 0;
+        for record in picture.records(self.epoch) {
+            let size = json_bytes(&record)?;
+            if bytes + size > FRAME_BYTES && !records.is_empty() {
+                self.append(std::mem::take(&mut records))?;
+                bytes = 0;
+            }
+            bytes += size;
+            records.push(record);
+        }
+        self.append(records)?;
+        self.look_at = 2 * self.end + SLACK;
+        Ok(())
+    }
+
+    /// Takes the place of the file before it. Once the name is changed there is no way back.
+    fn take_place(&mut self) -> Result<(), FileError> {
+        std::fs::rename(self.path.with_extension("new"), &self.path)
+            .during("replace", &self.path)?;
+        self.renamed = true;
+        Ok(())
+    }
+
+    fn sync_name(&mut self) -> Result<(), FileError> {
+        if self.renamed {
+            if let Some(dir) = self.path.parent() {
+                sync_dir(dir)?;
+            }
+            self.renamed = false;
+        }
+        Ok(())
+    }
+
+    /// Writes the file anew when it holds too much that is not needed. That it cannot be done now does no harm.
+    fn compact_when_due(&mut self) {
+        if self.end < self.look_at {
+            return;
+        }
+        if let Err(error) = self.compact() {
+            self.look_at = self.end + LOOK_EVERY;
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                bytes = self.end,
+                "the journal cannot be written anew now; it is tried again"
+            );
+        }
+    }
+
+    fn compact(&mut self) -> Result<(), JournalError> {
+        let mut live = 0;
+        for record in self.picture.records(self.epoch) {
+            live += json_bytes(&record)?;
+        }
+        let due = 2 * live + SLACK;
+        if self.end < due {
+            self.look_at = due.max(self.end + LOOK_EVERY);
+            return Ok(());
+        }
+        let mut anew =
+            Self::write_beside(&self.path, self.epoch, &self.picture, self.state.clone())?;
+        anew.take_place()?;
+        // From here on it is the journal, whether its name is durable yet or not.
+        *self = anew;
+        self.sync_name()?;
+        Ok(())
     }
 
     /// The epoch of this life of the journal.
@@ -300,18 +395,14 @@ impl Journal {
             return Ok(());
         };
         let outcome = result.outcome;
-        let size = serde_json::to_vec(result).map_or(0, |json| json.len());
-        self.forgotten += size as u64 + 1024;
         self.append(vec![Record::Acked { task_id, outcome }])?;
-        if self.forgotten >= COMPACT_AT {
-            let state = self.state.clone();
-            *self = Self::write_anew(&self.path.clone(), self.epoch, self.picture.clone(), state)?;
-        }
+        self.compact_when_due();
         Ok(())
     }
 
     fn append(&mut self, records: Vec<Record>) -> Result<(), JournalError> {
         crash::point("before_journal");
+        self.sync_name()?;
         let bytes = frame(&records)?;
         // Room for this frame, and always a whole chunk beyond it: the reserve for the ends of what was accepted.
         let wanted = (self.end + bytes.len() as u64).div_ceil(CHUNK) * CHUNK + CHUNK;
@@ -368,6 +459,54 @@ impl Journal {
             self.file.sync_data().during("sync", &self.path)?;
         }
         Ok(())
+    }
+}
+
+/// The bytes of a record as JSON, without making them.
+fn json_bytes(record: &Record) -> Result<u64, JournalError> {
+    struct Counted(u64);
+    impl io::Write for Counted {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0 += bytes.len() as u64;
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut counted = Counted(0);
+    serde_json::to_writer(&mut counted, record).map_err(JournalError::Json)?;
+    Ok(counted.0)
+}
+
+/// Removes damaged journals except the latest `keep`. What cannot be removed stays: it is in nobody's way.
+fn prune_damaged(path: &Path, keep: usize) {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_stem()) else {
+        return;
+    };
+    let begin = format!("{}.damaged-", name.to_string_lossy());
+    let mut found: Vec<(i64, PathBuf)> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let at = name.to_str()?.strip_prefix(&begin)?.parse().ok()?;
+            Some((at, entry.path()))
+        })
+        .collect();
+    found.sort();
+    found.truncate(found.len().saturating_sub(keep));
+    for (_, damaged) in found {
+        match files::remove_file(&damaged) {
+            Ok(()) => {
+                tracing::info!(path = %damaged.display(), "an old damaged journal was removed")
+            }
+            Err(error) => tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "an old damaged journal stays"
+            ),
+        }
     }
 }
 

@@ -72,7 +72,7 @@ pub enum Known {
     Acknowledged(Outcome),
 }
 
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default)]
 pub(super) struct Picture {
     pub(super) epoch: Option<Epoch>,
     pub(super) boot_id: String,
@@ -127,45 +127,47 @@ impl Picture {
         *highest = (*highest).max(fence);
     }
 
-    /// The records that make this picture from nothing.
-    pub(super) fn records(&self, epoch: Epoch) -> Vec<Record> {
-        let mut records = vec![
+    /// The records that make this picture from nothing, one after the other: all of them at once may be large.
+    pub(super) fn records(&self, epoch: Epoch) -> impl Iterator<Item = Record> + '_ {
+        let begin = [
             Record::Header { format: 1, epoch },
             Record::Opened {
                 boot_id: self.boot_id.clone(),
             },
         ];
-        records.extend(self.fences.iter().map(|(instance, fence)| Record::Fence {
+        let fences = self.fences.iter().map(|(instance, fence)| Record::Fence {
             instance: *instance,
             fence: *fence,
-        }));
-        records.extend(
-            self.tombstones
-                .iter()
-                .map(|(task_id, outcome)| Record::Acked {
-                    task_id: *task_id,
-                    outcome: *outcome,
+        });
+        let tombstones = self
+            .tombstones
+            .iter()
+            .map(|(task_id, outcome)| Record::Acked {
+                task_id: *task_id,
+                outcome: *outcome,
+            });
+        let held = self.order.iter().flat_map(|id| {
+            let entry = self.held.get(id);
+            let task = entry.and_then(|entry| entry.task.clone());
+            let at = entry.and_then(|entry| entry.started_at);
+            let result = entry.and_then(|entry| entry.result.clone());
+            [
+                task.map(|task| Record::Accepted {
+                    task: Box::new(task),
                 }),
-        );
-        for id in &self.order {
-            let Some(entry) = self.held.get(id) else {
-                continue;
-            };
-            if let Some(task) = &entry.task {
-                records.push(Record::Accepted {
-                    task: Box::new(task.clone()),
-                });
-            }
-            if let Some(at) = entry.started_at {
-                records.push(Record::Started { task_id: *id, at });
-            }
-            if let Some(result) = &entry.result {
-                records.push(Record::Finished {
+                at.map(|at| Record::Started { task_id: *id, at }),
+                result.map(|result| Record::Finished {
                     task_id: *id,
-                    result: Box::new(result.clone()),
-                });
-            }
-        }
-        records
+                    result: Box::new(result),
+                }),
+            ]
+            .into_iter()
+            .flatten()
+        });
+        begin
+            .into_iter()
+            .chain(fences)
+            .chain(tombstones)
+            .chain(held)
     }
 }

@@ -77,6 +77,149 @@ fn assert_filled(journal: &Journal) {
     assert_eq!(journal.known(&task(99, 0).id), Known::Never);
 }
 
+/// What the journal has to hold.
+fn live(journal: &Journal) -> u64 {
+    let records = journal.picture.records(journal.epoch);
+    records.map(|record| json_bytes(&record).unwrap()).sum()
+}
+
+fn assert_small(journal: &Journal) {
+    let size = journal.path.metadata().unwrap().len();
+    let most = 2 * live(journal) + SLACK + LOOK_EVERY + 2 * CHUNK;
+    assert!(size <= most, "{size} > {most}");
+}
+
+/// A task whose script has so many bytes, with its end, which the server has.
+fn pass(journal: &mut Journal, node: u32, bytes: usize) {
+    let mut large = task(node, 20);
+    if let Action::Script(script) = &mut large.action {
+        script.text = "x".repeat(bytes);
+    }
+    let id = large.id;
+    journal.finish(Some(large), id, result()).unwrap();
+    journal.acknowledge(id).unwrap();
+}
+
+#[test]
+fn an_agent_that_is_restarted_again_and_again_compacts() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    drop(filled(&path));
+    let mut written = 0;
+    for start in 0..10 {
+        let mut journal = open(&path, 2, BOOT);
+        for node in 0..40 {
+            let before = journal.end;
+            pass(&mut journal, 100 + start * 40 + node, 28 << 10);
+            written += journal.end.saturating_sub(before);
+            assert_small(&journal);
+        }
+        assert_filled(&journal);
+    }
+    assert!(written > 2 * (SLACK + LOOK_EVERY), "{written}");
+}
+
+#[test]
+fn a_journal_that_grew_under_an_older_agent_is_small_once_it_was_opened() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let mut journal = filled(&path);
+    journal.look_at = u64::MAX;
+    for node in 100..300 {
+        pass(&mut journal, node, 28 << 10);
+    }
+    assert!(journal.end > SLACK + LOOK_EVERY, "{}", journal.end);
+    drop(journal);
+    // A crash in an earlier attempt left this.
+    std::fs::write(dir.path().join("journal.new"), vec![7; 100_000]).unwrap();
+    let journal = open(&path, 2, BOOT);
+    assert_eq!(journal.state(), &JournalState::Intact);
+    assert!(journal.end < LOOK_EVERY, "{}", journal.end);
+    assert_small(&journal);
+    assert_filled(&journal);
+    drop(journal);
+    let journal = open(&path, 3, BOOT);
+    assert_filled(&journal);
+    assert_eq!(
+        journal.known(&task(299, 0).id),
+        Known::Acknowledged(Outcome::Succeeded)
+    );
+}
+
+#[test]
+fn more_than_a_frame_takes_is_written_anew_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let mut journal = filled(&path);
+    journal.look_at = u64::MAX;
+    // Ends that nobody took yet: more than one frame may hold.
+    let mut large = result();
+    large.output = "y".repeat(200 << 10);
+    for node in 100..130 {
+        journal
+            .finish(Some(task(node, 20)), task(node, 0).id, large.clone())
+            .unwrap();
+    }
+    assert!(live(&journal) > MAX_CONTENT as u64);
+    for node in 200..290 {
+        pass(&mut journal, node, 200 << 10);
+    }
+    drop(journal);
+    let before = path.metadata().unwrap().len();
+    let journal = open(&path, 2, BOOT);
+    assert!(before > 2 * live(&journal) + SLACK, "{before}");
+    assert!(journal.end < before / 2, "{}", journal.end);
+    assert_eq!(journal.held().count(), 15 + 30);
+    assert!(
+        matches!(journal.known(&task(129, 0).id), Known::Held(entry) if entry.result.as_ref() == Some(&large))
+    );
+}
+
+#[test]
+fn one_that_cannot_be_written_anew_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    let in_the_way = dir.path().join("journal.new");
+    let mut journal = filled(&path);
+    std::fs::create_dir(&in_the_way).unwrap();
+    for node in 100..300 {
+        pass(&mut journal, node, 28 << 10);
+    }
+    assert!(journal.end > SLACK + LOOK_EVERY, "{}", journal.end);
+    assert_filled(&journal);
+    std::fs::remove_dir(&in_the_way).unwrap();
+    for node in 300..340 {
+        pass(&mut journal, node, 28 << 10);
+    }
+    assert_small(&journal);
+    assert!(!in_the_way.exists());
+    drop(journal);
+    assert_filled(&open(&path, 2, BOOT));
+}
+
+#[test]
+fn the_two_latest_damaged_journals_are_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("journal");
+    drop(filled(&path));
+    // The clock goes back before the last.
+    for at in [10, 30, 200, 5] {
+        std::fs::write(&path, b"damaged").unwrap();
+        let now = Timestamp::from_unix_ms(at);
+        let journal = Journal::open(&path, epoch(2), BOOT, now).unwrap();
+        assert!(matches!(journal.state(), JournalState::Replaced { .. }));
+    }
+    let mut names: Vec<String> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert_eq!(
+        names,
+        ["journal", "journal.damaged-200", "journal.damaged-5"]
+    );
+}
+
 #[test]
 fn it_is_read_as_it_was_written_and_compacts() {
     let dir = tempfile::tempdir().unwrap();
@@ -89,8 +232,7 @@ fn it_is_read_as_it_was_written_and_compacts() {
             .unwrap();
         journal.acknowledge(task(node, 0).id).unwrap();
     }
-    let size = path.metadata().unwrap().len();
-    assert!(size < COMPACT_AT * 2, "{size}");
+    assert_small(&journal);
     drop(journal);
     let journal = open(&path, 2, BOOT);
     assert_eq!(journal.state(), &JournalState::Intact);
