@@ -212,7 +212,7 @@ async fn get_package(
 
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}/packages/{id}", operation_id = "delete_package", tag = "packages",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PackageId, Path, description = "The package's id."), Confirm),
-    responses((status = 204, description = "Deleted; `confirm` is its version.")))]
+    responses((status = 204, description = "Deleted; `confirm` is its version. Refused while a service instance uses it, also by a release that is installed or kept for a rollback, or an order that is not over.")))]
 async fn delete_package(
     State(api): State<Api>,
     caller: Caller,

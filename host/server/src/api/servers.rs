@@ -121,7 +121,7 @@ async fn update_server(
 
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}/servers/{id}", operation_id = "deregister_server", tag = "servers",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = ServerId, Path, description = "The server's id."), Confirm),
-    responses((status = 204, description = "Gone: its session ends and its key is not accepted any more.")))]
+    responses((status = 204, description = "Gone: its session ends and its key is not accepted any more. Refused while it is bound to a service instance.")))]
 async fn deregister_server(
     State(api): State<Api>,
     caller: Caller,

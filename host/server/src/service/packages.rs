@@ -16,9 +16,11 @@ use windlass_domain::{
     application::Application,
     id::{AppId, OrderId, PackageId, UploadId},
     instance::ServiceInstance,
+    manifest::Manifest,
     name::{FileName, PackageVersion, check_length},
     order::Order,
     package::{MAGIC_BYTES, Package, UploadOutcome, UploadRecord, content_fits, format_of},
+    server::Server,
     task::PackageFormat,
     workspace::Workspace,
 };
@@ -32,6 +34,9 @@ use crate::{
     clock, engine, ids,
     keys::{self, Kind},
 };
+
+/// Manifests read at a time while users of a package are looked for.
+const MANIFESTS_AT_ONCE: usize = 100;
 
 /// What is said of an upload before its bytes.
 #[derive(Debug, Clone)]
@@ -249,8 +254,9 @@ impl Packages {
         records::list_rows(&*self.store, &prefix, Sort::Falling, &page, read, keep).await
     }
 
-    /// Deletes a package that no service instance and no order that is not over uses; `confirm` is its version. Its file goes
-    /// when nothing else refers to it (an installed release may).
+    /// Deletes a package that nothing uses; `confirm` is its version. A service instance uses the package that it names, and
+    /// those of which a release is installed on a server bound to it, now or before (what a rollback brings back); an order
+    /// that is not over uses those of its plan. Its file goes when nothing else refers to it.
     ///
     /// # Errors
     /// `in_use`, with the users; `confirmation_missing`; [`ServiceError::NotFound`].
@@ -268,14 +274,23 @@ impl Packages {
             let version = package.version.as_str();
             records::check_confirm("package", confirm, version)?;
             let unused = records::unused(store, Kind::Package, &text).await?;
+            // Orders first: one that ends after that has written what it installed before that.
+            let orders = self.orders.orders_with(&package).await?;
             let below = keys::all_of_workspace(Kind::Instance, ws);
-            let mut by: Vec<String> = records::all_indexed::<ServiceInstance>(store, &below)
-                .await?
-                .into_iter()
-                .filter(|instance| instance.package == Some(id))
-                .map(|instance| format!("service instance {} ({})", instance.name, instance.id))
-                .collect();
-            by.extend(self.orders.orders_with(&package).await?);
+            let mut by = Vec::new();
+            for instance in records::all_indexed::<ServiceInstance>(store, &below).await? {
+                if instance.app != package.app {
+                    continue;
+                }
+                if instance.package == Some(id) {
+                    by.push(format!(
+                        "service instance {} ({})",
+                        instance.name, instance.id
+                    ));
+                }
+                self.add_installed(&instance, &package, &mut by).await?;
+            }
+            by.extend(orders);
             if !by.is_empty() {
                 return Err(ServiceError::in_use("package", version, &by));
             }
@@ -286,6 +301,52 @@ impl Packages {
             Ok((txn, ()))
         })
         .await?;
+        Ok(())
+    }
+
+    /// Adds the servers bound to an instance on which a release of the package is installed, or was before.
+    async fn add_installed(
+        &self,
+        instance: &ServiceInstance,
+        package: &Package,
+        by: &mut Vec<String>,
+    ) -> Result<(), ServiceError> {
+        let store = &*self.store;
+        for (prefix, how) in keys::installed_of(instance.id)
+            .iter()
+            .zip(["installed", "kept for a rollback"])
+        {
+            let mut after = None;
+            loop {
+                // Manifests hold scripts: a page at a time.
+                let page = store
+                    .scan(prefix, after.as_ref(), MANIFESTS_AT_ONCE)
+                    .await?;
+                after = page.entries.last().map(|entry| entry.key.clone());
+                for entry in &page.entries {
+                    let manifest: Manifest = records::decode_plain(entry, "what is installed")?;
+                    let is_it = manifest.package.version == package.version.as_str()
+                        && manifest.package.digest == package.digest;
+                    if !is_it {
+                        continue;
+                    }
+                    let server = keys::last_segment(&entry.key);
+                    let Some((server, _)) = records::find::<Server>(store, server).await? else {
+                        continue;
+                    };
+                    // What runs on a server that was unbound is nobody's any more.
+                    if server.instance == Some(instance.id) {
+                        by.push(format!(
+                            "service instance {} ({how} on server {})",
+                            instance.name, server.name
+                        ));
+                    }
+                }
+                if !page.more || after.is_none() {
+                    break;
+                }
+            }
+        }
         Ok(())
     }
 
@@ -631,8 +692,9 @@ pub(crate) mod tests {
     use super::*;
     use crate::service::{
         apps::{Apps, tests::OneStack},
-        instances::{Instances, UpdateInstance},
+        instances::{BindServer, Instances, UpdateInstance},
         records::tests::{caller, memory_store},
+        servers,
         workspaces::{UpdateWorkspace, Workspaces, tests::request as workspace},
     };
 
@@ -872,6 +934,64 @@ pub(crate) mod tests {
             .update(caller(), "prod", instance.id, None, update)
             .await
             .unwrap();
+        // What is installed on a server bound to it, or was there before, is used as well.
+        let server = servers::tests::server(&ready.store, 1).await;
+        let bind = || {
+            let server = BindServer {
+                server: server.id,
+                variables: Default::default(),
+            };
+            instances.bind(caller(), "prod", instance.id, vec![server])
+        };
+        bind().await.unwrap();
+        let manifest = Manifest {
+            instance: instance.id,
+            app: ready.app,
+            release: "1.0-x".to_owned(),
+            package: package.reference(),
+            stack: windlass_domain::manifest::PluginRef {
+                name: "binary".to_owned(),
+                version: semver::Version::new(1, 0, 0),
+                digest: Digest::of(b"binary"),
+            },
+            stop: vec![],
+            start: vec![],
+            check: vec![],
+            env: Default::default(),
+            plan: None,
+        };
+        for (key, how) in [
+            (
+                engine::rows::installed(instance.id, server.id),
+                "installed on server",
+            ),
+            (
+                engine::rows::installed_before(instance.id, server.id),
+                "kept for a rollback on server",
+            ),
+        ] {
+            let txn = Txn::new().put(key.clone(), records::encode(&manifest));
+            ready.store.commit(txn).await.unwrap();
+            let error = delete("1.0").await.unwrap_err();
+            assert_eq!(error.code(), "in_use");
+            assert!(error.to_string().contains(how), "{error}");
+            ready.store.commit(Txn::new().delete(key)).await.unwrap();
+        }
+        // Another package's release, and one on a server that is not bound any more, are no use.
+        let other_release = Manifest {
+            package: other.reference(),
+            ..manifest.clone()
+        };
+        let key = engine::rows::installed(instance.id, server.id);
+        let txn = Txn::new().put(key.clone(), records::encode(&other_release));
+        ready.store.commit(txn).await.unwrap();
+        instances
+            .unbind(caller(), "prod", instance.id, vec![server.id])
+            .await
+            .unwrap();
+        let key = engine::rows::installed_before(instance.id, server.id);
+        let txn = Txn::new().put(key, records::encode(&manifest));
+        ready.store.commit(txn).await.unwrap();
         delete("1.0").await.unwrap();
         assert!(ready.packages.get("prod", package.id).await.is_err());
         ready.upload(request("1.0", "a"), &[b"z"]).await.unwrap();

@@ -15,6 +15,7 @@ use windlass_domain::{
     Digest,
     activation::{ActivationCode, CodeRefusal},
     id::{InstanceId, ServerId},
+    instance::ServiceInstance,
     load_balancer::LoadBalancer,
     manifest::Manifest,
     name::{CellName, ServerName, TagKey},
@@ -44,6 +45,24 @@ use crate::{
 const TRIES: u32 = 100;
 /// Servers of one name prefix that are looked at for a free number.
 const MAX_NUMBER: u32 = 100_000;
+
+/// Forgets what was released to a server while it was bound to service instances of the workspace.
+async fn forget_installed(store: &dyn Store, ws: &str, id: ServerId) -> Result<(), ServiceError> {
+    for row in records::all(store, &keys::all_of_workspace(Kind::Instance, ws)).await? {
+        let Ok(instance) = keys::last_segment(&row.key).parse::<InstanceId>() else {
+            continue;
+        };
+        for key in [
+            engine_rows::installed(instance, id),
+            engine_rows::installed_before(instance, id),
+        ] {
+            if store.get(&key).await?.is_some() {
+                store.commit(Txn::new().delete(key)).await?;
+            }
+        }
+    }
+    Ok(())
+}
 
 /// What of a server can change; what is not given stays.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, utoipa::ToSchema)]
@@ -206,11 +225,12 @@ impl Servers {
     }
 
     /// Removes a server's record; `confirm` is its name. Afterwards the caller tells the gateway
-    /// (`Gateway::deregister`), which makes the agent stop. Its binding and what is known of its installed release go with it.
+    /// (`Gateway::deregister`), which makes the agent stop; what is known of its installed releases goes with it. A server that
+    /// is bound to a service instance stays: its application would go on without anybody who knows of it.
     ///
     /// # Errors
-    /// `server_locked` when an order holds it; `in_use`, with the load balancers that it hosts; `confirmation_missing`;
-    /// [`ServiceError::NotFound`].
+    /// `server_locked` when an order holds it; `in_use`, with the load balancers that it hosts; `server_bound`;
+    /// `confirmation_missing`; [`ServiceError::NotFound`].
     pub async fn deregister(
         &self,
         caller: Caller,
@@ -234,8 +254,23 @@ impl Servers {
             if !hosts.is_empty() {
                 return Err(ServiceError::in_use("server", server.name.as_str(), &hosts));
             }
-            let mut txn = unlocked(store, &server)
-                .await?
+            let unlocked = unlocked(store, &server).await?;
+            if let Some(instance) = server.instance {
+                let name = records::find::<ServiceInstance>(store, &instance.to_string())
+                    .await?
+                    .map_or_else(String::new, |(found, _)| format!("`{}` ", found.name));
+                return Err(ServiceError::conflict(
+                    "server_bound",
+                    format!(
+                        "the server `{}` is bound to the service instance {name}({instance}): what was released to it would \
+                         go on running, and nobody would know of it",
+                        server.name
+                    ),
+                    "stop the application with an order if it is to end, unbind the server from the service instance, and \
+                     remove it then",
+                ));
+            }
+            let txn = unlocked
                 .and(unused)
                 .and(records::remove(&server, revision))
                 .delete(keys::name_in_workspace(
@@ -245,15 +280,16 @@ impl Servers {
                 ))
                 .delete(keys::of_workspace(Kind::Server, ws, &text))
                 .delete(keys::server_key(key_hash(&server.public_key)));
-            if let Some(instance) = server.instance {
-                txn = txn
-                    .delete(keys::binding(instance, id))
-                    .delete(engine_rows::installed(instance, id))
-                    .delete(engine_rows::installed_before(instance, id));
-            }
             Ok((txn, ()))
         })
         .await?;
+        if let Err(error) = forget_installed(store, ws, id).await {
+            tracing::warn!(
+                server.id = %id,
+                error = &error as &dyn std::error::Error,
+                "what was installed on a removed server could not be forgotten; it goes with its service instances"
+            );
+        }
         if let Err(error) = retention::delete_prefix(store, &keys::inbox(id)).await {
             tracing::warn!(
                 server.id = %id,
@@ -849,6 +885,57 @@ pub(crate) mod tests {
             .await
             .unwrap();
         assert_ne!(again.server, one.id);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_is_bound_stays_and_takes_what_it_had_with_it() {
+        use crate::service::{
+            apps::{Apps, tests::OneStack},
+            instances::{BindServer, Instances},
+        };
+        let store = memory_store();
+        let servers = Servers::new(store.clone());
+        let one = server(&store, 1).await;
+        let apps = Apps::new(store.clone(), Arc::new(OneStack));
+        let app = crate::service::apps::tests::request("shop");
+        let (app, _) = apps.create(caller(), app).await.unwrap();
+        let instances = Instances::new(store.clone(), Arc::new(OneStack));
+        let request = serde_json::json!({"name": "shop", "app": app.id});
+        let request = serde_json::from_value(request).unwrap();
+        let made = instances.create(caller(), "prod", request).await;
+        let instance = made.unwrap().0.id;
+        let bind = BindServer {
+            server: one.id,
+            variables: BTreeMap::new(),
+        };
+        instances
+            .bind(caller(), "prod", instance, vec![bind])
+            .await
+            .unwrap();
+        let installed = [
+            engine_rows::installed(instance, one.id),
+            engine_rows::installed_before(instance, one.id),
+        ];
+        for key in &installed {
+            let txn = Txn::new().put(key.clone(), "{}");
+            store.commit(txn).await.unwrap();
+        }
+        let name = one.name.as_str();
+        let bound = servers.deregister(caller(), "prod", one.id, name).await;
+        let bound = bound.unwrap_err();
+        assert_eq!(bound.code(), "server_bound");
+        assert!(bound.to_string().contains("`shop`"), "{bound}");
+        instances
+            .unbind(caller(), "prod", instance, vec![one.id])
+            .await
+            .unwrap();
+        servers
+            .deregister(caller(), "prod", one.id, name)
+            .await
+            .unwrap();
+        for key in &installed {
+            assert!(store.get(key).await.unwrap().is_none());
+        }
     }
 
     #[tokio::test]
