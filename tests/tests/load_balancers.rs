@@ -2,6 +2,8 @@
 
 #[path = "load_balancers/bandwidth.rs"]
 mod bandwidth;
+#[path = "load_balancers/drift.rs"]
+mod drift;
 
 use std::{
     collections::BTreeMap,
@@ -379,6 +381,7 @@ async fn what_a_listener_can_do() {
     balanced.wait_current(&host).await;
     who(&get(front, "/", &[]));
     refusals(&host, &balanced, &certificate).await;
+    drift::back_ends_that_change_are_noticed(&host, &balanced).await;
 
     // The whole load balancer.
     let actions = balanced.path(&host, "/actions");

@@ -18,6 +18,8 @@ pub mod pools;
 mod steered;
 pub mod steering;
 
+pub(super) use configuration::{Behind, behind};
+
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};

@@ -18,6 +18,7 @@
 //! | `package {application}` | version and digest |
 //! | `plugin {kind} {name}` | version and digest that would be taken now |
 //! | `cells` | the workspace's cells |
+//! | `back ends of {pool}` | which servers stand behind a pool of a load balancer, and at which address and port; no weights |
 //! | `servers of {name}`, `servers of {name} in {cells}` | which servers are bound: all of them, or in the cells chosen |
 //! | `server {name}` | cell, address, system, variables |
 //! | `installed {application} on {server}` | release and plan that are installed |
@@ -53,6 +54,7 @@ use windlass_domain::{
         AppRole, LifecyclePlan, LifecycleRequest, Phase, PluginKind, ServerFacts, StrategyApp,
         StrategyPlan, StrategyRequest, StrategyServer, Wishes,
     },
+    pool::Pool,
     revise::arrange,
     server::Server,
     stages::{BadDependencies, stages},
@@ -65,17 +67,24 @@ use windlass_store::{Blobs, Store};
 
 use self::{
     faults::{
-        check_environment, check_limits, internal, invalid, lookup_failed, parameters_invalid,
+        Layers, check_environment, check_environment_size, check_limits, internal, invalid,
+        lookup_failed, parameters_invalid,
     },
     reads::{
-        installed_subject, instance_subject, members_subject, package_subject, plugin_subject,
-        read_cells, read_installed, read_instance, read_members, read_package, read_plugin,
-        read_server, server_subject,
+        back_ends_subject, installed_subject, instance_subject, members_subject, package_subject,
+        plugin_subject, read_back_ends, read_cells, read_installed, read_instance, read_members,
+        read_package, read_plugin, read_server, server_subject,
     },
 };
 use super::{
-    ServiceError, apps::Apps, instances::Instances, packages::Packages, servers::Servers,
-    templates::Templates, workspaces::Workspaces,
+    ServiceError,
+    apps::Apps,
+    instances::Instances,
+    load_balancers::{self, Behind},
+    packages::Packages,
+    servers::Servers,
+    templates::Templates,
+    workspaces::Workspaces,
 };
 use crate::engine::{Agents, rows};
 pub(super) use faults::plugin_failed;
@@ -254,6 +263,9 @@ impl Planner {
                 .await?;
             parts.push(part);
             shifting.push(application);
+        }
+        for (pool, members) in behind(&*self.parts.store, &workspace, &parts).await? {
+            reads.insert(back_ends_subject(&pool), read_back_ends(&members));
         }
         let request = StrategyRequest {
             parameters: spec.parameters.clone(),
@@ -519,6 +531,21 @@ impl Planner {
         env.extend(instance.env.clone());
         env.extend(spec.environment.clone());
         env.extend(parameters.clone());
+        let target = {
+            let mut targets = spec.targets.iter();
+            let found = targets.position(|target| target.instance == instance.id);
+            found.unwrap_or_default()
+        };
+        let layers = Layers {
+            target,
+            order: &spec.environment,
+            parameters,
+            instance: &instance.env,
+        };
+        let own = servers
+            .iter()
+            .map(|(server, binding)| (server.name.as_str(), server_environment(server, binding)));
+        check_environment_size(app_name, &env, &layers, own)?;
         let request = LifecycleRequest {
             application: app_name.clone(),
             instance: instance.name.to_string(),
@@ -532,10 +559,7 @@ impl Planner {
                 .collect(),
         };
         let steps = stack.lifecycle(&request).await.map_err(|error| {
-            let mut targets = spec.targets.iter();
-            let index = targets.position(|target| target.instance == instance.id);
-            let index = index.unwrap_or_default();
-            plugin_failed(&format!("/targets/{index}/instance/parameters"), &error)
+            plugin_failed(&format!("/targets/{target}/instance/parameters"), &error)
         })?;
         let mine = [
             (instance_subject(app_name), read_instance(instance)),
@@ -736,6 +760,16 @@ fn zone_of(workspace: &Workspace, cell: &str) -> String {
             DeploymentZone::B => "b".to_owned(),
         },
     )
+}
+
+/// What stands behind the pools of parts.
+async fn behind(
+    store: &dyn Store,
+    workspace: &Workspace,
+    parts: &[PartInput],
+) -> Result<Vec<(Pool, Vec<Behind>)>, ServiceError> {
+    let pools = parts.iter().flat_map(|part| &part.part.pools);
+    load_balancers::behind(store, workspace.name.as_str(), pools.copied().collect()).await
 }
 
 /// A requirement that says something: `*` is the default version, which may be pinned.

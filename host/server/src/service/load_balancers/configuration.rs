@@ -12,6 +12,8 @@ use windlass_domain::{
         BackEnd, BackEndConfig, Configuration, GroupConfig, Listener, ListenerConfig, LoadBalancer,
         MAX_WEIGHT, MemberConfig, Origin, Power,
     },
+    name::ServerName,
+    pool::{Pool, PoolKind},
     server::Server,
 };
 use windlass_store::Store;
@@ -108,6 +110,53 @@ pub(super) async fn members(
         });
     }
     Ok(members)
+}
+
+/// A server behind a pool, as far as a plan counts on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(in crate::service) struct Behind {
+    pub(in crate::service) server: ServerId,
+    pub(in crate::service) name: ServerName,
+    /// Where it is reached; `None`: the first address that its agent reports.
+    pub(in crate::service) address: Option<IpAddr>,
+    /// Its port; `None`: the listener's.
+    pub(in crate::service) port: Option<u16>,
+}
+
+/// The servers behind those of the pools that are of load balancers, each pool once.
+pub(in crate::service) async fn behind(
+    store: &dyn Store,
+    ws: &str,
+    pools: BTreeSet<PoolId>,
+) -> Result<Vec<(Pool, Vec<Behind>)>, ServiceError> {
+    let mut real = Vec::new();
+    for id in pools {
+        let found = records::find::<Pool>(store, &id.to_string()).await?;
+        match found.map(|(pool, _)| (pool.kind, pool)) {
+            Some((PoolKind::LoadBalancer { .. }, pool)) => real.push(pool),
+            Some((PoolKind::Simulated, _)) | None => {}
+        }
+    }
+    if real.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut bound = bound(store, ws).await?;
+    let mut found = Vec::with_capacity(real.len());
+    for pool in real {
+        let bound = bound.remove(&pool.id).unwrap_or_default();
+        let members = members(store, pool.id, &bound).await?;
+        let members = members
+            .into_iter()
+            .map(|member| Behind {
+                server: member.server.id,
+                name: member.server.name,
+                address: member.row.as_ref().and_then(|row| row.address),
+                port: member.row.as_ref().and_then(|row| row.port),
+            })
+            .collect();
+        found.push((pool, members));
+    }
+    Ok(found)
 }
 
 /// What a load balancer is to run. Its revision is the caller's to set.

@@ -13,13 +13,14 @@ use windlass_domain::{
     package::Package,
     plan::{Plan, Read, Unit},
     plugin::PluginKind,
+    pool::Pool,
     progress::Drift,
     server::{ReleaseState, Server},
     template::ProcessTemplate,
     workspace::Workspace,
 };
 
-use super::{Planner, ServiceError, cell_of, facts, specific};
+use super::{Behind, Planner, ServiceError, cell_of, facts, load_balancers, specific};
 use crate::engine;
 
 impl Planner {
@@ -165,6 +166,7 @@ impl Planner {
                 now.insert(subject.clone(), read_template(&template));
             }
         }
+        self.current_back_ends(plan, &wanted, &mut now).await?;
         if let Some(strategy) = &plan.strategy {
             let subject = plugin_subject(PluginKind::DeploymentStrategy, &strategy.name);
             if wanted.contains(subject.as_str())
@@ -174,6 +176,66 @@ impl Planner {
             }
         }
         Ok(now)
+    }
+
+    async fn current_back_ends(
+        &self,
+        plan: &Plan,
+        wanted: &HashSet<&str>,
+        now: &mut BTreeMap<String, Read>,
+    ) -> Result<(), ServiceError> {
+        // Plans that were made before these were read, and servers' own checks, name none.
+        if !wanted.iter().any(|subject| subject.starts_with(BACK_ENDS)) {
+            return Ok(());
+        }
+        for part in &plan.parts {
+            let Some(instance) = self.parts.instances.find(part.instance).await? else {
+                continue;
+            };
+            let pools = part.pools.iter().copied().collect();
+            let ws = instance.workspace.as_str();
+            for (pool, members) in load_balancers::behind(&*self.parts.store, ws, pools).await? {
+                let subject = back_ends_subject(&pool);
+                if wanted.contains(subject.as_str()) {
+                    now.insert(subject, read_back_ends(&members));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How the subjects of pools begin.
+const BACK_ENDS: &str = "back ends of ";
+
+pub(super) fn back_ends_subject(pool: &Pool) -> String {
+    format!("{BACK_ENDS}{}", pool.name)
+}
+
+/// Weights are left out: an order moves them itself.
+pub(super) fn read_back_ends(members: &[Behind]) -> Read {
+    let counted: Vec<_> = members
+        .iter()
+        .map(|member| (member.server, member.address, member.port))
+        .collect();
+    let names: Vec<String> = members
+        .iter()
+        .take(20)
+        .map(|member| {
+            let name = &member.name;
+            match (member.address, member.port) {
+                (None, None) => name.to_string(),
+                (Some(address), None) => format!("{name} at {address}"),
+                (None, Some(port)) => format!("{name} at port {port}"),
+                (Some(address), Some(port)) => {
+                    format!("{name} at {}", std::net::SocketAddr::new(address, port))
+                }
+            }
+        })
+        .collect();
+    Read {
+        digest: Digest::of_json(&counted),
+        shown: format!("{} servers: {}", counted.len(), names.join(", ")),
     }
 }
 
