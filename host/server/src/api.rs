@@ -18,6 +18,7 @@ mod certificates;
 pub mod client;
 mod dashboard;
 mod diagnoses;
+mod events;
 mod extract;
 mod gate;
 mod instances;
@@ -71,7 +72,7 @@ use crate::{
     gateway::{Gateway, secrets::SecretVault},
     service::{
         activation_codes::ActivationCodes, apps::Apps, certificates::Certificates,
-        diagnoses::Diagnoses, idempotency::Idempotency, instances::Instances,
+        diagnoses::Diagnoses, events::SystemEvents, idempotency::Idempotency, instances::Instances,
         invocations::Invocations, load_balancers::LoadBalancers, notifications::Notifications,
         orders::Orders, packages::Packages, plugin_calls::PluginCalls, plugin_events::PluginEvents,
         plugins::PluginService, pools::Pools, servers::Servers, shadows::Shadows,
@@ -108,6 +109,8 @@ pub struct ApiParts {
     pub plugin_calls: PluginCalls,
     /// What happened to plugins.
     pub plugin_events: PluginEvents,
+    /// What happened to servers and certificates.
+    pub events: SystemEvents,
     /// Versions of plugins that are compared with the default.
     pub shadows: Shadows,
     /// Orders.
@@ -225,6 +228,7 @@ fn routes() -> OpenApiRouter<Api> {
         .merge(operations::router())
         .merge(process_templates::router())
         .merge(diagnoses::router())
+        .merge(events::router())
         .merge(invocations::router())
         .merge(plugins::router())
         .merge(plugin_files::router())

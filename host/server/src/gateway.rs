@@ -355,6 +355,7 @@ struct Inner {
     sessions: Mutex<HashMap<ServerId, Arc<Session>>>,
     grants: Grants,
     attempts: Attempts,
+    evictions: events::Evictions,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
@@ -370,6 +371,7 @@ impl Gateway {
                 sessions: Mutex::default(),
                 grants: Grants::default(),
                 attempts: Attempts::default(),
+                evictions: events::Evictions::default(),
                 tasks: TaskTracker::new(),
                 stop: CancellationToken::new(),
             }),

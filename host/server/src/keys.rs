@@ -31,15 +31,16 @@
 //! | `plugin-decisions` | what operators decided about plugins |
 //! | `plugin-shadow/{name}/{version}` | `Shadow`: a comparison of a version with the default |
 //! | `plugin-event/{uuid}` | `PluginEvent` |
+//! | `event/{milliseconds}/{random}` | `SystemEvent` |
 
 use windlass_domain::{
-    Digest,
+    Digest, Timestamp,
     id::{
         AppId, CertificateId, DeliveryId, DiagnosisId, InstanceId, LoadBalancerId, PoolId,
         ServerId, TokenId,
     },
 };
-use windlass_store::{Key, Prefix};
+use windlass_store::{Key, Prefix, sortable};
 
 /// The tenant of every row until there are several.
 const TENANT: &str = "default";
@@ -270,6 +271,17 @@ pub(crate) fn plugin_event(id: &str) -> Key {
 /// The plugins' history, oldest first.
 pub(crate) fn plugin_events() -> Prefix {
     key(["plugin-event"]).below()
+}
+
+/// A system event.
+pub(crate) fn event(at: Timestamp, id: &str) -> Key {
+    let at = sortable(u64::try_from(at.unix_ms()).unwrap_or(0));
+    key(["event", &at, id])
+}
+
+/// The system events, oldest first.
+pub(crate) fn events() -> Prefix {
+    key(["event"]).below()
 }
 
 /// That a diagnosis runs.

@@ -14,6 +14,7 @@ pub mod apps;
 pub mod certificates;
 mod chosen;
 pub mod diagnoses;
+pub mod events;
 pub mod idempotency;
 pub mod instances;
 pub mod invocations;

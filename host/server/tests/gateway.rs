@@ -202,12 +202,22 @@ async fn a_second_session_evicts_the_first_and_is_recorded() {
     let event: serde_json::Value = serde_json::from_slice(&events.entries[0].value).unwrap();
     assert_eq!(event["kind"], "agent_session_evicted");
     assert_eq!(event["server"], who.server.to_string());
+    // The copies go on evicting each other: that is no event each time.
+    let mut second = second;
+    let third = Agent::connect(world.at, &who).await;
+    assert_eq!(goodbye(&mut second).await, GoodbyeReason::Evicted);
+    let events = world.store.scan(&prefix, None, PAGE_MAX_ENTRIES).await;
+    assert_eq!(events.unwrap().entries.len(), 1);
     // The first one's end is not the server's end.
     drop(first);
     drop(second);
+    drop(third);
     let notes = || world.records.notes.lock().unwrap().clone();
-    until("the end of the second", || (notes().len() >= 3, notes())).await;
-    assert_eq!(notes(), ["connected", "connected", "disconnected"]);
+    until("the end of the last", || (notes().len() >= 4, notes())).await;
+    assert_eq!(
+        notes(),
+        ["connected", "connected", "connected", "disconnected"]
+    );
     assert!(!world.gateway.is_online(who.server));
     world.stop().await;
 }

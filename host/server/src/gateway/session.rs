@@ -615,15 +615,23 @@ async fn evict(gateway: &Gateway, older: &Session, newer: &Session) {
         "another session with this server's key took over",
     );
     tracing::warn!(server.id = %newer.server, server.name = %newer.server_name, older = %older.peer, newer = %newer.peer, "a second session of one agent evicted the first");
+    let now = clock::now();
+    let Some(more) = gateway.inner.evictions.count(newer.server, now) else {
+        return;
+    };
+    let since = match more {
+        0 => String::new(),
+        more => format!("; it happened {more} times more since this was said last"),
+    };
     let event = SystemEvent {
         schema: 1,
-        at: clock::now(),
+        at: now,
         kind: EventKind::AgentSessionEvicted,
         level: EventLevel::Warning,
         server: Some(newer.server),
         message: format!(
             "a second session of {} from {} took over from the one from {}: if the agent did not just restart, \
-             its data directory was copied; register the copy as a server of its own",
+             its data directory was copied; register the copy as a server of its own{since}",
             newer.server_name, newer.peer, older.peer
         ),
     };

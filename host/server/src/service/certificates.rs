@@ -238,7 +238,7 @@ impl Certificates {
                 ),
             };
             // The mark and the event together: it is raised once.
-            let txn = records::replace(&certificate, entry.revision)?.and(events::put(&event)?);
+            let txn = records::replace(&certificate, entry.revision)?.and(events::put(&event));
             match records::commit(store, txn).await? {
                 Committed::Done(_) => {
                     tracing::warn!(certificate.id = %certificate.id, days, "{}", event.message)

@@ -7,6 +7,7 @@
 //! | orders with their nodes, logs and events | over, older than that, not among the newest of their workspace, and no order that is not over refers to them |
 //! | deliveries of notifications | ended, and older than that |
 //! | events of plugins | not among the newest 1,000 |
+//! | system events | not among the newest 1,000, and older than 7 days; or not among the newest 10,000 |
 //! | diagnoses | over, and older than [`RetentionSettings::keep_diagnoses_ms`] |
 //! | blobs | no package, kept order, diagnosis or installed release refers to them, and older than [`RetentionSettings::blob_grace_ms`] |
 //!
@@ -31,7 +32,7 @@ use windlass_domain::{
 use windlass_store::{Blobs, Store, Txn, retention};
 
 use super::{
-    ServiceError,
+    ServiceError, events,
     idempotency::Idempotency,
     packages::Packages,
     records::{self, Committed},
@@ -39,6 +40,7 @@ use super::{
 use crate::{
     clock,
     engine::rows as engine_rows,
+    gateway::events::SystemEvent,
     keys::{self, Kind},
 };
 
@@ -84,6 +86,8 @@ pub struct Swept {
     pub deliveries: u64,
     /// Orders.
     pub orders: u64,
+    /// System events.
+    pub events: u64,
     /// Diagnoses.
     pub diagnoses: u64,
     /// Blobs.
@@ -126,6 +130,7 @@ impl Retention {
                 Ok(swept) if swept == Swept::default() => {}
                 Ok(swept) => tracing::info!(
                     orders = swept.orders,
+                    events = swept.events,
                     diagnoses = swept.diagnoses,
                     upload_records = swept.upload_records,
                     deliveries = swept.deliveries,
@@ -160,6 +165,7 @@ impl Retention {
             |_| true,
         )
         .await?;
+        let events = self.prune_events(now).await?;
         let diagnoses = self.prune_diagnoses(now).await?;
         let collected = self.collect_blobs(now).await?;
         Ok(Swept {
@@ -167,6 +173,7 @@ impl Retention {
             upload_records,
             deliveries,
             orders,
+            events,
             diagnoses,
             blobs: collected.deleted,
             blob_bytes: collected.deleted_bytes,
@@ -205,6 +212,17 @@ impl Retention {
             }
         }
         Ok(deleted)
+    }
+
+    async fn prune_events(&self, now: Timestamp) -> Result<u64, ServiceError> {
+        let is_old = |entry: &windlass_store::Entry| {
+            serde_json::from_slice::<SystemEvent>(&entry.value)
+                .is_ok_and(|event| now.since_ms(event.at) >= events::KEPT_MS)
+        };
+        let prefix = keys::events();
+        let old = retention::prune(&*self.store, &prefix, events::KEPT, is_old).await?;
+        let many = retention::prune(&*self.store, &prefix, events::KEPT_MAX, |_| true).await?;
+        Ok(old.deleted + many.deleted)
     }
 
     async fn orders(&self) -> Result<Vec<(Order, windlass_store::Revision)>, ServiceError> {
@@ -371,6 +389,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::gateway::events::{EventKind, EventLevel, put};
     use crate::service::{
         packages::tests::{Ready, ready, request},
         records::PageRequest,
@@ -516,6 +535,52 @@ mod tests {
             .list("prod", &filter, PageRequest::first(5))
             .await;
         assert_eq!(page.unwrap().items.len(), 1);
+    }
+
+    #[tokio::test]
+    async fn system_events_are_bounded_and_the_newest_stay() {
+        let ready = ready().await;
+        let now = clock::now();
+        let ago = |ms: u64| Timestamp::from_unix_ms(now.unix_ms() - i64::try_from(ms).unwrap());
+        let raise = |from: u64, count: u64| {
+            let store = ready.store.clone();
+            let at: Vec<Timestamp> = (0..count).map(|number| ago(from + number)).collect();
+            async move {
+                for chunk in at.chunks(100) {
+                    let mut txn = Txn::new();
+                    for at in chunk {
+                        txn = txn.and(put(&SystemEvent {
+                            schema: 1,
+                            at: *at,
+                            kind: EventKind::AgentSessionEvicted,
+                            level: EventLevel::Warning,
+                            server: None,
+                            message: String::new(),
+                        }));
+                    }
+                    store.commit(txn).await.unwrap();
+                }
+            }
+        };
+        let count = || async {
+            let rows = records::all(&*ready.store, &keys::events()).await.unwrap();
+            rows.len()
+        };
+        let retention = retention_of(&ready, 10);
+        // 1,100 that are old: 1,000 are the newest.
+        raise(8 * DAY_MS, 1100).await;
+        assert_eq!(retention.sweep(now).await.unwrap().events, 100);
+        // With 600 of today they are not.
+        raise(DAY_MS, 600).await;
+        assert_eq!(retention.sweep(now).await.unwrap().events, 600);
+        // More than the most, all of today.
+        raise(2 * DAY_MS, 9_500).await;
+        assert_eq!(retention.sweep(now).await.unwrap().events, 500);
+        assert_eq!(count().await, events::KEPT_MAX);
+        let newest = super::super::events::SystemEvents::new(ready.store.clone());
+        let filter = super::super::events::EventFilter::default();
+        let page = newest.list(&filter, &PageRequest::first(1)).await.unwrap();
+        assert_eq!(page.items[0].at, ago(DAY_MS));
     }
 
     #[tokio::test]
