@@ -181,6 +181,48 @@ fn every_operation_has_its_id_its_token_and_its_problem() {
     }
 }
 
+/// What a request has to give is what has no default: none of our flags is required, and nothing with a default.
+#[test]
+fn no_request_has_to_give_what_has_a_default() {
+    fn check(schema: &Value, found: &mut Vec<String>) {
+        match schema {
+            Value::Object(fields) => {
+                let required = fields.get("required").and_then(Value::as_array);
+                for name in required.into_iter().flatten().filter_map(Value::as_str) {
+                    let field = &schema["properties"][name];
+                    if field["type"] == "boolean" || field.get("default").is_some() {
+                        found.push(name.to_owned());
+                    }
+                }
+                fields.values().for_each(|field| check(field, found));
+            }
+            Value::Array(items) => items.iter().for_each(|item| check(item, found)),
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {}
+        }
+    }
+    let document = document();
+    let mut looked = 0;
+    for (path, method, operation) in operations(&document) {
+        // The request's schema with all that it refers to.
+        let mut schemas = vec![&operation["requestBody"]];
+        let mut seen = BTreeSet::new();
+        while let Some(schema) = schemas.pop() {
+            let mut found = Vec::new();
+            check(schema, &mut found);
+            assert_eq!(found, Vec::<String>::new(), "{method} {path}");
+            let mut targets = BTreeSet::new();
+            references(schema, &mut targets);
+            for target in targets {
+                if let (true, Some(pointer)) = (seen.insert(target), target.strip_prefix('#')) {
+                    schemas.extend(document.pointer(pointer));
+                    looked += 1;
+                }
+            }
+        }
+    }
+    assert!(looked > 50, "{looked}");
+}
+
 #[test]
 fn every_reference_leads_somewhere() {
     let document = document();
