@@ -1,7 +1,9 @@
 #!/bin/sh
 # The rules of dependencies, checked against Cargo.lock and the manifests: where crates come from, which licences they have,
-# that each has its reason, and the layers of the house. Advisories need the network's database and are looked at by hand; the
-# known ones are listed here with the reason why they are accepted.
+# that each has its reason, and the layers of the house. Advisories are not checked here: cargo-deny and cargo-audit take their
+# database from GitHub (github.com/rustsec/advisory-db), and this has to pass where nothing but package registries can be
+# reached. By hand, where it can: `cargo audit`. Last compared with Cargo.lock: the database's commit bf5c0d245 of 2026-08-21.
+# What it says of crates that we have, with the reason why it is accepted:
 #
 #   RUSTSEC-2024-0384 (instant, unmaintained), RUSTSEC-2025-0057 (fxhash, unmaintained): dependencies of sled 0.34, which is
 #   given; neither is a fault. Both go with sled's next version.
