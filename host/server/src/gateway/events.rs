@@ -1,6 +1,6 @@
 //! System events: a small record for each. Read by [`crate::service::events`]. Source: spec "Diagnostics, events".
 //!
-//! What can happen again and again is raised once in [`SILENCE_MS`], with how often it happened: see [`Evictions`].
+//! What can happen again and again is raised once in [`SILENCE_MS`], with how often it happened: see `Evictions`.
 
 use std::{
     collections::HashMap,
