@@ -23,7 +23,8 @@ pub type Attributes = Vec<(String, String)>;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{message} ({code})")]
 pub struct HostError {
-    /// Stable code: `not-found`, `denied`, `timeout`, `unsupported`, `limit-exceeded`, `internal`.
+    /// Stable code: `not-found`, `offline`, `unsupported`, `invalid-request`, `denied`, `timeout`, `limit-exceeded`,
+    /// `not-possible`, `failed`, `internal`.
     pub code: String,
     /// What is wrong.
     pub message: String,
