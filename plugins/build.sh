@@ -88,7 +88,7 @@ if [ "$what" = plugins ]; then
         install_component "windlass_plugin_$(printf '%s' "$name" | tr - _).wasm" "$name.wasm"
     done
 else
-    for feature in tech-stack deployment-strategy diagnostic public-command tiny; do
+    for feature in tech-stack deployment-strategy diagnostic public-command entropy tiny; do
         # shellcheck disable=SC2086 # as above
         "$cargo" build --quiet $build_std --target "$target" --profile guest --lib -p windlass-test-guests --features "$feature"
         install_component windlass_test_guests.wasm "test-$feature.wasm"

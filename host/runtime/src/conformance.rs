@@ -54,7 +54,7 @@ pub enum Rule {
     Describe,
     /// Parameters that its schema allows are answered or refused with an error of its own.
     Parameters,
-    /// Equal requests get equal answers.
+    /// Equal requests get equal answers, also at another time and with other random numbers.
     Determinism,
     /// What its answers hold is what the core accepts.
     Answers,
@@ -302,8 +302,9 @@ pub async fn examine(
 
 async fn described_again(loaded: &Loaded, times: usize) -> Vec<Finding> {
     let schema_bytes = loaded.caller.sandbox.limits.schema_bytes;
+    let caller = loaded.caller.clone().elsewhere();
     for _ in 0..times {
-        let (again, _) = loaded.caller.describe(&loaded.guest).await;
+        let (again, _) = caller.describe(&loaded.guest).await;
         let fault = match again.map(|again| descriptor_from_guest(loaded.guest.kind(), again, schema_bytes)) {
             Ok(Ok((again, _))) if again == *loaded.descriptor => continue,
             Ok(Ok(_) | Err(_)) => {

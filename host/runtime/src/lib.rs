@@ -36,6 +36,7 @@ pub mod replay;
 mod sandbox;
 mod schema;
 mod state;
+mod surroundings;
 mod trust;
 
 pub use call::{

@@ -20,6 +20,7 @@ use crate::{
     plugin::{Caller, Guest, Loaded},
     sandbox::Sandbox,
     state::State,
+    surroundings::Surroundings,
 };
 
 /// The package of the contract, and the version that this host has.
@@ -119,6 +120,7 @@ pub(crate) async fn from_component(
             .min(sandbox.limits.max_memory_bytes),
         guest_time: sandbox.limits.guest_time,
         sink: None,
+        surroundings: Surroundings::Ordinary,
     };
     let (described, usage) = caller.describe(&guest).await;
     let described = described.map_err(|failure| {

@@ -31,6 +31,7 @@ use crate::{
     sandbox::{RunningCall, Sandbox},
     schema::Schema,
     state::{GuestLog, HostCall, State},
+    surroundings::Surroundings,
 };
 
 /// What a diagnostic answered, with what it looked at.
@@ -65,6 +66,7 @@ impl Guest {
 }
 
 /// What a call needs beside the component.
+#[derive(Clone)]
 pub(crate) struct Caller {
     pub(crate) sandbox: Arc<Sandbox>,
     pub(crate) reference: PluginRef,
@@ -72,6 +74,7 @@ pub(crate) struct Caller {
     pub(crate) memory_limit: u64,
     pub(crate) guest_time: Duration,
     pub(crate) sink: Option<Arc<dyn CallSink>>,
+    pub(crate) surroundings: Surroundings,
 }
 
 pub(crate) struct Loaded {
@@ -152,25 +155,34 @@ impl Plugin {
     /// all stops a call at its first instruction.
     #[must_use]
     pub fn constrained(&self, memory_bytes: Option<u64>, guest_time: Option<Duration>) -> Self {
+        self.changed(|caller| Caller {
+            memory_limit: memory_bytes
+                .map_or(caller.memory_limit, |bytes| bytes.min(caller.memory_limit)),
+            guest_time: guest_time.map_or(caller.guest_time, |time| time.min(caller.guest_time)),
+            ..caller
+        })
+    }
+
+    /// The same plugin at another time and with other random numbers, where its language has them. Its calls are not recorded.
+    pub(crate) fn elsewhere(&self) -> Self {
+        self.changed(Caller::elsewhere)
+    }
+
+    fn changed(&self, change: impl FnOnce(Caller) -> Caller) -> Self {
         let Loaded {
             guest,
             caller,
             descriptor,
             schema,
         } = &*self.loaded;
+        let caller = Caller {
+            sink: None,
+            ..change(caller.clone())
+        };
         Self {
             loaded: Arc::new(Loaded {
                 guest: guest.clone(),
-                caller: Caller {
-                    sandbox: Arc::clone(&caller.sandbox),
-                    reference: caller.reference.clone(),
-                    label: Arc::clone(&caller.label),
-                    memory_limit: memory_bytes
-                        .map_or(caller.memory_limit, |bytes| bytes.min(caller.memory_limit)),
-                    guest_time: guest_time
-                        .map_or(caller.guest_time, |time| time.min(caller.guest_time)),
-                    sink: None,
-                },
+                caller,
                 descriptor: Arc::clone(descriptor),
                 schema: Arc::clone(schema),
             }),
@@ -474,6 +486,14 @@ pub(crate) struct Invocation {
 }
 
 impl Caller {
+    /// The same, at another time and with other random numbers.
+    pub(crate) fn elsewhere(self) -> Self {
+        Self {
+            surroundings: Surroundings::Other,
+            ..self
+        }
+    }
+
     /// Asks a component what it is.
     pub(crate) async fn describe(&self, guest: &Guest) -> Outcome<types::Descriptor> {
         match guest {
@@ -531,6 +551,7 @@ impl Caller {
             host,
             limits.host_calls,
             limits.host_call_time,
+            self.surroundings,
         );
         let mut store = Store::new(&self.sandbox.engine, state);
         store.limiter(|state| &mut state.memory);

@@ -16,6 +16,7 @@ use crate::{
     diagnostic::Host,
     error::{CallFailure, millis},
     limits::MemoryMeter,
+    surroundings::Surroundings,
 };
 
 /// Messages kept of one call, and bytes kept of one message. Source: wit, `logging`.
@@ -48,6 +49,7 @@ pub(crate) struct State {
     pub(crate) host_calls: Vec<HostCall>,
     pub(crate) host_calls_limit: u32,
     pub(crate) host_call_time: Duration,
+    surroundings: Surroundings,
     wasi: Option<Box<Wasi>>,
 }
 
@@ -63,6 +65,7 @@ impl State {
         host: Option<Arc<dyn Host>>,
         host_calls_limit: u32,
         host_call_time: Duration,
+        surroundings: Surroundings,
     ) -> Self {
         Self {
             memory,
@@ -74,6 +77,7 @@ impl State {
             host_calls: Vec::new(),
             host_calls_limit,
             host_call_time,
+            surroundings,
             wasi: None,
         }
     }
@@ -135,7 +139,7 @@ impl logging::Host for State {
 
 impl WasiView for State {
     fn ctx(&mut self) -> WasiCtxView<'_> {
-        let log = &self.log;
+        let (log, surroundings) = (&self.log, self.surroundings);
         // Made only for guests that use it: most do not.
         let wasi = self.wasi.get_or_insert_with(|| {
             let mut builder = WasiCtxBuilder::new();
@@ -144,6 +148,7 @@ impl WasiView for State {
                 .allow_udp(false)
                 .stdout(OutputToLog(Arc::clone(log)))
                 .stderr(OutputToLog(Arc::clone(log)));
+            surroundings.furnish(&mut builder);
             Box::new(Wasi {
                 ctx: builder.build(),
                 table: ResourceTable::new(),

@@ -6,10 +6,11 @@ mod support;
 
 use std::{fs, path::Path, sync::OnceLock, time::Duration};
 
-use serde_json::{Value, json};
+use serde_json::json;
 use support::{guest, shipped};
+use windlass_domain::{plugin::CommandRequest, value::Value};
 use windlass_runtime::{
-    Plugin, RuntimeLimits,
+    FileError, Plugin, RejectionCode, RuntimeLimits,
     conformance::{Examination, FixtureAnswer, Rule, Sample, Severity, examine, quick},
     load_file,
 };
@@ -33,7 +34,7 @@ async fn load_guest(kind: &str, marker: &str) -> Plugin {
     load(&file).await
 }
 
-fn sample(export: &str, input: Value) -> Sample {
+fn sample(export: &str, input: serde_json::Value) -> Sample {
     serde_json::from_value(json!({ "name": "a sample", "export": export, "input": input })).unwrap()
 }
 
@@ -212,4 +213,56 @@ async fn versions_are_compared() {
             "{marker}: {result:#?}"
         );
     }
+}
+
+/// The command as the guest `entropy` renders it, and what it saw.
+async fn seen(plugin: &Plugin, behave: &str) -> String {
+    let request = CommandRequest {
+        parameters: json!({ "behave": behave }),
+        target: support::server("s1"),
+    };
+    match plugin.render(&request).await.unwrap().env.get("SEEN") {
+        Some(Value::Plain(text)) => text.clone(),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_by_time_or_chance_is_caught_and_never_differs_on_a_server() {
+    let plugin = load_guest("entropy", "entropy;1.0.0;ok;").await;
+    for (behave, depends) in [("time", true), ("chance", true), ("count", false)] {
+        // What a server's calls see is the same each time: recorded calls can be made again.
+        let first = seen(&plugin, behave).await;
+        assert!(!first.is_empty());
+        assert_eq!(seen(&plugin, behave).await, first, "{behave}");
+        // The kit makes the second call at another time and with other random numbers.
+        let samples = [sample(
+            "render",
+            json!({ "parameters": { "behave": behave } }),
+        )];
+        let examination = examine(&plugin, &samples, None).await;
+        let result = rule(&examination, Rule::Determinism);
+        let caught = result
+            .findings
+            .iter()
+            .find(|finding| finding.severity == Severity::Failed);
+        assert_eq!(caught.is_some(), depends, "{behave}: {result:#?}");
+        if let Some(caught) = caught {
+            let input = caught.input.as_ref().unwrap();
+            assert_eq!(input["parameters"]["behave"], behave);
+        }
+    }
+    // No instance lives longer than its call: there were none before.
+    assert_eq!(seen(&plugin, "count").await, "0");
+    // A description by chance is caught by the quick part, too, which servers run.
+    let temp = tempfile::tempdir().unwrap();
+    let file = temp.path().join("guest.wasm");
+    fs::write(&file, guest("entropy", "entropy;1.0.0;chance;")).unwrap();
+    let refused = load_file(&file, RuntimeLimits::default(), None)
+        .await
+        .expect_err("it describes itself by chance");
+    let FileError::Rejected { rejection, .. } = &refused else {
+        panic!("{refused:?}");
+    };
+    assert_eq!(rejection.code, RejectionCode::NotConforming, "{rejection}");
 }

@@ -8,6 +8,8 @@ pub mod behave;
 pub mod descriptor;
 #[cfg(feature = "diagnostic")]
 pub mod diagnostic;
+#[cfg(feature = "entropy")]
+pub mod entropy;
 #[cfg(feature = "public-command")]
 pub mod public_command;
 #[cfg(feature = "deployment-strategy")]

@@ -83,9 +83,12 @@ impl Kit {
                 inputs.push((export, ordinary_request(export, &set, request::SERVERS)));
             }
         }
+        let (here, elsewhere) = (self.plugin.clone(), self.plugin.elsewhere());
         for (export, input) in &inputs {
             let (export, first) = (*export, self.call(*export, input).await);
+            self.plugin = elsewhere.clone();
             let second = self.call(export, input).await;
+            self.plugin = here.clone();
             let (first, second) = match (first, second) {
                 (Ok(first), Ok(second)) => (first, second),
                 (Err(error), Ok(_) | Err(_)) | (Ok(_), Err(error)) => {
