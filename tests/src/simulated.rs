@@ -489,6 +489,7 @@ impl FleetTask {
                     output: "done\n".to_owned(),
                     dropped_bytes: 0,
                     message: String::new(),
+                    fault: None,
                     started_at: None,
                     finished_at: Timestamp::from_unix_ms(1_700_000_000_000),
                 };

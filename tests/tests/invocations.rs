@@ -2,19 +2,26 @@
 
 use std::{fs, path::Path};
 
+use bytes::Bytes;
+use hyper::Method;
 use serde_json::{Value, json};
-use windlass::api::client::ClientError;
+use windlass::api::client::{Answer, ClientError, EventStream};
 use windlass_tests::{
     guests::{PluginDirectory, guest, wait_active},
-    host::{Setup, TestHost, eventually, items, text},
+    host::{Setup, TestHost, WITHIN, eventually, items, text},
 };
 
 async fn host_with_commands(agents: u32) -> (TestHost, PluginDirectory) {
+    host_with(agents, &[]).await
+}
+
+async fn host_with(agents: u32, arguments: &[&str]) -> (TestHost, PluginDirectory) {
     let plugins = PluginDirectory::shipped();
     plugins.drop_in("shell.wasm", &guest("public-command", "shell", "1.0.0"));
     let setup = Setup {
         agents,
         plugins: Some(plugins.path()),
+        server_args: arguments.iter().map(|&argument| argument.into()).collect(),
         ..Setup::default()
     };
     let host = TestHost::start(setup).await;
@@ -131,6 +138,16 @@ async fn a_command_runs_on_servers_and_every_end_says_what_happened() {
         run["dropped_bytes"]
     );
     assert!(text(&run["output"]).len() <= 24 * 1024);
+    assert_eq!(
+        (&run["state"], &run["exit_code"], &run["error"]["code"]),
+        (&json!("finished"), &json!(0), &json!("OutputLimit")),
+        "{run}"
+    );
+    assert!(
+        text(&run["error"]["message"]).contains(&run["dropped_bytes"].to_string()),
+        "{}",
+        run["error"]
+    );
 
     // --- a time-out, which is at least ten seconds, kills the whole tree; meanwhile another is stopped by a person
     let (slow, stopped) = (host.path().join("slow"), host.path().join("stopped"));
@@ -327,4 +344,150 @@ async fn whatever_dies_a_script_runs_once_and_its_end_is_known() {
         "each ran once: {:?}",
         fs::read_to_string(&tasks)
     );
+}
+
+/// The next event of a live output: its kind, its id, its data.
+async fn next(stream: &mut EventStream) -> (String, String, Value) {
+    let event = tokio::time::timeout(WITHIN, stream.next())
+        .await
+        .expect("an event in time")
+        .expect("the stream holds")
+        .expect("an event");
+    let data = serde_json::from_str(&event.data).expect("JSON");
+    (event.event, event.id, data)
+}
+
+/// What a live output says up to a text, or up to its end: everything in one, and the last event.
+async fn read_to(stream: &mut EventStream, wanted: &str) -> (String, (String, String, Value)) {
+    let mut all = String::new();
+    loop {
+        let event = next(stream).await;
+        if event.0 == "output" {
+            all.push_str(&text(&event.2["text"]));
+        }
+        if event.0 == "end" || (!wanted.is_empty() && all.contains(wanted)) {
+            return (all, event);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn output_is_live_and_a_day_has_a_quota_that_nothing_forgets() {
+    const PER_DAY: usize = 4;
+    let (mut host, _plugins) = host_with(1, &["--invocations-per-day", "4"]).await;
+    let (_, server) = host.servers().await.remove(0);
+    let go = host.path().join("go");
+    let run = format!(
+        "echo first; while [ ! -e {} ]; do sleep 0.1; done; echo second; exit 4",
+        go.display()
+    );
+
+    // --- output while it runs
+    let made = host
+        .api
+        .post(&host.ws("invocations"), &shell(&run, &[&server]))
+        .await
+        .expect("an invocation");
+    let run = host.ws(&format!(
+        "invocations/{}/servers/{server}/output",
+        text(&made["id"])
+    ));
+    let live = format!("{run}/live");
+    let mut stream = host.api.events(&live, None).await.expect("a stream");
+    let (said, (_, known, _)) = read_to(&mut stream, "first\n").await;
+    assert_eq!((said.as_str(), known.as_str()), ("first\n", "6"));
+    let now = host.api.get(&run).await.expect("the output of now");
+    assert_eq!(
+        (&now["output"], &now["ended"]),
+        (&json!("first\n"), &json!(false))
+    );
+    fs::write(&go, "").expect("the test's sign");
+    let (said, (_, _, end)) = read_to(&mut stream, "").await;
+    assert_eq!(said, "second\n");
+    assert_eq!(
+        (&end["state"], &end["exit_code"], &end["error"]["code"]),
+        (&json!("finished"), &json!(4), &json!("ExitCodeNonzero")),
+        "{end}"
+    );
+    assert_eq!(end["result"]["result"]["summary"], "done", "{end}");
+    assert!(stream.next().await.expect("it ends well").is_none());
+    // Whoever comes later reads the same, from where they were.
+    for (after, expect) in [(None, "first\nsecond\n"), (Some("6"), "second\n")] {
+        let mut stream = host.api.events(&live, after).await.expect("a stream");
+        let (said, (kind, _, _)) = read_to(&mut stream, "").await;
+        assert_eq!((said.as_str(), kind.as_str()), (expect, "end"));
+    }
+    let now = host.api.get(&run).await.expect("the output");
+    assert_eq!(
+        (&now["output"], &now["ended"], &now["next_offset"]),
+        (&json!("first\nsecond\n"), &json!(true), &json!(13))
+    );
+    let other = run.replace(&server, "srv_00000000000000000000000000000000");
+    for path in [other.clone(), format!("{other}/live")] {
+        let absent = host.api.events(&path, None).await.err().expect("no run");
+        assert!(absent.to_string().contains("404"), "{absent}");
+    }
+
+    // --- the quota. A day may end in the middle: then the count begins again, and so does this part.
+    let (api, list, quota) = (
+        host.api.clone(),
+        host.ws("invocations"),
+        host.ws("invocation-quota"),
+    );
+    let body = Bytes::from(shell("true", &[&server]).to_string());
+    let post = async |key: Option<&str>| -> Answer {
+        let headers: Vec<_> = [("content-type", "application/json")]
+            .into_iter()
+            .chain(key.map(|key| ("idempotency-key", key)))
+            .collect();
+        let answer = api.request(Method::POST, &list, body.clone(), &headers);
+        answer.await.expect("an answer")
+    };
+    loop {
+        let before = api.get(&quota).await.expect("the quota");
+        assert_eq!(before["limit"], PER_DAY, "{before}");
+        let used = before["used"].as_u64().expect("a figure");
+        // What is refused does not count, and the same request counts once.
+        let bad = with(shell("true", &[&server]), "timeout_s", json!(86_401));
+        api.post(&list, &bad).await.expect_err("out of limit");
+        let key = text(&before["resets_at"]);
+        let (first, again) = (post(Some(&key)).await, post(Some(&key)).await);
+        assert_eq!((first.status, again.status), (201, 201));
+        assert_eq!(first.json()["id"], again.json()["id"]);
+        let many = tokio::join!(post(None), post(None), post(None), post(None));
+        let many: [Answer; 4] = many.into();
+        // Nothing forgets: neither of these ends is one that the server chose.
+        host.kill();
+        host.boot(&[]).await;
+        let refused = post(None).await;
+        let after = api.get(&quota).await.expect("the quota");
+        if before["resets_at"] != after["resets_at"] {
+            continue;
+        }
+        let made = many.iter().filter(|answer| answer.status == 201).count();
+        assert_eq!(used as usize + 1 + made, PER_DAY, "{many:?}");
+        assert_eq!(after["used"], PER_DAY, "{after}");
+        for answer in many.iter().filter(|answer| answer.status != 201) {
+            assert_eq!(answer.status, 429, "{}", answer.text());
+        }
+        let problem = refused.json();
+        assert_eq!(
+            (refused.status, &problem["code"], &problem["limit"]),
+            (429, &json!("invocation_quota_reached"), &json!(PER_DAY)),
+            "{problem}"
+        );
+        let detail = text(&problem["detail"]);
+        assert!(
+            detail.contains(&text(&after["resets_at"])) && detail.contains(&PER_DAY.to_string()),
+            "{detail}"
+        );
+        break;
+    }
+    // Each that was made is there, and each ends.
+    let listed = items(&api.get(&list).await.expect("a list"));
+    for made in &listed {
+        let path = format!("{list}/{}?wait_s=60", text(&made["id"]));
+        let ended = api.get(&path).await.expect("it");
+        assert_eq!(ended["state"], "finished", "{ended}");
+    }
 }

@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use windlass_domain::{
     Timestamp,
-    task::{Action, Outcome, Task, TaskId, TaskResult},
+    task::{Action, Fault, Outcome, Task, TaskId, TaskResult},
     value::Value,
 };
 use windlass_protocol::{DownloadGrant, OutputChunk, SecretText};
@@ -146,6 +146,7 @@ struct Ended {
     output: String,
     dropped_bytes: u64,
     message: String,
+    fault: Option<Fault>,
 }
 
 impl Ended {
@@ -156,6 +157,40 @@ impl Ended {
             output: String::new(),
             dropped_bytes: 0,
             message: message.into(),
+            fault: None,
+        }
+    }
+
+    fn because(self, fault: Option<Fault>) -> Self {
+        Self { fault, ..self }
+    }
+}
+
+impl ActionError {
+    /// The reason for programs, where there is one.
+    fn fault(&self) -> Option<Fault> {
+        match self {
+            Self::User(UserError::NotExists(_)) => Some(Fault::NoUser),
+            Self::User(
+                UserError::NotAllowed { .. }
+                | UserError::RootDisabled
+                | UserError::NotPrivileged { .. },
+            )
+            | Self::Secret(_)
+            | Self::Variable(_)
+            | Self::Instance(_)
+            | Self::File(_)
+            | Self::Fetch(_)
+            | Self::Unpack(_)
+            | Self::NotCached(_)
+            | Self::PathNotAllowed { .. }
+            | Self::Path(_)
+            | Self::Download(_)
+            | Self::Root(_)
+            | Self::NotADirectory(_)
+            | Self::NoInstance(_)
+            | Self::App(_)
+            | Self::Worker(_) => None,
         }
     }
 }
@@ -173,6 +208,7 @@ pub fn result_without_run(
         output: String::new(),
         dropped_bytes: 0,
         message: message.to_owned(),
+        fault: None,
         started_at,
         finished_at: clock::now(),
     }
@@ -187,7 +223,7 @@ pub async fn run(context: Arc<Context>, job: Job) -> (TaskId, TaskResult) {
     let left = Duration::from_millis(job.task.timeout_ms).saturating_sub(spent);
     let ended = match carry_out(&context, &job, left).await {
         Ok(ended) => ended,
-        Err(error) => Ended::new(Outcome::Failed, chain(&error)),
+        Err(error) => Ended::new(Outcome::Failed, chain(&error)).because(error.fault()),
     };
     let result = TaskResult {
         outcome: ended.outcome,
@@ -195,6 +231,7 @@ pub async fn run(context: Arc<Context>, job: Job) -> (TaskId, TaskResult) {
         output: masker.text(&ended.output),
         dropped_bytes: ended.dropped_bytes,
         message: masker.text(&ended.message),
+        fault: ended.fault,
         started_at: Some(started_at),
         finished_at: clock::now(),
     };
@@ -276,7 +313,7 @@ async fn carry_out(
                 let colon = if detail.is_empty() { "" } else { ": " };
                 Ok(Ended::new(
                     Outcome::TimedOut,
-                    format!("ExecutionTimeout: it was not done within {} ms{colon}{detail}", task.timeout_ms),
+                    format!("it was not done within {} ms{colon}{detail}", task.timeout_ms),
                 ))
             }
         },
@@ -304,7 +341,7 @@ fn too_late(task: &Task) -> Ended {
     Ended::new(
         Outcome::TimedOut,
         format!(
-            "ExecutionTimeout: the agent was down while it ran, and its time-out of {} ms has passed; it does not go on",
+            "the agent was down while it ran, and its time-out of {} ms has passed; it does not go on",
             task.timeout_ms
         ),
     )

@@ -27,10 +27,8 @@ pub struct User {
 /// Why a task may not run as a user.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum UserError {
-    /// UserNotExists.
-    #[error(
-        "UserNotExists: there is no OS user `{0}` in /etc/passwd on this server; create it or choose another"
-    )]
+    /// There is none of this name.
+    #[error("there is no OS user `{0}` in /etc/passwd on this server; create it or choose another")]
     NotExists(String),
     /// Not on the allow-list.
     #[error(

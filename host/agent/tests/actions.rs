@@ -7,7 +7,7 @@ use std::{
 
 use windlass_domain::{
     Timestamp,
-    task::{Action, Check, Outcome, PackageFormat, Probe},
+    task::{Action, Check, Fault, Outcome, PackageFormat, Probe},
     value::Value,
 };
 
@@ -31,11 +31,7 @@ async fn a_script_runs_with_its_environment_and_its_result_is_whole() {
         (Outcome::Failed, Some(7)),
         "{result:?}"
     );
-    assert!(
-        result.message.starts_with("ExitCodeNonzero"),
-        "{}",
-        result.message
-    );
+    assert!(result.message.contains("exit code 7"), "{}", result.message);
     for part in [
         "out\n",
         "err\n",
@@ -73,8 +69,9 @@ async fn what_cannot_start_says_why() {
     };
     script.interpreter = vec!["/no/such/interpreter".into()];
     let result = gateway.run(task).await;
+    assert_eq!(result.fault, Some(Fault::NoInterpreter), "{result:?}");
     assert!(
-        result.message.starts_with("InterpreterMissing"),
+        result.message.contains("/no/such/interpreter"),
         "{result:?}"
     );
 
@@ -84,15 +81,14 @@ async fn what_cannot_start_says_why() {
     };
     script.working_dir = Some("/no/such/directory".into());
     let result = gateway.run(task).await;
-    assert!(
-        result.message.starts_with("DirectoryNotExists"),
-        "{result:?}"
-    );
+    assert_eq!(result.fault, Some(Fault::NoDirectory), "{result:?}");
+    assert!(result.message.contains("/no/such/directory"), "{result:?}");
 
     let mut task = order.script("true");
     task.run_as = Some("no-such-user".into());
     let result = gateway.run(task).await;
-    assert!(result.message.starts_with("UserNotExists"), "{result:?}");
+    assert_eq!(result.fault, Some(Fault::NoUser), "{result:?}");
+    assert!(result.message.contains("`no-such-user`"), "{result:?}");
 
     let mut task = order.script("true");
     task.env
@@ -103,7 +99,10 @@ async fn what_cannot_start_says_why() {
     let mut task = order.script("true");
     task.expires_at = Timestamp::from_unix_ms(1000);
     let result = gateway.run(task).await;
-    assert_eq!(result.outcome, Outcome::Refused);
+    assert_eq!(
+        (result.outcome, result.fault),
+        (Outcome::Refused, Some(Fault::Expired))
+    );
     assert!(result.message.contains("expired"), "{result:?}");
 
     let mut task = order.script("true");

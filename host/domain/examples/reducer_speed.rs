@@ -104,6 +104,7 @@ fn finished(node: NodeIndex, attempt: u32, outcome: Outcome) -> Event {
             output: String::new(),
             dropped_bytes: 0,
             message: String::new(),
+            fault: None,
             started_at: None,
             finished_at: Timestamp::from_unix_ms(0),
         }),

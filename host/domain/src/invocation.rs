@@ -9,6 +9,8 @@
 //!                   └───────────┴── stopping ──► stopped
 //! ```
 
+pub mod quota;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -16,7 +18,7 @@ use crate::{
     manifest::PluginRef,
     plugin::CommandResult,
     progress::{NodeProgress, NodeState},
-    task::{Outcome, TaskResult},
+    task::{Fault, Outcome, TaskResult},
     time::Timestamp,
 };
 
@@ -155,26 +157,11 @@ pub enum ErrorCode {
     DirectoryNotExists,
     /// No such interpreter.
     InterpreterMissing,
-    /// It wrote too much.
+    /// It did what it should, and wrote more than is kept: beside [`RunState::Finished`] and exit code 0.
     OutputLimit,
 }
 
 impl ErrorCode {
-    const ALL: [(Self, &'static str); 12] = [
-        (Self::ClientNotOnline, "ClientNotOnline"),
-        (Self::ClientNotResponse, "ClientNotResponse"),
-        (Self::ClientNeedUpgrade, "ClientNeedUpgrade"),
-        (Self::DeliveryTimeout, "DeliveryTimeout"),
-        (Self::ExecutionTimeout, "ExecutionTimeout"),
-        (Self::ExecutionException, "ExecutionException"),
-        (Self::ExitCodeNonzero, "ExitCodeNonzero"),
-        (Self::InstanceRestarted, "InstanceRestarted"),
-        (Self::UserNotExists, "UserNotExists"),
-        (Self::DirectoryNotExists, "DirectoryNotExists"),
-        (Self::InterpreterMissing, "InterpreterMissing"),
-        (Self::OutputLimit, "OutputLimit"),
-    ];
-
     /// What it means, and what to do.
     #[must_use]
     pub const fn explained(self) -> (&'static str, &'static str) {
@@ -224,30 +211,21 @@ impl ErrorCode {
                 "install the interpreter on the server",
             ),
             Self::OutputLimit => (
-                "it wrote more output than is kept",
-                "write less, or into a file",
+                "it wrote more output than is kept of it, 24 KiB; its result is made from the head and the tail",
+                "let it write less, or into a file on the server; whoever follows the output while it runs sees more",
             ),
         }
     }
 
-    fn with(self, message: &str) -> RunError {
+    fn with(self, message: String) -> RunError {
         let (explanation, mend) = self.explained();
         RunError {
             code: self,
             explanation: explanation.to_owned(),
-            message: message.to_owned(),
+            message,
             mend: mend.to_owned(),
         }
     }
-}
-
-/// What a message of the agent or the gateway begins with, where it is one of the codes (`UserNotExists: there is no …`).
-fn named_in(message: &str) -> Option<ErrorCode> {
-    let (name, _) = message.split_once(':')?;
-    ErrorCode::ALL
-        .iter()
-        .find(|(_, known)| *known == name.trim())
-        .map(|(code, _)| *code)
 }
 
 /// Where one server is, from the row of its step; `order_ended`: nothing more happens in the order.
@@ -267,39 +245,64 @@ pub fn run_state(row: &NodeProgress, order_ended: bool) -> RunState {
             Some(result) if result.outcome == Outcome::Failed && result.exit_code.is_some() => {
                 RunState::Finished
             }
-            Some(result)
-                if result.outcome == Outcome::Revoked && named_in(&result.message).is_none() =>
-            {
-                RunState::Stopped
-            }
+            Some(result) if result.outcome == Outcome::Revoked => RunState::Stopped,
             Some(_) | None => RunState::Failed,
         },
     }
 }
 
-/// Why a run did not do what it should; `None`: it did, has not ended, or was stopped.
+/// Why a run did not do what it should, or that its output is not whole; `None`: neither, it has not ended, or was stopped.
 #[must_use]
 pub fn run_error(state: RunState, result: Option<&TaskResult>) -> Option<RunError> {
-    let result = result?;
-    let message = result.message.as_str();
     match state {
-        RunState::Pending | RunState::Running | RunState::Stopping | RunState::Stopped => {
-            return None;
+        RunState::Pending | RunState::Running | RunState::Stopping | RunState::Stopped => None,
+        RunState::Finished | RunState::Failed => {
+            let result = result?;
+            let code = code(result)?;
+            let message = match code {
+                ErrorCode::OutputLimit => format!(
+                    "{} bytes of its output were left out, between the head and the tail that are kept",
+                    result.dropped_bytes
+                ),
+                ErrorCode::ClientNotOnline
+                | ErrorCode::ClientNotResponse
+                | ErrorCode::ClientNeedUpgrade
+                | ErrorCode::DeliveryTimeout
+                | ErrorCode::ExecutionTimeout
+                | ErrorCode::ExecutionException
+                | ErrorCode::ExitCodeNonzero
+                | ErrorCode::InstanceRestarted
+                | ErrorCode::UserNotExists
+                | ErrorCode::DirectoryNotExists
+                | ErrorCode::InterpreterMissing => result.message.clone(),
+            };
+            Some(code.with(message))
         }
-        RunState::Finished | RunState::Failed => {}
     }
-    let code = match result.outcome {
-        Outcome::Succeeded => return None,
-        Outcome::TimedOut => ErrorCode::ExecutionTimeout,
-        Outcome::Failed if result.exit_code.is_some() => ErrorCode::ExitCodeNonzero,
-        Outcome::Failed => named_in(message).unwrap_or(ErrorCode::ExecutionException),
-        Outcome::Revoked => named_in(message).unwrap_or(ErrorCode::ExecutionException),
-        Outcome::Refused if message.starts_with("not delivered") => ErrorCode::ClientNotOnline,
-        Outcome::Refused => named_in(message).unwrap_or(ErrorCode::DeliveryTimeout),
-        Outcome::Unknown if message.contains("did not report") => ErrorCode::ClientNotResponse,
-        Outcome::Unknown => ErrorCode::InstanceRestarted,
-    };
-    Some(code.with(message))
+}
+
+/// The code of a task's end. Texts are for people: nothing is read out of them.
+fn code(result: &TaskResult) -> Option<ErrorCode> {
+    match result.outcome {
+        Outcome::Succeeded => {
+            return (result.dropped_bytes > 0).then_some(ErrorCode::OutputLimit);
+        }
+        Outcome::TimedOut => return Some(ErrorCode::ExecutionTimeout),
+        Outcome::Failed if result.exit_code.is_some() => return Some(ErrorCode::ExitCodeNonzero),
+        Outcome::Failed | Outcome::Revoked | Outcome::Refused | Outcome::Unknown => {}
+    }
+    Some(match (result.fault, result.outcome) {
+        (Some(Fault::NotDelivered), _) => ErrorCode::ClientNotOnline,
+        (Some(Fault::Expired), _) => ErrorCode::DeliveryTimeout,
+        (Some(Fault::AgentTooOld), _) => ErrorCode::ClientNeedUpgrade,
+        (Some(Fault::NotReported), _) => ErrorCode::ClientNotResponse,
+        (Some(Fault::Restarted), _) => ErrorCode::InstanceRestarted,
+        (Some(Fault::NoUser), _) => ErrorCode::UserNotExists,
+        (Some(Fault::NoDirectory), _) => ErrorCode::DirectoryNotExists,
+        (Some(Fault::NoInterpreter), _) => ErrorCode::InterpreterMissing,
+        (None, Outcome::Unknown) => ErrorCode::ClientNotResponse,
+        (Some(Fault::RunnerLost | Fault::Other) | None, _) => ErrorCode::ExecutionException,
+    })
 }
 
 /// An invocation with what it came to.
@@ -390,7 +393,7 @@ pub struct Run {
     pub output: String,
     /// Bytes that were left out between head and tail.
     pub dropped_bytes: u64,
-    /// Why it did not do what it should.
+    /// Why it did not do what it should, or (`OutputLimit`, beside exit code 0) that its output is not whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<RunError>,
     /// What the command makes of the output, once it has ended.
@@ -477,7 +480,7 @@ mod tests {
         state: NodeState,
         outcome: Outcome,
         exit_code: Option<i32>,
-        message: &str,
+        fault: Option<Fault>,
     ) -> NodeProgress {
         NodeProgress {
             state,
@@ -486,7 +489,9 @@ mod tests {
                 exit_code,
                 output: String::new(),
                 dropped_bytes: 0,
-                message: message.to_owned(),
+                // Says nothing to programs.
+                message: "UserNotExists: not delivered, and did not report".to_owned(),
+                fault,
                 started_at: None,
                 finished_at: Timestamp::from_unix_ms(1),
             }),
@@ -497,91 +502,104 @@ mod tests {
     #[test]
     fn each_end_has_its_state_and_code() {
         use NodeState::{Cancelled, Failed, Succeeded};
-        for (row, state, code) in [
+        let mut cut = row(Succeeded, Outcome::Succeeded, Some(0), None);
+        if let Some(result) = &mut cut.result {
+            result.dropped_bytes = 7;
+        }
+        let mut cut_and_failed = cut.clone();
+        cut_and_failed.state = Failed;
+        if let Some(result) = &mut cut_and_failed.result {
+            (result.outcome, result.exit_code) = (Outcome::Failed, Some(1));
+        }
+        let failed = |outcome, fault| row(Failed, outcome, None, fault);
+        let cases = [
             (
-                row(Succeeded, Outcome::Succeeded, Some(0), ""),
+                row(Succeeded, Outcome::Succeeded, Some(0), None),
                 RunState::Finished,
                 None,
             ),
+            (cut, RunState::Finished, Some(ErrorCode::OutputLimit)),
             (
-                row(Failed, Outcome::Failed, Some(3), ""),
+                cut_and_failed,
                 RunState::Finished,
                 Some(ErrorCode::ExitCodeNonzero),
             ),
             (
-                row(
-                    Failed,
-                    Outcome::Failed,
-                    None,
-                    "UserNotExists: there is no OS user `x`",
-                ),
-                RunState::Failed,
-                Some(ErrorCode::UserNotExists),
+                row(Failed, Outcome::Failed, Some(3), None),
+                RunState::Finished,
+                Some(ErrorCode::ExitCodeNonzero),
             ),
             (
-                row(Failed, Outcome::Failed, None, "tasks may not run as root"),
-                RunState::Failed,
-                Some(ErrorCode::ExecutionException),
-            ),
-            (
-                row(Failed, Outcome::TimedOut, None, ""),
-                RunState::Failed,
-                Some(ErrorCode::ExecutionTimeout),
-            ),
-            (
-                row(
-                    Failed,
-                    Outcome::Refused,
-                    None,
-                    "not delivered: the agent of web-1 was not connected for 10 ms",
-                ),
-                RunState::Failed,
-                Some(ErrorCode::ClientNotOnline),
-            ),
-            (
-                row(
-                    Failed,
-                    Outcome::Refused,
-                    None,
-                    "it arrived after its expiry",
-                ),
-                RunState::Failed,
-                Some(ErrorCode::DeliveryTimeout),
-            ),
-            (
-                row(
-                    Failed,
-                    Outcome::Unknown,
-                    None,
-                    "the agent of web-1 did not report in time",
-                ),
-                RunState::Failed,
-                Some(ErrorCode::ClientNotResponse),
-            ),
-            (
-                row(Failed, Outcome::Unknown, None, "the machine restarted"),
-                RunState::Failed,
-                Some(ErrorCode::InstanceRestarted),
-            ),
-            (
-                row(
-                    Failed,
-                    Outcome::Failed,
-                    None,
-                    "ClientNeedUpgrade: the agent of web-1 is old",
-                ),
-                RunState::Failed,
-                Some(ErrorCode::ClientNeedUpgrade),
-            ),
-            (
-                row(Cancelled, Outcome::Revoked, None, ""),
+                row(Cancelled, Outcome::Revoked, None, None),
                 RunState::Stopped,
                 None,
             ),
-        ] {
+            (failed(Outcome::Revoked, None), RunState::Stopped, None),
+        ];
+        let failures = [
+            (
+                Outcome::Failed,
+                Some(Fault::NoUser),
+                ErrorCode::UserNotExists,
+            ),
+            (
+                Outcome::Failed,
+                Some(Fault::NoDirectory),
+                ErrorCode::DirectoryNotExists,
+            ),
+            (
+                Outcome::Failed,
+                Some(Fault::NoInterpreter),
+                ErrorCode::InterpreterMissing,
+            ),
+            (
+                Outcome::Failed,
+                Some(Fault::AgentTooOld),
+                ErrorCode::ClientNeedUpgrade,
+            ),
+            (Outcome::Failed, None, ErrorCode::ExecutionException),
+            (
+                Outcome::Failed,
+                Some(Fault::Other),
+                ErrorCode::ExecutionException,
+            ),
+            (Outcome::TimedOut, None, ErrorCode::ExecutionTimeout),
+            (
+                Outcome::Refused,
+                Some(Fault::NotDelivered),
+                ErrorCode::ClientNotOnline,
+            ),
+            (
+                Outcome::Refused,
+                Some(Fault::Expired),
+                ErrorCode::DeliveryTimeout,
+            ),
+            (Outcome::Refused, None, ErrorCode::ExecutionException),
+            (
+                Outcome::Unknown,
+                Some(Fault::NotReported),
+                ErrorCode::ClientNotResponse,
+            ),
+            (Outcome::Unknown, None, ErrorCode::ClientNotResponse),
+            (
+                Outcome::Unknown,
+                Some(Fault::Restarted),
+                ErrorCode::InstanceRestarted,
+            ),
+            (
+                Outcome::Unknown,
+                Some(Fault::RunnerLost),
+                ErrorCode::ExecutionException,
+            ),
+        ]
+        .map(|(outcome, fault, code)| (failed(outcome, fault), RunState::Failed, Some(code)));
+        for (row, state, code) in cases.into_iter().chain(failures) {
             let found = run_state(&row, true);
             assert_eq!(found, state, "{row:?}");
             let error = run_error(found, row.result.as_ref());
+            if let Some(error) = &error {
+                assert!(!error.explanation.is_empty() && !error.mend.is_empty());
+            }
             assert_eq!(error.map(|error| error.code), code, "{row:?}");
         }
         let waiting = NodeProgress::default();
@@ -591,10 +609,11 @@ mod tests {
             RunState::Stopped,
             "never started"
         );
-        for (code, name) in ErrorCode::ALL {
-            assert_eq!(serde_json::to_value(code).unwrap(), name);
-            let (explanation, mend) = code.explained();
-            assert!(!explanation.is_empty() && !mend.is_empty());
-        }
+    }
+
+    #[test]
+    fn a_reason_of_a_later_agent_is_read() {
+        let fault: Fault = serde_json::from_str("\"eclipsed\"").unwrap();
+        assert_eq!(fault, Fault::Other);
     }
 }

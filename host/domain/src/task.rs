@@ -271,6 +271,9 @@ pub struct TaskResult {
     pub dropped_bytes: u64,
     /// What happened, for people: which limit, file or probe, and what to do. Empty on success.
     pub message: String,
+    /// Why it ended so, where the outcome alone does not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<Fault>,
     /// When it started on the agent's clock; `None` when it never did.
     pub started_at: Option<Timestamp>,
     /// When it ended on the agent's clock.
@@ -305,4 +308,31 @@ pub enum Outcome {
     Refused,
     /// It cannot be known whether it ran. Never guessed, never run again by itself.
     Unknown,
+}
+
+/// Why a task ended as it did, for programs: beside an outcome that does not say it. The message says it to people.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Fault {
+    /// Its agent was not connected in time, and it was never sent.
+    NotDelivered,
+    /// It came to its agent, or its turn there, after its expiry.
+    Expired,
+    /// The agent is too old for it.
+    AgentTooOld,
+    /// The agent took it and did not report: whether it ran cannot be known.
+    NotReported,
+    /// The machine or the agent restarted under it, and its end was lost.
+    Restarted,
+    /// What ran it was killed from outside, and its end was lost.
+    RunnerLost,
+    /// There is no such OS user on the server.
+    NoUser,
+    /// Its working directory is not there.
+    NoDirectory,
+    /// The program that reads the script is not installed.
+    NoInterpreter,
+    /// A reason that a later version of the agent gives.
+    #[serde(other)]
+    Other,
 }

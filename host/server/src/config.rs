@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use windlass_domain::load_balancer::PortRanges;
+use windlass_domain::{invocation::quota::INVOCATIONS_PER_DAY, load_balancer::PortRanges};
 
 /// Settings of a server.
 #[derive(Debug, Clone)]
@@ -34,6 +34,8 @@ pub struct ServerConfig {
     pub journal: JournalLimits,
     /// Front ports that listeners of load balancers may have.
     pub front_ports: PortRanges,
+    /// Invocations that a workspace may make in a day.
+    pub invocations_per_day: u32,
     /// The program that compiles plugins; this program's own subcommand unless given (tests run in another program).
     pub compile_command: Option<Vec<std::ffi::OsString>>,
 }
@@ -102,6 +104,7 @@ impl ServerConfig {
             trust: PluginTrust::default(),
             journal: JournalLimits::default(),
             front_ports: PortRanges::default(),
+            invocations_per_day: INVOCATIONS_PER_DAY,
             compile_command: None,
         }
     }

@@ -23,6 +23,7 @@
 //! | `certificate-key/{id}` | its private key, sealed |
 //! | `token/{id}`, `token-name/{name}`, `token-hash/{hash}` | `Token`, its id, its id |
 //! | `diagnosis/{id}`, `diagnosis-of/{ws}/{id}`, `diagnosis-active/{ws}/{id}` | `Diagnosis`, empty, empty: it runs |
+//! | `invocation-count/{ws}` | `DailyCount`: invocations made today |
 //! | `use/{kind}/{id}` | touched by every write that begins to refer to a record: a deletion compares it |
 //! | `channel/{id}`, `channel-of/{ws}/{id}`, `channel-name/{ws}/{name}` | `Channel`, empty, its id |
 //! | `delivery/{id}`, `delivery-of/{ws}/{id}` | `Delivery`, empty |
@@ -299,6 +300,11 @@ pub(crate) fn active_diagnoses() -> Prefix {
     key(["diagnosis-active"]).below()
 }
 
+/// How many invocations a workspace has made today.
+pub(crate) fn invocation_count(ws: &str) -> Key {
+    key(["invocation-count", ws])
+}
+
 /// The secrets of a workspace (rows of the gateway's vault).
 pub(crate) fn secrets(ws: &str) -> Prefix {
     key(["secret", ws]).below()
@@ -344,6 +350,11 @@ pub(crate) fn server_key(hash: Digest) -> Key {
 /// The orders of a workspace (rows of the engine).
 pub(crate) fn orders_of(ws: &str) -> Prefix {
     key(["order-of", ws]).below()
+}
+
+/// The invocations of a workspace (rows of the engine).
+pub(crate) fn invocations_of(ws: &str) -> Prefix {
+    key(["invocation-of", ws]).below()
 }
 
 /// The index by hash of a kind.

@@ -10,7 +10,7 @@ use windlass::{
     demo, dev, platform, plugin_cli,
     telemetry::{self, LogFormat},
 };
-use windlass_domain::load_balancer::PortRanges;
+use windlass_domain::{invocation::quota::INVOCATIONS_PER_DAY, load_balancer::PortRanges};
 
 /// A platform for running applications on fleets of Linux servers.
 #[derive(Parser)]
@@ -113,6 +113,9 @@ struct Server {
     /// Front ports that listeners of load balancers may have, for example `80,443,8000-8999`.
     #[arg(long, env = "WINDLASS_FRONT_PORTS", default_value_t)]
     front_ports: PortRanges,
+    /// Invocations of public commands that a workspace may make in a day (UTC).
+    #[arg(long, default_value_t = INVOCATIONS_PER_DAY, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    invocations_per_day: u32,
 }
 
 #[derive(Args)]
@@ -291,6 +294,7 @@ async fn serve(options: Server) -> anyhow::Result<()> {
             max_bytes: options.plugin_calls_mib * 1024 * 1024,
         },
         front_ports: options.front_ports,
+        invocations_per_day: options.invocations_per_day,
         compile_command: None,
     })
     .await?;

@@ -378,6 +378,7 @@ pub async fn start_with(
         orders: orders.clone(),
         plugins: plugins.clone(),
         servers: servers.clone(),
+        per_day: config.invocations_per_day,
     });
     let control = control::Control {
         store: store.clone(),

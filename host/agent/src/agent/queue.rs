@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use windlass_domain::task::{Action, Outcome, Task, TaskId, TaskResult};
+use windlass_domain::task::{Action, Fault, Outcome, Task, TaskId, TaskResult};
 use windlass_protocol::{TaskPush, ToServer};
 
 use super::{Agent, Event, Lane, Running};
@@ -74,8 +74,11 @@ impl Agent {
             self.record(Some(push.task), id, result);
             return;
         }
-        if let Some(message) = self.refusal(&push.task) {
-            let result = execute::result_without_run(Outcome::Refused, &message, None);
+        if let Some((message, fault)) = self.refusal(&push.task) {
+            let result = TaskResult {
+                fault,
+                ..execute::result_without_run(Outcome::Refused, &message, None)
+            };
             self.record(Some(push.task), id, result);
             return;
         }
@@ -107,22 +110,24 @@ impl Agent {
         self.start_next(lane);
     }
 
-    /// Why a task is not started.
-    pub(super) fn refusal(&self, task: &Task) -> Option<String> {
+    /// Why a task is not started, for people and for programs.
+    pub(super) fn refusal(&self, task: &Task) -> Option<(String, Option<Fault>)> {
         let now = clock::now();
         if now > task.expires_at {
-            return Some(format!(
+            let message = format!(
                 "it expired at {}; it is {now} on this server now",
                 task.expires_at
-            ));
+            );
+            return Some((message, Some(Fault::Expired)));
         }
         if let Some(instance) = &task.instance {
             let highest = self.journal.fence(instance);
             if task.fence < highest {
-                return Some(format!(
+                let message = format!(
                     "its fence is {}; this server has seen {highest} of {instance} already: a newer order has taken over",
                     task.fence
-                ));
+                );
+                return Some((message, None));
             }
         }
         let disk = self.disk();
@@ -136,12 +141,13 @@ impl Agent {
             | Action::Start(_) => false,
         };
         (disk.full && !may_free).then(|| {
-            format!(
+            let message = format!(
                 "the disk of {} is full: {} bytes are free, {} have to be; run a command that frees some (scripts are still accepted)",
                 self.context.data.path().display(),
                 disk.free_bytes,
                 self.context.policy.min_free_bytes
-            )
+            );
+            (message, None)
         })
     }
 
@@ -161,8 +167,11 @@ impl Agent {
                 Some(_) if self.has_acted(&push.task) => None,
                 Some(_) | None => self.refusal(&push.task),
             };
-            if let Some(message) = refused {
-                let result = execute::result_without_run(Outcome::Refused, &message, None);
+            if let Some((message, fault)) = refused {
+                let result = TaskResult {
+                    fault,
+                    ..execute::result_without_run(Outcome::Refused, &message, None)
+                };
                 self.finish(id, result);
                 continue;
             }

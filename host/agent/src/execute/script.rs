@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
-use windlass_domain::task::{Outcome, Script, Task, TaskId};
+use windlass_domain::task::{Fault, Outcome, Script, Task, TaskId};
 use windlass_protocol::{OutputChunk, SecretText};
 
 use super::{ActionError, Context, Ended, Job, become_user, cgroup, environment, too_late};
@@ -76,18 +76,24 @@ pub(super) async fn run_script(
         Followed::Ended(status) => script_ended(&status, job.task.timeout_ms),
         Followed::NeverRan => Ended::new(
             Outcome::Failed,
-            "ExecutionException: the shim could not start the script; the disk may be full or out of memory: look at the agent's log",
+            "the shim could not start the script; the disk may be full or out of memory: look at the agent's log",
         ),
         Followed::Lost { machine_restarted } => {
             kill_marked(&job.task.id);
-            let message = if machine_restarted {
-                "InstanceRestarted: the server restarted while the script ran; what it did cannot be known"
+            let (fault, message) = if machine_restarted {
+                (
+                    Fault::Restarted,
+                    "the server restarted while the script ran; what it did cannot be known",
+                )
             } else {
-                "ExecutionException: the script's shim was killed from outside; how the script ended cannot be known, what was left of it was killed"
+                (
+                    Fault::RunnerLost,
+                    "the script's shim was killed from outside; how the script ended cannot be known, what was left of it was killed",
+                )
             };
             Ended {
                 output: output_of(&dir),
-                ..Ended::new(Outcome::Unknown, message)
+                ..Ended::new(Outcome::Unknown, message).because(Some(fault))
             }
         }
     })
@@ -114,18 +120,18 @@ fn script_ended(status: &RunStatus, timeout_ms: u64) -> Ended {
         End::Exited(code) => (
             Outcome::Failed,
             Some(*code),
-            format!("ExitCodeNonzero: the script ended with exit code {code}; see its output"),
+            format!("the script ended with exit code {code}; see its output"),
         ),
         End::Signaled(signal) => (
             Outcome::Failed,
             None,
-            format!("ExecutionException: the script was ended by signal {signal} from outside"),
+            format!("the script was ended by signal {signal} from outside"),
         ),
         End::TimedOut => (
             Outcome::TimedOut,
             None,
             format!(
-                "ExecutionTimeout: the script ran longer than its time-out of {timeout_ms} ms; its process tree was killed"
+                "the script ran longer than its time-out of {timeout_ms} ms; its process tree was killed"
             ),
         ),
         End::Stopped => (
@@ -141,6 +147,7 @@ fn script_ended(status: &RunStatus, timeout_ms: u64) -> Ended {
         output,
         dropped_bytes,
         message,
+        fault: status.fault,
     }
 }
 

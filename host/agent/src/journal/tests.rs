@@ -34,6 +34,7 @@ fn result() -> TaskResult {
         output: "y".repeat(9000),
         dropped_bytes: 0,
         message: String::new(),
+        fault: None,
         started_at: None,
         finished_at: Timestamp::from_unix_ms(2),
     }

@@ -12,7 +12,9 @@ use rustix::{
     thread,
 };
 
-use super::spec::ExecSpec;
+use windlass_domain::task::Fault;
+
+use super::spec::{ExecSpec, NotStarted};
 
 /// Runs as `windlass-agent exec`. Returns only when it failed.
 #[must_use]
@@ -23,35 +25,36 @@ pub fn run() -> std::process::ExitCode {
         return failed;
     };
     let mut socket = UnixStream::from(socket);
-    let message = match std::fs::File::open("/dev/null")
+    let failure = match std::fs::File::open("/dev/null")
         .and_then(|null| Ok(rustix::stdio::dup2_stdin(OwnedFd::from(null))?))
     {
         Ok(()) => become_program(&mut socket),
-        Err(error) => format!("/dev/null cannot be opened: {error}"),
+        Err(error) => format!("/dev/null cannot be opened: {error}").into(),
     };
-    if socket.write_all(message.as_bytes()).is_err() {
+    let said = serde_json::to_vec(&failure).unwrap_or_else(|_| failure.message.into_bytes());
+    if socket.write_all(&said).is_err() {
         return failed;
     }
     failed
 }
 
 /// Why it failed.
-fn become_program(socket: &mut UnixStream) -> String {
+fn become_program(socket: &mut UnixStream) -> NotStarted {
     let mut text = String::new();
     if let Err(error) = socket.read_to_string(&mut text) {
-        return format!("the shim's request cannot be read: {error}");
+        return format!("the shim's request cannot be read: {error}").into();
     }
     let spec: ExecSpec = match serde_json::from_str(&text) {
         Ok(spec) => spec,
-        Err(error) => return format!("the shim's request cannot be understood: {error}"),
+        Err(error) => return format!("the shim's request cannot be understood: {error}").into(),
     };
     if let Some(cgroup) = &spec.cgroup
         && let Err(error) = std::fs::write(cgroup.join("cgroup.procs"), "0")
     {
-        return format!("the process cannot join {}: {error}", cgroup.display());
+        return format!("the process cannot join {}: {error}", cgroup.display()).into();
     }
     if let Err(error) = rustix::process::setsid() {
-        return format!("no new session: {error}");
+        return format!("no new session: {error}").into();
     }
     if let Some(user) = &spec.user {
         let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
@@ -70,25 +73,32 @@ fn become_program(socket: &mut UnixStream) -> String {
             return format!(
                 "the process cannot become the user `{}`: {error}",
                 user.name
-            );
+            )
+            .into();
         }
     }
     if let Err(error) = std::env::set_current_dir(&spec.working_dir) {
-        return format!(
-            "DirectoryNotExists: the working directory {} cannot be entered: {error}",
-            spec.working_dir.display()
-        );
+        return NotStarted {
+            message: format!(
+                "the working directory {} cannot be entered: {error}",
+                spec.working_dir.display()
+            ),
+            fault: Some(Fault::NoDirectory),
+        };
     }
     let Some((program, arguments)) = spec.command.split_first() else {
-        return "the command is empty".into();
+        return "the command is empty".to_owned().into();
     };
     let mut command = Command::new(program);
     command.args(arguments).env_clear().envs(&spec.env);
     let error = command.exec();
     match error.kind() {
-        std::io::ErrorKind::NotFound => format!(
-            "InterpreterMissing: `{program}` (or the interpreter that it names) does not exist on this server; install it or name another"
-        ),
-        _ => format!("`{program}` cannot be run: {error}"),
+        std::io::ErrorKind::NotFound => NotStarted {
+            message: format!(
+                "`{program}` (or the interpreter that it names) does not exist on this server; install it or name another"
+            ),
+            fault: Some(Fault::NoInterpreter),
+        },
+        _ => format!("`{program}` cannot be run: {error}").into(),
     }
 }

@@ -19,9 +19,9 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     time::{Instant, sleep_until},
 };
-use windlass_domain::task::Restart;
+use windlass_domain::task::{Fault, Restart};
 
-use super::spec::{End, ExecSpec, Mode, RunDir, RunIdentity, RunStatus, Spec};
+use super::spec::{End, ExecSpec, Mode, NotStarted, RunDir, RunIdentity, RunStatus, Spec};
 use crate::{
     capture::Capture,
     clock,
@@ -169,10 +169,14 @@ impl Host {
             signal(SignalKind::interrupt()).during("watch the signals of", self.dir.path())?;
 
         let mut pause = FIRST_PAUSE;
+        let mut fault = None;
         let (end, mut reader) = 'runs: loop {
             let (main, mut reader) = match self.spawn().await {
                 Ok(started) => started,
-                Err(message) => break (End::NotStarted(message), None),
+                Err(not_started) => {
+                    fault = not_started.fault;
+                    break (End::NotStarted(not_started.message), None);
+                }
             };
             let started = Instant::now();
             self.identity.main = ProcessId::of(main);
@@ -270,7 +274,7 @@ impl Host {
         };
 
         self.output.finish();
-        self.write_status(end)?;
+        self.write_status(end, fault)?;
         self.identity.main = None;
         // Services that the script left keep their output read, so that they do not die of a broken pipe.
         if let Some(reader) = &mut reader {
@@ -294,10 +298,10 @@ impl Host {
     }
 
     /// Starts the program: its number, and the reading end of its output.
-    async fn spawn(&self) -> Result<(u32, pipe::Receiver), String> {
+    async fn spawn(&self) -> Result<(u32, pipe::Receiver), NotStarted> {
         let text = |what: &str| {
             let what = what.to_owned();
-            move |error: io::Error| format!("{what}: {error}")
+            move |error: io::Error| NotStarted::from(format!("{what}: {error}"))
         };
         let (ours, theirs) = UnixStream::pair().map_err(text("no socket for the trampoline"))?;
         let (reader, writer) = io::pipe().map_err(text("no pipe for the output"))?;
@@ -334,7 +338,7 @@ impl Host {
         .map_err(|error| error.to_string())?
         .map_err(text("the trampoline does not answer"))?;
         if !failure.is_empty() {
-            return Err(failure);
+            return Err(serde_json::from_str(&failure).unwrap_or_else(|_| failure.into()));
         }
         rustix::io::ioctl_fionbio(&reader, true)
             .map_err(|error| format!("the output cannot be read: {error}"))?;
@@ -408,12 +412,13 @@ impl Host {
     }
 
     /// The end, into the space that was taken at the begin.
-    fn write_status(&mut self, end: End) -> Result<(), FileError> {
+    fn write_status(&mut self, end: End, fault: Option<Fault>) -> Result<(), FileError> {
         let status = RunStatus {
             end,
             started_at: self.identity.started_at,
             finished_at: clock::now(),
             output: self.output.capture.clone(),
+            fault,
         };
         let path = self.dir.status();
         let bytes = serde_json::to_vec(&status)

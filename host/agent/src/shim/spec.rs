@@ -6,7 +6,10 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use windlass_domain::{Timestamp, task::Restart};
+use windlass_domain::{
+    Timestamp,
+    task::{Fault, Restart},
+};
 
 use crate::{capture::Capture, proc::ProcessId, users::User};
 
@@ -71,6 +74,27 @@ pub struct RunStatus {
     pub finished_at: Timestamp,
     /// Its output, masked.
     pub output: Capture,
+    /// Why it did not start, for programs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fault: Option<Fault>,
+}
+
+/// Why a program was not started: what a trampoline says.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct NotStarted {
+    /// For people.
+    pub(crate) message: String,
+    /// For programs.
+    pub(crate) fault: Option<Fault>,
+}
+
+impl From<String> for NotStarted {
+    fn from(message: String) -> Self {
+        Self {
+            message,
+            fault: None,
+        }
+    }
 }
 
 /// How the main process ended.

@@ -361,6 +361,7 @@ mod tests {
                             output: String::new(),
                             dropped_bytes: 0,
                             message: String::new(),
+                            fault: None,
                             started_at: None,
                             finished_at: at,
                         }),

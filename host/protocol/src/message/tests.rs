@@ -114,6 +114,7 @@ fn to_server() -> Vec<ToServer> {
                 output: "o".into(),
                 dropped_bytes: 0,
                 message: String::new(),
+                fault: None,
                 started_at: Some(at),
                 finished_at: at,
             },

@@ -11,7 +11,7 @@ use axum::{
     response::Response,
 };
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use tokio::sync::mpsc;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use windlass_domain::id::OrderId;
@@ -21,7 +21,7 @@ use super::{
     extract::{Path, Query},
     problem::Problem,
     reply::{self, Reply},
-    stream::{self, KEEP_ALIVE},
+    stream,
 };
 use crate::service::{
     ServiceError,
@@ -98,31 +98,16 @@ async fn follow(
     sender: &mpsc::Sender<Bytes>,
 ) -> Result<(), ServiceError> {
     loop {
-        let next = follower.next();
-        tokio::pin!(next);
-        let news = loop {
-            match tokio::time::timeout(KEEP_ALIVE, &mut next).await {
-                Ok(news) => break news?,
-                Err(_) => {
-                    if sender.send(stream::COMMENT).await.is_err() {
-                        return Ok(());
-                    }
-                }
-            }
+        let Some(news) = stream::awaited(follower.next(), sender).await else {
+            return Ok(());
         };
-        let frame = match news {
+        let frame = match news? {
             None => return Ok(()),
-            Some(LogNews::Piece(piece)) => frame(Some(piece.next_offset), "output", &piece),
-            Some(LogNews::End(end)) => frame(None, "end", &end),
+            Some(LogNews::Piece(piece)) => stream::frame(Some(piece.next_offset), "output", &piece),
+            Some(LogNews::End(end)) => stream::frame(None, "end", &end),
         };
         if sender.send(frame).await.is_err() {
             return Ok(());
         }
     }
-}
-
-fn frame<T: Serialize>(id: Option<u64>, event: &str, data: &T) -> Bytes {
-    let data = serde_json::to_string(data).expect("news have string keys");
-    let id = id.map_or_else(String::new, |id| format!("id: {id}\n"));
-    format!("{id}event: {event}\ndata: {data}\n\n").into()
 }

@@ -133,6 +133,7 @@ impl From<ServiceError> for Problem {
             } => {
                 let status = match code {
                     "package_too_large" => StatusCode::PAYLOAD_TOO_LARGE,
+                    "invocation_quota_reached" => StatusCode::TOO_MANY_REQUESTS,
                     _ => StatusCode::UNPROCESSABLE_ENTITY,
                 };
                 Self::new(status, code, detail)

@@ -10,6 +10,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
+use serde::Serialize;
 use tokio::sync::mpsc;
 use windlass_domain::Timestamp;
 
@@ -78,6 +79,28 @@ pub(super) fn respond<F: Future<Output = ()> + Send + 'static>(
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
     ];
     (headers, Body::from_stream(stream)).into_response()
+}
+
+/// Waits for something to be sent, with signs of life meanwhile. `None`: nobody listens any more.
+pub(super) async fn awaited<T>(
+    next: impl Future<Output = T>,
+    sender: &mpsc::Sender<Bytes>,
+) -> Option<T> {
+    tokio::pin!(next);
+    loop {
+        match tokio::time::timeout(KEEP_ALIVE, &mut next).await {
+            Ok(found) => return Some(found),
+            Err(_) if sender.send(COMMENT).await.is_err() => return None,
+            Err(_) => {}
+        }
+    }
+}
+
+/// One event: what a resumed stream goes on after, its name, its data as JSON.
+pub(super) fn frame<T: Serialize>(id: Option<u64>, event: &str, data: &T) -> Bytes {
+    let data = serde_json::to_string(data).expect("news have string keys");
+    let id = id.map_or_else(String::new, |id| format!("id: {id}\n"));
+    format!("{id}event: {event}\ndata: {data}\n\n").into()
 }
 
 async fn sleep_until(at: Timestamp) {

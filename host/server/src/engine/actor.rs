@@ -39,7 +39,7 @@ use windlass_domain::{
     plan::{Indices, Level, NodeIndex, NodeKind, Plan, StepTemplate},
     progress::{NodeProgress, NodeState, Progress, StageRollback},
     reducer::{self, Effect, Event, Refused},
-    task::{Outcome, TaskId, TaskResult},
+    task::{Fault, Outcome, TaskId, TaskResult},
 };
 use windlass_store::{CommitError, Revision, StoreError, Txn, crash::crash_point};
 
@@ -981,13 +981,14 @@ impl Actor {
         let key = rows::slot(unit.server, self.order.id, unit_index);
         let slot = rows::read::<InboxEntry>(store, &key, "an inbox entry").await?;
         let delivery_ms = self.plan.delivery_deadline_ms;
-        let (outcome, message) = match slot {
+        let (outcome, fault, message) = match slot {
             Some((entry, revision)) if entry.epoch.is_none() => {
                 // Never pushed. Taking the slot away first keeps it so.
                 let take = Txn::new().revision_is(key.clone(), revision).delete(key);
                 match store_commit(store, take).await? {
                     true => (
                         Outcome::Refused,
+                        Fault::NotDelivered,
                         format!(
                             "not delivered: the agent of {} was not connected for {delivery_ms} ms",
                             unit.server_name
@@ -1006,6 +1007,7 @@ impl Actor {
             }
             Some(_) | None => (
                 Outcome::Unknown,
+                Fault::NotReported,
                 format!(
                     "the agent of {} did not report in time: whether the step ran cannot be known",
                     unit.server_name
@@ -1018,6 +1020,7 @@ impl Actor {
             output: String::new(),
             dropped_bytes: 0,
             message,
+            fault: Some(fault),
             started_at: None,
             finished_at: now,
         }))

@@ -359,6 +359,7 @@ async fn revoke(job: &Job, node: NodeIndex, attempt: u32) {
             output: String::new(),
             dropped_bytes: 0,
             message: "ended before it was sent to the server".to_owned(),
+            fault: None,
             started_at: None,
             finished_at: clock::now(),
         };

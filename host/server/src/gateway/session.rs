@@ -37,7 +37,7 @@ use windlass_domain::{
     Timestamp,
     id::{InstanceId, ServerId},
     inbox::JournalEpoch,
-    task::{Outcome, TaskId, TaskResult},
+    task::{Fault, Outcome, TaskId, TaskResult},
 };
 use windlass_protocol::{
     AgentState, DecodeError, Decoded, EncodeError, Goodbye, GoodbyeReason, HeldState, HeldTask,
@@ -661,7 +661,7 @@ pub(super) struct Loop {
     reporting: Reporting,
     reported_now: HashSet<TaskId>,
     /// Tasks that cannot be pushed: why. They are revoked at the agent, which answers whether they ever started.
-    pub(super) unpushable: HashMap<TaskId, String>,
+    pub(super) unpushable: HashMap<TaskId, (String, Option<Fault>)>,
     /// Tasks that the agent has started or finished, as far as this session knows.
     started: HashSet<TaskId>,
     /// There may be others.
@@ -678,10 +678,13 @@ impl Loop {
     /// reason that it could not be pushed for. What did start ends as the agent says.
     fn instead(&mut self, task: TaskId, result: TaskResult) -> TaskResult {
         match self.unpushable.get(&task) {
-            Some(message) if result.outcome == Outcome::Revoked && result.started_at.is_none() => {
+            Some((message, fault))
+                if result.outcome == Outcome::Revoked && result.started_at.is_none() =>
+            {
                 TaskResult {
                     outcome: Outcome::Failed,
                     message: message.clone(),
+                    fault: *fault,
                     ..result
                 }
             }

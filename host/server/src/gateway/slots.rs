@@ -12,7 +12,7 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite};
 use windlass_domain::{
     inbox::{Delivery, InboxEntry},
-    task::{Action, Outcome, Task, TaskId, TaskResult},
+    task::{Action, Fault, Outcome, Task, TaskId, TaskResult},
     value::Value,
 };
 use windlass_protocol::{EncodeError, PLACE_FILES_VERSION, SERVER_WORK_VERSION, TaskPush, ToAgent};
@@ -258,11 +258,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Turn<'_, S> {
             && session.protocol < needed
         {
             let message = format!(
-                "ClientNeedUpgrade: the agent of {} speaks version {} of the protocol, and {what} needs {needed}: upgrade \
+                "the agent of {} speaks version {} of the protocol, and {what} needs {needed}: upgrade \
                  the agent",
                 session.server_name, session.protocol
             );
-            return self.revoke_instead(id, message).map(|()| None);
+            let fault = Some(Fault::AgentTooOld);
+            return self.revoke_instead(id, message, fault).map(|()| None);
         }
         let names: BTreeSet<String> = task
             .env
@@ -290,7 +291,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Turn<'_, S> {
                 "the secret `{names}` has no value in the workspace `{}`: set it, then retry the step",
                 session.workspace
             );
-            return self.revoke_instead(id, message).map(|()| None);
+            return self.revoke_instead(id, message, None).map(|()| None);
         }
         let (grant_id, grant) = match &task.action {
             Action::Fetch(package) => {
@@ -324,14 +325,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Turn<'_, S> {
                 let message = format!(
                     "the task with its secrets cannot be sent to the agent: {error}; use fewer or shorter secrets"
                 );
-                self.revoke_instead(id, message).map(|()| None)
+                self.revoke_instead(id, message, None).map(|()| None)
             }
         }
     }
 
-    fn revoke_instead(&mut self, task_id: TaskId, message: String) -> Result<(), SlotError> {
+    fn revoke_instead(
+        &mut self,
+        task_id: TaskId,
+        message: String,
+        fault: Option<Fault>,
+    ) -> Result<(), SlotError> {
         tracing::warn!(server.id = %self.session.server, task.id = %task_id, reason = %message, "a task cannot be pushed");
-        self.state.unpushable.insert(task_id, message);
+        self.state.unpushable.insert(task_id, (message, fault));
         self.writer
             .put(&ToAgent::Revoke { task_id }, OutKind::Other)?;
         Ok(())
@@ -348,6 +354,7 @@ fn journal_lost() -> TaskResult {
         message: "the agent's journal was lost after the task was sent (it was deleted, damaged or replaced): \
                   whether it ran cannot be known; look at the server, then retry or ignore the step"
             .to_owned(),
+        fault: Some(Fault::NotReported),
         started_at: None,
         finished_at: clock::now(),
     }

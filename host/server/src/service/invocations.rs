@@ -2,14 +2,16 @@
 //!
 //! An invocation is an order of server work: made and run with one commit, driven by the engine, delivered by the gateway, run at
 //! most once by agents' journals. This service renders the command for each server, refuses what may not run, and shows an order as
-//! an invocation. Nothing is stored beside the order: its specification is the order's `spec` blob, and what the command makes of
-//! an output is asked again at each look (a pure function of the pinned plugin).
+//! an invocation. Nothing is stored beside the order but how many a workspace made today (`quota`): its specification is the order's
+//! `spec` blob, and what the command makes of an output is asked again at each look (a pure function of the pinned plugin).
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+mod output;
+mod quota;
+mod runs;
+
+pub use output::{RunFollower, RunNews, RunOutput};
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use serde::{Deserialize, Serialize};
@@ -23,15 +25,16 @@ use windlass_domain::{
     },
     limits::{Amount, Limits},
     order::{Action, Control, Order, OrderState, PlanRevision, Purpose},
-    plan::{NodeKind, Plan, ScriptStep, StepTemplate},
-    plugin::{CommandOutcome, CommandRequest, CommandRun, PluginKind, ServerFacts},
+    plan::{Plan, ScriptStep},
+    plugin::{CommandRequest, PluginKind},
     progress::{Counts, Progress},
     server::Server,
-    task::{Outcome, TaskResult},
     workspace::Workspace,
 };
 use windlass_runtime::{Plugin, Plugins};
 use windlass_store::{BlobDigest, Entry};
+
+use runs::{asked, facts, runs};
 
 use super::{
     Caller, PageOf, PageRequest, ServiceError, chosen,
@@ -91,25 +94,33 @@ pub struct InvocationsParts {
     pub plugins: Arc<Plugins>,
     /// Servers.
     pub servers: Servers,
+    /// Invocations that a workspace may make in a day.
+    pub per_day: u32,
 }
 
 /// Invocations. Cheap to clone.
 #[derive(Clone)]
 pub struct Invocations {
     parts: InvocationsParts,
+    /// Held while an invocation is counted and made: see `quota`.
+    counting: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Invocations {
     /// Over the engine.
     #[must_use]
     pub fn new(parts: InvocationsParts) -> Self {
-        Self { parts }
+        Self {
+            parts,
+            counting: Arc::default(),
+        }
     }
 
     /// Renders a command for each server and runs it.
     ///
     /// # Errors
-    /// `plugin_not_available`, `parameters_invalid`, `server_unknown`, `user_not_approved`, `plugin_call_failed`, `out_of_limit`;
+    /// `plugin_not_available`, `parameters_invalid`, `server_unknown`, `user_not_approved`, `plugin_call_failed`, `out_of_limit`,
+    /// `invocation_quota_reached`;
     /// [`ServiceError::NotFound`] of the workspace.
     pub async fn create(
         &self,
@@ -130,6 +141,7 @@ impl Invocations {
             .validate_parameters(&request.parameters)
             .map_err(|faults| chosen::parameters_invalid(plugin.reference(), &faults))?;
         let servers = self.servers(ws, &request.servers).await?;
+        self.has_room(ws).await?;
         let rendered = servers
             .iter()
             .map(|server| self.turn(&plugin, server, &request));
@@ -172,11 +184,7 @@ impl Invocations {
         let made = self.shown(&order, spec.clone(), Vec::new());
         let with = caller.answered(serde_json::to_value(&made).unwrap_or_default());
         let id = order.id;
-        self.parts
-            .engine
-            .create_running(order, &plan, with)
-            .await
-            .map_err(super::orders::not_committed)?;
+        self.create_counted(order, &plan, with).await?;
         self.get(ws, id).await
     }
 
@@ -521,95 +529,4 @@ fn check_figures(request: &CreateInvocation) -> Result<(), ServiceError> {
         }
         Some(_) | None => Ok(()),
     }
-}
-
-fn facts(server: &Server) -> ServerFacts {
-    let (os, os_version) = server
-        .facts
-        .os
-        .split_once(' ')
-        .unwrap_or((&server.facts.os, ""));
-    ServerFacts {
-        id: server.id.to_string(),
-        name: server.name.to_string(),
-        os: os.to_owned(),
-        os_version: os_version.to_owned(),
-        arch: server.facts.arch.clone(),
-        address: server.facts.addresses.first().cloned().unwrap_or_default(),
-        cell: server
-            .cell
-            .as_ref()
-            .map(ToString::to_string)
-            .unwrap_or_default(),
-        variables: BTreeMap::new(),
-    }
-}
-
-/// Each server of the plan with its state, and how its task ended.
-fn runs(plan: &Plan, progress: &Progress, order_ended: bool) -> Vec<(Run, Option<TaskResult>)> {
-    let mut runs = Vec::with_capacity(plan.units.len());
-    for (node, planned) in (0u32..).zip(&plan.nodes) {
-        let NodeKind::Step { step } = planned.kind else {
-            continue;
-        };
-        let unit = windlass_domain::dispatch::unit_of(plan, node).map(|(_, _, unit)| unit);
-        let (Some(unit), Some(StepTemplate::Script(script))) =
-            (unit, plan.steps.get(step as usize))
-        else {
-            continue;
-        };
-        let row = progress.node(node);
-        let parent = planned.parent.map(|unit| progress.state(unit));
-        let stopped_before = matches!(
-            parent,
-            Some(windlass_domain::progress::NodeState::Cancelled)
-        );
-        let state = invocation::run_state(row, order_ended || stopped_before);
-        let result = row.result.clone();
-        let ended = result.as_ref();
-        runs.push((
-            Run {
-                server: unit.server,
-                server_name: unit.server_name.clone(),
-                state,
-                timeout_ms: script.timeout_ms,
-                run_as: script.run_as.clone(),
-                exit_code: ended.and_then(|result| result.exit_code),
-                output: ended
-                    .map(|result| result.output.clone())
-                    .unwrap_or_default(),
-                dropped_bytes: ended.map_or(0, |result| result.dropped_bytes),
-                error: invocation::run_error(state, ended),
-                result: None,
-                started_at: ended.and_then(|result| result.started_at),
-                finished_at: ended.map(|result| result.finished_at),
-            },
-            result,
-        ));
-    }
-    runs
-}
-
-/// What the command is asked about a run; `None`: there is nothing to interpret, since it never ran.
-fn asked(spec: &InvocationSpec, state: RunState, result: &TaskResult) -> Option<CommandRun> {
-    let outcome = match (state, result.outcome) {
-        (RunState::Finished, _) => CommandOutcome::Finished,
-        (_, Outcome::TimedOut) => CommandOutcome::TimedOut,
-        (RunState::Stopped, _) if result.started_at.is_some() => CommandOutcome::Stopped,
-        (
-            RunState::Pending
-            | RunState::Running
-            | RunState::Stopping
-            | RunState::Stopped
-            | RunState::Failed,
-            _,
-        ) => return None,
-    };
-    Some(CommandRun {
-        parameters: spec.parameters.clone(),
-        outcome,
-        exit_code: result.exit_code,
-        output: result.output.clone(),
-        dropped_bytes: result.dropped_bytes,
-    })
 }

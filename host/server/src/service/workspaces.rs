@@ -331,12 +331,14 @@ impl Workspaces {
             if !left.is_empty() {
                 return Err(ServiceError::in_use("workspace", name, &left));
             }
-            Ok((records::remove(&workspace, revision).and(unused), ()))
+            let gone = records::remove(&workspace, revision).and(unused);
+            Ok((gone.delete(keys::invocation_count(name)), ()))
         })
         .await?;
         for prefix in [
             keys::uploads(name),
             keys::orders_of(name),
+            keys::invocations_of(name),
             keys::all_of_workspace(Kind::Diagnosis, name),
         ] {
             if let Err(error) = retention::delete_prefix(store, &prefix).await {

@@ -345,6 +345,7 @@ pub(crate) fn result(outcome: Outcome) -> TaskResult {
         output: "done".into(),
         dropped_bytes: 0,
         message: String::new(),
+        fault: None,
         started_at: started.then(|| Timestamp::from_unix_ms(1)),
         finished_at: Timestamp::from_unix_ms(2),
     }

@@ -25,6 +25,7 @@ pub(super) fn result(outcome: Outcome) -> Box<TaskResult> {
         output: String::new(),
         dropped_bytes: 0,
         message: String::new(),
+        fault: None,
         started_at: None,
         finished_at: Timestamp::from_unix_ms(0),
     })

@@ -435,6 +435,7 @@ mod tests {
             output: output.to_owned(),
             dropped_bytes,
             message: String::new(),
+            fault: None,
             started_at: None,
             finished_at: Timestamp::from_unix_ms(0),
         }
