@@ -57,7 +57,7 @@ pub async fn run(options: &DemoOptions) -> anyhow::Result<()> {
         data: data.clone(),
         listen: options.listen,
         agents: AGENTS,
-        plugins: options.plugins.clone(),
+        plugins: Some(options.plugins.clone()),
     };
     say("Starting the server and three agents");
     let dev = Dev::start(&dev_options).await?;

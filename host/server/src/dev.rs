@@ -19,7 +19,7 @@ use tokio::process::{Child, Command};
 
 use crate::{
     api::client::Client,
-    config::ServerConfig,
+    config::{self, ServerConfig},
     platform::{self, Running},
 };
 
@@ -39,8 +39,16 @@ pub struct DevOptions {
     pub listen: SocketAddr,
     /// How many agents.
     pub agents: u32,
-    /// The plugin directory.
-    pub plugins: PathBuf,
+    /// The plugin directory; one in `data` unless given, with the shipped plugins in it.
+    pub plugins: Option<PathBuf>,
+}
+
+impl DevOptions {
+    fn plugins(&self) -> PathBuf {
+        self.plugins
+            .clone()
+            .unwrap_or_else(|| self.data.join("plugins"))
+    }
 }
 
 /// A platform with agents.
@@ -62,7 +70,11 @@ impl Dev {
     pub async fn start(options: &DevOptions) -> anyhow::Result<Self> {
         let binary = agent_binary()?;
         make_private(&options.data)?;
-        let mut config = ServerConfig::local(&options.data, options.listen, &options.plugins);
+        let plugins = options.plugins();
+        if options.plugins.is_none() {
+            bring_shipped(&plugins)?;
+        }
+        let mut config = ServerConfig::local(&options.data, options.listen, &plugins);
         config.agent_listen = agent_listen(&options.data)?;
         let running = platform::start(config)
             .await
@@ -276,6 +288,38 @@ fn make_private(directory: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("{} cannot be made", directory.display()))
 }
 
+/// Puts the shipped plugins into a directory of one's own, so that what authors upload there is theirs alone. A file that differs
+/// is replaced: by the one of this installation.
+fn bring_shipped(directory: &Path) -> anyhow::Result<()> {
+    let shipped = config::shipped_plugins().context(
+        "the shipped plugins are not beside this program: build them with `make build`, or give --plugins",
+    )?;
+    make_private(directory)?;
+    let failed = |path: &Path| format!("the shipped plugin {} cannot be copied", path.display());
+    for entry in
+        fs::read_dir(&shipped).with_context(|| format!("{} cannot be read", shipped.display()))?
+    {
+        let path = entry?.path();
+        let (Some(name), Some("wasm" | "sig")) = (
+            path.file_name(),
+            path.extension().and_then(|extension| extension.to_str()),
+        ) else {
+            continue;
+        };
+        let bytes = fs::read(&path).with_context(|| failed(&path))?;
+        let own = directory.join(name);
+        if fs::read(&own).is_ok_and(|known| known == bytes) {
+            continue;
+        }
+        // A name that does not end in .wasm is not looked at.
+        let hidden = directory.join(format!(".{}.new", name.display()));
+        fs::write(&hidden, bytes)
+            .and_then(|()| fs::rename(&hidden, &own))
+            .with_context(|| failed(&path))?;
+    }
+    Ok(())
+}
+
 /// Where agents connect: the same address at every start, because they keep it.
 fn agent_listen(data: &Path) -> anyhow::Result<SocketAddr> {
     let file = data.join("agents").join("listen");
@@ -335,7 +379,9 @@ pub async fn run(options: &DevOptions) -> anyhow::Result<()> {
     );
     println!(
         "  plugins:   {} (a component that is dropped there is live within a second)",
-        options.plugins.display()
+        fs::canonicalize(options.plugins())
+            .unwrap_or_else(|_| options.plugins())
+            .display()
     );
     println!(
         "  workspace: {WORKSPACE}, {} agents connected",

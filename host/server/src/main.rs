@@ -129,7 +129,7 @@ struct Dev {
     /// How many agents.
     #[arg(long, default_value_t = 3)]
     agents: u32,
-    /// The plugin directory; the shipped plugins unless given.
+    /// The plugin directory; one among the data, with the shipped plugins in it, unless given.
     #[arg(long)]
     plugins: Option<PathBuf>,
 }
@@ -206,7 +206,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
                     data,
                     listen,
                     agents,
-                    plugins: shipped(plugins)?,
+                    plugins,
                 })
                 .await?;
             }

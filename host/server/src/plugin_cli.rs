@@ -12,6 +12,13 @@
 //! Exit codes: 0, all is well; 1, a fault was found, or it could not be done, and standard error says which; 2, the command
 //! line is wrong.
 
+/// Prints a line to standard output, as `println!` does; see [`print_out`].
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::plugin_cli::print_out(format_args!("{}\n", format_args!($($text)*)))
+    };
+}
+
 mod call;
 mod check;
 mod new;
@@ -19,7 +26,12 @@ mod open;
 mod replay;
 mod test;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    fmt, io,
+    io::Write as _,
+    path::PathBuf,
+    process::{self, ExitCode},
+};
 
 use clap::Subcommand;
 use windlass_runtime::compatibility::{self, Effect, WitPackage};
@@ -63,7 +75,7 @@ pub async fn run(command: PluginCommand) -> anyhow::Result<ExitCode> {
     match command {
         PluginCommand::New(options) => {
             let directory = new_project(&options)?;
-            println!(
+            say!(
                 "{} is made. README.md says how it is built, tested and made live.",
                 directory.display()
             );
@@ -77,16 +89,29 @@ pub async fn run(command: PluginCommand) -> anyhow::Result<ExitCode> {
             let changes =
                 compatibility::compare(&WitPackage::read(&old)?, &WitPackage::read(&new)?)?;
             if json {
-                println!("{}", serde_json::to_string_pretty(&changes)?);
+                say!("{}", serde_json::to_string_pretty(&changes)?);
             } else if changes.is_empty() {
-                println!("nothing changed that a plugin could see");
+                say!("nothing changed that a plugin could see");
             } else {
                 for change in &changes {
-                    println!("{change}");
+                    say!("{change}");
                 }
             }
             let breaks = changes.iter().any(|change| change.effect == Effect::Breaks);
             Ok(exit(!breaks))
+        }
+    }
+}
+
+/// Prints. Where nobody reads any more (`| head`) the program ends there, with the code that a shell expects of one that SIGPIPE
+/// ended.
+fn print_out(text: fmt::Arguments<'_>) {
+    match io::stdout().lock().write_fmt(text) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(141),
+        Err(error) => {
+            eprintln!("windlass: standard output cannot be written: {error}");
+            process::exit(1)
         }
     }
 }

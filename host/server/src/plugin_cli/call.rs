@@ -59,14 +59,14 @@ pub(super) async fn call(options: &CallOptions) -> anyhow::Result<bool> {
     let host = Arc::new(FixtureHost::new(answers));
     let call = plugin.call_json(options.export, &input, Some(host)).await?;
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&call)?);
+        say!("{}", serde_json::to_string_pretty(&call)?);
         return Ok(call.failure.is_none());
     }
     for look in &call.host_calls {
         eprintln!("{} {} → {}", look.function, look.arguments, look.answer);
     }
     match (&call.output, &call.failure) {
-        (Some(output), _) => println!("{}", serde_json::to_string_pretty(output)?),
+        (Some(output), _) => say!("{}", serde_json::to_string_pretty(output)?),
         (None, Some(failure)) => eprintln!(
             "{}: {}{}",
             failure.code,

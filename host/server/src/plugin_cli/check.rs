@@ -82,7 +82,7 @@ pub(super) async fn check(options: &CheckOptions) -> anyhow::Result<bool> {
         findings: conformance::quick(&plugin).await,
     };
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print(&report);
     }
@@ -96,7 +96,7 @@ fn print(report: &Report) {
     let Report {
         load, descriptor, ..
     } = report;
-    let line = |name: &str, value: &str| println!("{name:<12}{value}");
+    let line = |name: &str, value: &str| say!("{name:<12}{value}");
     let list = |values: &[String]| {
         if values.is_empty() {
             "none".to_owned()
@@ -150,28 +150,31 @@ fn print(report: &Report) {
             ""
         };
         let text = property["description"].as_str().unwrap_or("");
-        println!("  {name} ({kind}{needed}) {text}");
+        say!("  {name} ({kind}{needed}) {text}");
     }
-    println!();
-    println!(
+    say!("");
+    say!(
         "{:<12}{:>12}{:>12}{:>12}",
-        "budget", "time", "memory", "answer"
+        "budget",
+        "time",
+        "memory",
+        "answer"
     );
     let compile = if load.was_cached { "from cache" } else { "" };
-    println!(
+    say!(
         "{:<12}{:>12}{:>12}  {compile}",
         "compile",
         time(load.compile_us),
         ""
     );
-    println!(
+    say!(
         "{:<12}{:>12}{:>12}",
         "describe",
         time(load.describe_us),
         size(load.describe_memory_bytes)
     );
     for cost in &report.budget {
-        println!(
+        say!(
             "{:<12}{:>12}{:>12}{:>12}{}",
             cost.export.name(),
             time(cost.guest_time_us),
@@ -183,6 +186,6 @@ fn print(report: &Report) {
         );
     }
     for finding in &report.findings {
-        println!("\n{}", finding.text);
+        say!("\n{}", finding.text);
     }
 }

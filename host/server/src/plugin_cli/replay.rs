@@ -63,7 +63,7 @@ pub(super) async fn replay(options: &ReplayOptions) -> anyhow::Result<bool> {
         );
     }
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
+        say!("{}", serde_json::to_string_pretty(&report)?);
     } else {
         print(&report);
     }
@@ -79,12 +79,15 @@ fn print(Report { totals, not_equal }: &Report) {
             ReplayVerdict::Failed => "failed",
             ReplayVerdict::NotComparable => "not comparable",
         };
-        println!(
+        say!(
             "{} {} of {}@{}: {verdict}",
-            call.call, call.export, call.recorded_with.name, call.recorded_with.version
+            call.call,
+            call.export,
+            call.recorded_with.name,
+            call.recorded_with.version
         );
         if let Some(failure) = &call.failure {
-            println!("  {}: {}", failure.code, failure.message);
+            say!("  {}: {}", failure.code, failure.message);
         }
         let show = |value: &Option<serde_json::Value>| {
             value
@@ -92,7 +95,7 @@ fn print(Report { totals, not_equal }: &Report) {
                 .map_or_else(|| "nothing".to_owned(), ToString::to_string)
         };
         for difference in &call.differences.first {
-            println!(
+            say!(
                 "  {}: {} → {}",
                 difference.pointer,
                 show(&difference.before),
@@ -100,7 +103,7 @@ fn print(Report { totals, not_equal }: &Report) {
             );
         }
         for host_call in &call.host_calls {
-            println!(
+            say!(
                 "  host call {}: {} → {}",
                 host_call.index,
                 host_call.expected_function.as_deref().unwrap_or("nothing"),
@@ -108,11 +111,15 @@ fn print(Report { totals, not_equal }: &Report) {
             );
         }
     }
-    println!(
+    say!(
         "{} calls: {} equal, {} different, {} failed, {} not comparable",
-        totals.calls, totals.equal, totals.different, totals.failed, totals.not_comparable
+        totals.calls,
+        totals.equal,
+        totals.different,
+        totals.failed,
+        totals.not_comparable
     );
-    println!(
+    say!(
         "guest time {} → {}, peak memory {} → {}",
         time(totals.guest_time_before_us),
         time(totals.guest_time_us),

@@ -112,7 +112,7 @@ pub(super) async fn test(options: &TestOptions) -> anyhow::Result<bool> {
         });
     }
     if options.json {
-        println!("{}", serde_json::to_string_pretty(&tested)?);
+        say!("{}", serde_json::to_string_pretty(&tested)?);
     } else {
         tested.iter().for_each(print);
     }
@@ -128,7 +128,7 @@ fn print(tested: &Tested) {
         kind,
         examination,
     } = tested;
-    println!(
+    say!(
         "{}@{} ({}) {}",
         plugin.name,
         plugin.version,
@@ -137,25 +137,25 @@ fn print(tested: &Tested) {
     );
     for rule in &examination.rules {
         let name = serde_json::to_value(rule.rule).unwrap_or_default();
-        println!(
+        say!(
             "  {:<9}{:<20}{}",
             word(rule.severity),
             name.as_str().unwrap_or_default(),
             rule.tried
         );
         for finding in &rule.findings {
-            println!("    {}: {}", word(finding.severity), finding.text);
+            say!("    {}: {}", word(finding.severity), finding.text);
             if let (Some(export), Some(input)) = (finding.export, &finding.input) {
                 let input = input.to_string();
                 let cut: String = input.chars().take(2000).collect();
-                println!(
+                say!(
                     "      {export} {cut}{}",
                     if cut.len() < input.len() { "…" } else { "" }
                 );
             }
         }
     }
-    println!(
+    say!(
         "  {} calls; longest {}, peak {}, largest answer {}\n",
         examination.calls,
         time(examination.longest_guest_time_us),
