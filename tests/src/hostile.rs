@@ -102,9 +102,11 @@ pub async fn run(host: &TestHost, directory: &PluginDirectory) -> Waited {
     let others = others(host.api.clone(), stop.clone());
     let expected = drop_files(&directory.path());
     let flapping = flap(directory.path().join("flapping.wasm"), stop.clone());
+    let looks = look_for_ever(host, directory).await;
     for (how, says) in CALLS {
         asked.ends_with(host, how, says).await;
     }
+    named_for_its_looks(host, &looks).await;
     // Loops on every worker at once.
     asked.behave(host, "loop").await;
     let orders: Vec<_> = (0..4).map(|_| asked.ask(host)).collect();
@@ -143,6 +145,58 @@ async fn futures_join<T>(all: Vec<impl Future<Output = T>>) -> Vec<T> {
     })
     .await;
     done.into_iter().flatten().collect()
+}
+
+/// Diagnoses that look without end, as many as may run at once: at a server through its agent, and at what is not there, which is
+/// answered at once.
+async fn look_for_ever(host: &TestHost, directory: &PluginDirectory) -> Vec<String> {
+    directory.drop_in("looker.wasm", &guest("diagnostic", "looker", "1.0.0"));
+    wait_active(host, "looker@1.0.0").await;
+    let (_, server) = host.servers().await.remove(0);
+    let nothing = json!({ "kind": "operation", "id": "nothing" });
+    let mut ids = Vec::new();
+    for subject in [
+        json!({ "kind": "server", "id": server }),
+        nothing.clone(),
+        nothing.clone(),
+        nothing,
+    ] {
+        let body = json!({ "plugin": "looker", "subject": subject,
+            "parameters": { "behave": "probe-for-ever" } });
+        let made = host.api.post(&host.ws("diagnoses"), &body).await;
+        ids.push(text(&made.expect("a diagnosis")["id"]));
+    }
+    ids
+}
+
+/// Each ends at a limit, and says who made the calls.
+async fn named_for_its_looks(host: &TestHost, ids: &[String]) {
+    for id in ids {
+        let path = host.ws(&format!("diagnoses/{id}?wait_s=30"));
+        let ended = eventually("the diagnosis ends", || async {
+            let found = host.api.get(&path).await;
+            let found = found.map_err(|error| error.to_string())?;
+            match found["state"].as_str() {
+                Some("running") => Err(found.to_string()),
+                Some(_) | None => Ok(found),
+            }
+        })
+        .await;
+        let failure = &ended["failure"];
+        let message = text(&failure["message"]);
+        let says = match failure["code"].as_str() {
+            Some("plugin_host_call_limit") => "more than 500 host calls",
+            // A slow machine: its agent did not answer so many times in a minute.
+            Some("plugin_call_time_limit") if ended["subject"]["kind"] == "server" => "60000 ms",
+            other => panic!("{other:?}: {ended}"),
+        };
+        for part in ["looker@1.0.0", "`diagnose`", says] {
+            assert!(message.contains(part), "`{part}` is not in: {message}");
+        }
+    }
+    let looker = host.api.get("/v1/plugins/looker").await.expect("it");
+    let counted = &looker["figures"]["failures"]["plugin_host_call_limit"];
+    assert!(counted.as_u64() >= Some(3), "{looker}");
 }
 
 /// Files of every bad kind, a thousand more of no kind at all; and the codes that they are to be rejected with.

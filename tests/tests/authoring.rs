@@ -9,6 +9,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -106,12 +107,6 @@ fn examined(directory: &Path, component: &Path) -> Value {
     serde_json::from_str::<Value>(&report).unwrap()[0].clone()
 }
 
-/// The same of a project, which is built first.
-fn built_and_examined(project: &Path) -> Value {
-    let report = windlass(project, &["test", "--json", "."]);
-    serde_json::from_str::<Value>(&report).unwrap()[0].clone()
-}
-
 fn assert_kind(report: &Value, kind: &str) {
     assert_eq!(report["kind"], kind);
     let samples = report["examination"]["rules"]
@@ -128,18 +123,20 @@ fn rust_projects_build_test_and_conform() {
     let temp = tempfile::tempdir().unwrap();
     for (kind, project) in projects(&temp, "rust") {
         run(command("cargo", &project).args(["fmt", "--check"]));
-        run(command("cargo", &project).args(["test", "--quiet", "--release", "--lib"]));
-        run(command("cargo", &project).args([
-            "build",
-            "--quiet",
-            "--release",
-            "--lib",
-            "--target",
-            wasm_target(),
-        ]));
-        let component = kept("cargo").join(format!(
-            "{}/release/hello_{}_plugin.wasm",
-            wasm_target(),
+        symlink(kept("cargo"), project.join("target")).unwrap();
+        let target = wasm_target();
+        let mut tests = command("cargo", &project);
+        tests.args(["test", "--quiet", "--release"]);
+        if target == TARGET {
+            // Unit tests, and the project's own integration test: it builds the component and runs the kit.
+            run(&mut tests);
+        } else {
+            run(tests.arg("--lib"));
+            let mut build = command("cargo", &project);
+            run(build.args(["build", "--quiet", "--release", "--lib", "--target", target]));
+        }
+        let component = project.join(format!(
+            "target/{target}/release/hello_{}_plugin.wasm",
             kind.replace('-', "_")
         ));
         assert_kind(&examined(&project, &component), kind);
@@ -147,6 +144,9 @@ fn rust_projects_build_test_and_conform() {
         assert!(told.contains(&format!("kind        {kind}")), "{told}");
     }
 }
+
+/// What projects are built for.
+const TARGET: &str = "wasm32-unknown-unknown";
 
 /// Where the standard library for it can be had, as `plugins/build.sh` finds out.
 fn wasm_target() -> &'static str {
@@ -158,7 +158,7 @@ fn wasm_target() -> &'static str {
             .join("lib")
             .is_dir()
     };
-    ["wasm32-unknown-unknown", "wasm32-wasip2"]
+    [TARGET, "wasm32-wasip2"]
         .into_iter()
         .find(|target| library(target))
         .expect("`rustup target add wasm32-unknown-unknown` gives the standard library that authors need")
@@ -168,7 +168,12 @@ fn wasm_target() -> &'static str {
 fn python_projects_test_natively_and_the_example_conforms() {
     let temp = tempfile::tempdir().unwrap();
     let example = copy_of_example(&temp, "python-disk-space");
-    assert_kind(&built_and_examined(&example), "diagnostic");
+    // The project's own integration test builds it and runs the kit.
+    for tests in ["tests.test_component", "tests.test_plugin"] {
+        run(command("python3", &example).args(["-m", "unittest", tests]));
+    }
+    let component = example.join("target/disk-space.wasm");
+    assert_kind(&examined(&example, &component), "diagnostic");
     for (kind, project) in projects(&temp, "python") {
         let tool = kept("python").join("bin/componentize-py");
         let world = format!("windlass:plugin/{kind}");
@@ -189,7 +194,10 @@ fn python_projects_test_natively_and_the_example_conforms() {
 fn javascript_projects_test_natively_and_the_example_conforms() {
     let temp = tempfile::tempdir().unwrap();
     let example = copy_of_example(&temp, "javascript-batches");
-    assert_kind(&built_and_examined(&example), "deployment-strategy");
+    // The project's own integration test builds it and runs the kit.
+    run(command("node", &example).args(["--test", "test/component.test.js"]));
+    let component = example.join("target/batches.wasm");
+    assert_kind(&examined(&example, &component), "deployment-strategy");
     for (kind, project) in projects(&temp, "javascript") {
         run(command("node", &project).args(["--test", "test/plugin.test.js"]));
         // The small engine: quick enough for all kinds.
@@ -313,6 +321,15 @@ fn faults_end_with_their_exit_code_and_say_what_is_wrong() {
         1,
         "nothing is left behind"
     );
+    // Nobody reads what is printed: no panic.
+    let mut closed = command(host::program("windlass"), temp.path());
+    let file = host::plugins().join("system-info.wasm");
+    closed.args(["plugin", "check"]).arg(file);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = closed.stdout(writer).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!said.contains("panicked"), "{said}");
 }
 
 #[test]

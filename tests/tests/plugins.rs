@@ -1,6 +1,6 @@
 //! The plugin platform over its API: uploads, the call journal, replays, previews, failing versions, shadows, trust.
 
-use std::{collections::BTreeSet, fs, path::Path};
+use std::{collections::BTreeSet, fs, path::Path, process::Command};
 
 use bytes::Bytes;
 use ed25519_dalek::{Signer as _, SigningKey};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use windlass::api::client::Answer;
 use windlass_tests::{
     guests::{PluginDirectory, guest, guest_that, wait_active},
-    host::{Setup, TestHost, eventually, items, text},
+    host::{Setup, TestHost, eventually, items, program, text},
     release::upload,
     scene,
 };
@@ -128,6 +128,20 @@ async fn calls(host: &TestHost, query: &str) -> Vec<Value> {
             .get(&format!("/v1/plugin-calls?{query}"))
             .await
             .expect("recorded calls"),
+    )
+}
+
+/// `windlass plugin replay`: its exit code and what it said.
+fn replay(component: &Path, journal: &Path) -> (Option<i32>, String) {
+    let output = Command::new(program("windlass"))
+        .args(["plugin", "replay", "--journal"])
+        .args([journal, component])
+        .output()
+        .expect("the program runs");
+    let said = [output.stdout, output.stderr].concat();
+    (
+        output.status.code(),
+        String::from_utf8_lossy(&said).into_owned(),
     )
 }
 
@@ -267,6 +281,37 @@ async fn a_plugin_is_uploaded_recorded_previewed_compared_and_deleted() {
         "a secret is in the journal"
     );
     assert!(exported.text().contains("db-password"));
+
+    // --- an author makes the exported calls again, with the same bytes and with others
+    let desk = tempfile::tempdir().expect("a directory");
+    let journal = desk.path().join("calls.ndjson");
+    fs::write(&journal, &exported.body).expect("the journal");
+    for (file, bytes, code, says) in [
+        ("same.wasm", first.clone(), 0, ", 0 different, 0 failed"),
+        (
+            "other.wasm",
+            guest_that("tech-stack", "asked", "1.1.0", "other"),
+            1,
+            "/steps/0/action/script/text: \"true\" → \"true # otherwise\"",
+        ),
+        (
+            "nobody.wasm",
+            guest("tech-stack", "nobody", "1.0.0"),
+            1,
+            "none of `nobody`",
+        ),
+    ] {
+        let component = desk.path().join(file);
+        fs::write(&component, bytes).expect("the component");
+        let (status, said) = replay(&component, &journal);
+        assert_eq!(status, Some(code), "{file}: {said}");
+        assert!(said.contains(says), "{file}: {said}");
+        if code == 0 {
+            let equal = calls(&host, "plugin=asked&page_size=100").await.len();
+            let told = format!("{equal} calls: {equal} equal");
+            assert!(said.contains(&told), "{file}: {said}, not {told}");
+        }
+    }
 
     // --- an order's calls carry its id
     let order = host.order(&asked.order()).await.expect("an order");

@@ -384,6 +384,9 @@ impl Retention {
 #[cfg(test)]
 mod tests {
     use windlass_domain::{
+        diagnosis::{DiagnosisState, FindingCounts, Subject},
+        id::DiagnosisId,
+        manifest::PluginRef,
         order::{Control, Ending, OrderState},
         progress::Counts,
     };
@@ -506,6 +509,114 @@ mod tests {
                 .await
                 .unwrap()
         );
+    }
+
+    async fn count(ready: &Ready, prefix: &windlass_store::Prefix) -> usize {
+        records::all(&*ready.store, prefix).await.unwrap().len()
+    }
+
+    #[tokio::test]
+    async fn old_invocations_go_with_their_index_and_blobs() {
+        let ready = ready().await;
+        let now = clock::now();
+        let days_ago =
+            |days: u64| Timestamp::from_unix_ms(now.unix_ms() - (days * DAY_MS).cast_signed());
+        for (number, state, ended) in [
+            (1, OrderState::Succeeded, Some(days_ago(91))),
+            (2, OrderState::Cancelled, Some(days_ago(91))),
+            (3, OrderState::Succeeded, Some(days_ago(10))),
+            (4, OrderState::Running, None),
+        ] {
+            let mut order = order(number, state, ended);
+            order.purpose = Purpose::Invocation {
+                command: "system-info@1.0.0".to_owned(),
+            };
+            store_order(&ready, &order).await;
+            // Like an invocation's: listed among them and not among orders.
+            let listed = Txn::new()
+                .delete(engine_rows::order_of("prod", order.id))
+                .put(engine_rows::listed(&order), "");
+            ready.store.commit(listed).await.unwrap();
+        }
+        let swept = retention_of(&ready, 0)
+            .sweep(now.plus_ms(DAY_MS + 60_000))
+            .await
+            .unwrap();
+        // Each with its plan and its specification.
+        assert_eq!((swept.orders, swept.blobs), (2, 4));
+        assert_eq!(count(&ready, &engine_rows::invocations_of("prod")).await, 2);
+        assert_eq!(count(&ready, &keys::orders()).await, 2);
+        let gone = OrderId::from_uuid(uuid::Uuid::from_u128(2));
+        for prefix in [
+            engine_rows::nodes(gone),
+            engine_rows::attempts(gone),
+            engine_rows::events(gone),
+        ] {
+            assert_eq!(count(&ready, &prefix).await, 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn diagnoses_go_after_thirty_days_with_their_index_and_record() {
+        let ready = ready().await;
+        let now = clock::now();
+        let days_ago =
+            |days: u64| Timestamp::from_unix_ms(now.unix_ms() - (days * DAY_MS).cast_signed());
+        for (number, state, ended) in [
+            (1u128, DiagnosisState::Succeeded, Some(days_ago(30))),
+            (2, DiagnosisState::Failed, Some(days_ago(31))),
+            (3, DiagnosisState::Succeeded, Some(days_ago(29))),
+            // However old: it has not ended.
+            (4, DiagnosisState::Running, None),
+        ] {
+            let record = format!("record {number}");
+            ready.blobs.put_bytes(record.clone().into()).await.unwrap();
+            let diagnosis = Diagnosis {
+                schema: Diagnosis::SCHEMA,
+                id: DiagnosisId::from_uuid(uuid::Uuid::from_u128(number)),
+                workspace: "prod".parse().unwrap(),
+                plugin: PluginRef {
+                    name: "server-health".to_owned(),
+                    version: semver::Version::new(1, 0, 0),
+                    digest: Digest::of(b"a plugin"),
+                },
+                subject: Subject {
+                    kind: "server".to_owned(),
+                    id: "srv_1".to_owned(),
+                    data: serde_json::Value::Null,
+                },
+                parameters: serde_json::json!({}),
+                items: Vec::new(),
+                state,
+                failure: None,
+                verdict: None,
+                summary: String::new(),
+                counts: FindingCounts::default(),
+                record: Some(Digest::of(record.as_bytes())),
+                created_by: "anna".to_owned(),
+                created_at: days_ago(100),
+                finished_at: ended,
+            };
+            let index = keys::of_workspace(Kind::Diagnosis, "prod", &diagnosis.id.to_string());
+            let made = records::create(&diagnosis).unwrap().put(index, "");
+            ready.store.commit(made).await.unwrap();
+        }
+        let retention = retention_of(&ready, 0);
+        let swept = retention.sweep(now).await.unwrap();
+        assert_eq!(
+            (swept.diagnoses, swept.blobs),
+            (2, 0),
+            "blobs have a day yet"
+        );
+        assert_eq!(count(&ready, &keys::records(Kind::Diagnosis)).await, 2);
+        let index = keys::all_of_workspace(Kind::Diagnosis, "prod");
+        assert_eq!(count(&ready, &index).await, 2);
+        let later = now.plus_ms(DAY_MS + 60_000);
+        let swept = retention.sweep(later).await.unwrap();
+        // By then the third is thirty days old, too.
+        assert_eq!((swept.diagnoses, swept.blobs), (1, 3));
+        let kept = windlass_store::BlobDigest::of(b"record 4");
+        assert!(ready.blobs.exists(kept).await.unwrap());
     }
 
     #[tokio::test]
