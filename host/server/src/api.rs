@@ -202,6 +202,9 @@ fn routes() -> OpenApiRouter<Api> {
     let problem = <Problem as utoipa::PartialSchema>::schema();
     let mut components = Components::new();
     components.schemas.insert("Problem".to_owned(), problem);
+    // Named by a parameter of a query alone, which brings no schema along.
+    let purpose = <crate::service::orders::PurposeKind as utoipa::PartialSchema>::schema();
+    components.schemas.insert("PurposeKind".to_owned(), purpose);
     let document = OpenApiBuilder::new()
         .info(info)
         .components(Some(components))
