@@ -42,6 +42,7 @@ async fn main() {
             .map(|number| (server(number), "cell-a".to_owned()))
             .collect(),
         rollback: None,
+        not_now: std::sync::atomic::AtomicU32::new(0),
         stage_rollbacks: BTreeMap::new(),
         blobs: blobs.clone(),
     };

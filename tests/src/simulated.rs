@@ -5,7 +5,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -14,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 use windlass::engine::{
-    Agents, Engine, EngineParts, PlannedRollback, Planning, store_json,
+    Agents, Engine, EngineParts, NoRollback, PlannedRollback, Planning, store_json,
     traffic::{SimulatedPools, TrafficPools},
 };
 use windlass_domain::{
@@ -116,6 +119,8 @@ pub struct GivenPlans {
     pub members: Vec<(ServerId, String)>,
     /// The rollback's plan; `None`: there is nothing to roll back to.
     pub rollback: Option<Plan>,
+    /// So many times a rollback cannot be planned now.
+    pub not_now: AtomicU32,
     /// The rollbacks' plans of stages; a stage without one has nothing to bring back.
     pub stage_rollbacks: BTreeMap<NodeIndex, Plan>,
     /// Where plans are kept.
@@ -164,8 +169,19 @@ impl Planning for GivenPlans {
         _: &Plan,
         _: &Progress,
         reason: &str,
-    ) -> Result<PlannedRollback, String> {
-        let plan = self.rollback.clone().ok_or("there is no earlier release")?;
+    ) -> Result<PlannedRollback, NoRollback> {
+        let less = |left: u32| left.checked_sub(1);
+        if self
+            .not_now
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, less)
+            .is_ok()
+        {
+            return Err(NoRollback::NotNow("told so".to_owned()));
+        }
+        let plan = self
+            .rollback
+            .clone()
+            .ok_or_else(|| NoRollback::Nothing("there is no earlier release".to_owned()))?;
         let purpose = Purpose::Rollback {
             of: of.id,
             reason: reason.to_owned(),
@@ -186,7 +202,7 @@ impl Planning for GivenPlans {
         _: &Plan,
         _: &Progress,
         (stage, reason): (NodeIndex, &str),
-    ) -> Result<Option<PlannedRollback>, String> {
+    ) -> Result<Option<PlannedRollback>, NoRollback> {
         let Some(plan) = self.stage_rollbacks.get(&stage).cloned() else {
             return Ok(None);
         };

@@ -449,6 +449,7 @@ impl Run {
                 .map(|number| (server(number), cell(number)))
                 .collect(),
             rollback: Some(rollback_of_green()),
+            not_now: std::sync::atomic::AtomicU32::new(0),
             stage_rollbacks: BTreeMap::from([(stage(&plan, "2"), rollback_of_step_2())]),
             blobs: self.blobs.clone(),
         };

@@ -2,10 +2,12 @@
 
 use std::{
     collections::HashSet,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::AtomicU32, mpsc},
 };
 
+use windlass::engine::{ActError, Engine};
 use windlass_domain::{
+    Timestamp,
     id::{PoolId, ServerId},
     limits::{Amount, Limits},
     order::{Action, OrderState},
@@ -15,10 +17,10 @@ use windlass_domain::{
         StrategyPlan, StrategyUnit,
     },
     progress::NodeState,
-    task::Outcome,
+    task::{Outcome, Task},
 };
 use windlass_store::{
-    Blobs, Txn,
+    Blobs, Key, Store, Txn,
     memory::{self, MemoryOptions},
 };
 use windlass_tests::simulated::{Answer, Fleet, GivenPlans, Release, plan, server, uuid};
@@ -97,19 +99,28 @@ fn release(sizes: &[u32]) -> Release {
     }
 }
 
-async fn fleet(directory: &tempfile::TempDir, servers: u32, answer: Arc<Answer>) -> Fleet {
-    let blobs = Blobs::open_directory(directory.path().join("blobs"))
+async fn blobs_in(directory: &tempfile::TempDir) -> Blobs {
+    Blobs::open_directory(directory.path().join("blobs"))
         .await
-        .expect("a test directory");
-    let planning = GivenPlans {
+        .expect("a test directory")
+}
+
+fn given(servers: u32, blobs: &Blobs) -> GivenPlans {
+    GivenPlans {
         reads: Mutex::default(),
         members: (1..=servers)
             .map(|number| (server(number), "cell-a".to_owned()))
             .collect(),
         rollback: Some(plan(release(&[1]))),
+        not_now: AtomicU32::new(0),
         stage_rollbacks: std::collections::BTreeMap::new(),
         blobs: blobs.clone(),
-    };
+    }
+}
+
+async fn fleet(directory: &tempfile::TempDir, servers: u32, answer: Arc<Answer>) -> Fleet {
+    let blobs = blobs_in(directory).await;
+    let planning = given(servers, &blobs);
     Fleet::start(
         memory::open(MemoryOptions::default()).expect("a store in memory"),
         blobs,
@@ -220,6 +231,129 @@ async fn a_failure_rolls_back_by_itself_where_the_plan_says_so() {
     );
     let rollback = fleet.wait_ended(order.rolled_back_by.unwrap()).await;
     assert_eq!(rollback.state, OrderState::Succeeded);
+    fleet.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_rollback_that_cannot_be_planned_now_is_not_given_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let blobs = blobs_in(&directory).await;
+    let mut planning = given(2, &blobs);
+    planning.not_now = AtomicU32::new(2);
+    let first = Mutex::new(None);
+    let fails = Arc::new(move |_, task: &Task| {
+        // The first order's last step fails; the rollback order's does not.
+        let of_first = *first.lock().unwrap().get_or_insert(task.id.order) == task.id.order;
+        if of_first && task.id.node % 7 == 0 {
+            Outcome::Failed
+        } else {
+            Outcome::Succeeded
+        }
+    });
+    let store = memory::open(MemoryOptions::default()).unwrap();
+    let fleet = Fleet::start(store, blobs, planning, fails).await;
+    let broken = Release {
+        on_failure: OnFailure::RollBack,
+        ..release(&[1, 1])
+    };
+    let id = fleet.create(&plan(broken)).await;
+    fleet
+        .engine
+        .act(id, Action::Run, "test", Txn::new())
+        .await
+        .unwrap();
+    let order = fleet.wait_ended(id).await;
+    assert_eq!(
+        order.state,
+        OrderState::RolledBack,
+        "{}",
+        order.state_reason
+    );
+    fleet.shutdown().await;
+}
+
+/// The row under a key, as JSON, changed.
+async fn rewrite(fleet: &dyn Store, key: &Key, change: impl FnOnce(&mut serde_json::Value)) {
+    let entry = fleet.get(key).await.unwrap().expect("the row");
+    let mut row = serde_json::from_slice(&entry.value).unwrap();
+    change(&mut row);
+    let value = serde_json::to_vec(&row).unwrap();
+    fleet
+        .commit(Txn::new().put(key.clone(), value))
+        .await
+        .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_step_that_ran_on_while_the_server_was_away_keeps_its_result() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = memory::open(MemoryOptions::default()).unwrap();
+    let blobs = blobs_in(&directory).await;
+    // An agent whose step runs until `end` is dropped, and tells when it has begun.
+    let (begun, begins) = mpsc::channel();
+    let running = move || {
+        let (end, ends) = mpsc::channel::<()>();
+        let (begun, ends) = (Mutex::new(begun.clone()), Mutex::new(ends));
+        let runs: Arc<Answer> = Arc::new(move |_, task: &Task| {
+            drop(begun.lock().unwrap().send(task.id));
+            assert!(ends.lock().unwrap().recv().is_err());
+            Outcome::Succeeded
+        });
+        (end, runs)
+    };
+    let (end, runs_long) = running();
+    let planning = given(1, &blobs);
+    let fleet = Fleet::start(store.clone(), blobs.clone(), planning, runs_long).await;
+    let id = fleet.create(&plan(release(&[1]))).await;
+    let act =
+        |engine: Engine, action| async move { engine.act(id, action, "test", Txn::new()).await };
+    act(fleet.engine.clone(), Action::Run).await.unwrap();
+    let task = tokio::task::spawn_blocking(move || begins.recv().unwrap())
+        .await
+        .unwrap();
+    fleet.engine.shutdown().await;
+    drop(end);
+    fleet.shutdown().await;
+    // Meanwhile two hours have passed: more than it may take to be delivered, and less than it may run.
+    let node = [
+        "default",
+        "order-node",
+        &id.to_string(),
+        &windlass_store::sortable(u64::from(task.node)),
+    ];
+    let long_ago = Timestamp::from_unix_ms(windlass::clock::now().unix_ms() - 2 * 3600 * 1000);
+    rewrite(&*store, &Key::from_segments(node).unwrap(), |row| {
+        row["started_at"] = serde_json::to_value(long_ago).unwrap();
+    })
+    .await;
+    let (end, still_runs) = running();
+    let planning = given(1, &blobs);
+    let fleet = Fleet::start(store, blobs, planning, still_runs).await;
+    // Until the order is this engine's.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    let unlock = Action::Unlock { node: 1 };
+    while let Err(ActError::Busy(_)) = act(fleet.engine.clone(), unlock.clone()).await {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the order is nobody's"
+        );
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..20 {
+        let lock = Action::Lock {
+            node: 1,
+            reason: String::new(),
+        };
+        act(fleet.engine.clone(), lock).await.unwrap();
+        act(fleet.engine.clone(), Action::Unlock { node: 1 })
+            .await
+            .unwrap();
+        let order = fleet.order(id).await;
+        assert_eq!(order.state, OrderState::Running, "{}", order.state_reason);
+    }
+    drop(end);
+    let order = fleet.wait_ended(id).await;
+    assert_eq!(order.state, OrderState::Succeeded, "{}", order.state_reason);
     fleet.shutdown().await;
 }
 

@@ -90,6 +90,7 @@ async fn an_engine_that_lost_its_lease_goes_on() {
         reads: Mutex::default(),
         members: vec![(server(1), "cell-a".to_owned())],
         rollback: None,
+        not_now: std::sync::atomic::AtomicU32::new(0),
         stage_rollbacks: std::collections::BTreeMap::new(),
         blobs: blobs.clone(),
     };

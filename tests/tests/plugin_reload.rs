@@ -9,7 +9,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use windlass::engine::{PlannedRollback, Planning};
+use windlass::engine::{NoRollback, PlannedRollback, Planning};
 use windlass_domain::{
     id::{InstanceId, OrderId, ServerId},
     limits::{Amount, Limits},
@@ -89,7 +89,7 @@ impl Planning for PinnedStrategies {
         plan: &Plan,
         progress: &Progress,
         reason: &str,
-    ) -> Result<PlannedRollback, String> {
+    ) -> Result<PlannedRollback, NoRollback> {
         self.given.plan_rollback(of, plan, progress, reason).await
     }
 
@@ -99,7 +99,7 @@ impl Planning for PinnedStrategies {
         plan: &Plan,
         progress: &Progress,
         stage: (u32, &str),
-    ) -> Result<Option<PlannedRollback>, String> {
+    ) -> Result<Option<PlannedRollback>, NoRollback> {
         self.given
             .plan_stage_rollback(order, plan, progress, stage)
             .await
@@ -175,6 +175,7 @@ async fn fleet(root: &Path, store: Arc<dyn Store>, plugins: &Arc<Plugins>) -> Fl
             reads: Mutex::default(),
             members: members.clone(),
             rollback: None,
+            not_now: std::sync::atomic::AtomicU32::new(0),
             stage_rollbacks: Default::default(),
             blobs: blobs.clone(),
         },

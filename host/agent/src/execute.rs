@@ -235,7 +235,7 @@ pub async fn run(context: Arc<Context>, job: Job) -> (TaskId, TaskResult) {
         started_at: Some(started_at),
         finished_at: clock::now(),
     };
-    (id, result)
+    (id, result.cut())
 }
 
 async fn carry_out(

@@ -135,6 +135,16 @@ pub enum BadPlan {
     #[error("node {node} (`{name}`) has no children")]
     Childless { node: usize, name: String },
     #[error(
+        "node {node} (`{name}`): its {field} has {bytes} bytes; the limit is {}",
+        crate::text::MESSAGE_MAX_BYTES
+    )]
+    LongText {
+        node: usize,
+        name: String,
+        field: &'static str,
+        bytes: usize,
+    },
+    #[error(
         "node {node} has a name of {length} characters; a name has 1 to 60, none of them a control character"
     )]
     BadName { node: usize, length: usize },

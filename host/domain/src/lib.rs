@@ -34,6 +34,7 @@ pub mod share;
 pub mod stages;
 pub mod task;
 pub mod template;
+pub mod text;
 pub mod time;
 pub mod token;
 pub mod value;

@@ -376,7 +376,7 @@ pub enum Action {
     Lock {
         /// The node.
         node: u32,
-        /// Why.
+        /// Why; at most 500 characters.
         #[serde(default)]
         reason: String,
     },
@@ -387,7 +387,7 @@ pub enum Action {
     },
     /// Bring back what this order changed.
     RollBack {
-        /// Why.
+        /// Why; at most 500 characters.
         reason: String,
     },
     /// Bring back what one stage changed that is not done: what is under way in it is ended, then a rollback order runs. Again
@@ -395,7 +395,7 @@ pub enum Action {
     RollBackStage {
         /// The stage.
         node: u32,
-        /// Why.
+        /// Why; at most 500 characters.
         reason: String,
     },
     /// Run a stage again that was rolled back.

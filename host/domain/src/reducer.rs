@@ -14,7 +14,8 @@
 //! ```text
 //! leaf:  not started ─► running ─► succeeded
 //!            ▲             ├─► failed | unknown ── retry ──► (a new attempt)
-//!            │             │         └── ignore ──► ignored
+//!            │             │         ├── ignore ──► ignored
+//!            │             │         └── unknown: its result comes late ──► succeeded | failed
 //!            │             └─ cancel ─► cancelling ─► cancelled | succeeded | unknown
 //!            └─ gate: running is `awaiting confirmation`; a judge that holds waits likewise
 //!        a shift in what was ended: ─► cancelling (the weights before it are set) ─► cancelled | failed
@@ -49,6 +50,7 @@ use crate::{
         Admission, Drift, EditState, NodeProgress, NodeState, PoolWeight, Progress, StageRollback,
     },
     task::TaskResult,
+    text,
     time::Timestamp,
 };
 
@@ -66,6 +68,9 @@ pub const MAX_ROWS: usize = LOCKS_PER_TURN + TURN_BUDGET + 2;
 
 /// How many groups one [`Event::Initialised`] locks before it asks to be applied [`again`](Delta::again).
 const LOCKS_PER_TURN: usize = 2 * TURN_BUDGET;
+
+/// What a row says of each side of a drift, in bytes.
+const MAX_DRIFT_BYTES: usize = 500;
 
 /// Automatic attempts at a change of weights: it can be repeated without harm.
 const TRAFFIC_ATTEMPTS: u32 = 3;
@@ -489,6 +494,12 @@ impl Turn<'_> {
         let row = &mut self.progress.nodes[node as usize];
         let was_ended = row.is_ended();
         change(row);
+        // Whoever wrote it: a row has to fit.
+        text::cut_message(&mut row.message);
+        for drift in &mut row.drift {
+            text::cut(&mut drift.before, MAX_DRIFT_BYTES);
+            text::cut(&mut drift.after, MAX_DRIFT_BYTES);
+        }
         self.progress.ended =
             self.progress.ended + u32::from(row.is_ended()) - u32::from(was_ended);
         self.delta.rows.push(node);

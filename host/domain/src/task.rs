@@ -11,6 +11,7 @@ use crate::{
     digest::Digest,
     id::{InstanceId, OrderId},
     manifest::Manifest,
+    text,
     time::Timestamp,
     value::Environment,
 };
@@ -269,7 +270,7 @@ pub struct TaskResult {
     pub output: String,
     /// Bytes that were dropped from `output`.
     pub dropped_bytes: u64,
-    /// What happened, for people: which limit, file or probe, and what to do. Empty on success.
+    /// What happened, for people: which limit, file or probe, and what to do; at most 4 KiB. Empty on success.
     pub message: String,
     /// Why it ended so, where the outcome alone does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -278,6 +279,15 @@ pub struct TaskResult {
     pub started_at: Option<Timestamp>,
     /// When it ended on the agent's clock.
     pub finished_at: Timestamp,
+}
+
+impl TaskResult {
+    /// The same with a message that fits everywhere: an archive or a program may have written it.
+    #[must_use]
+    pub fn cut(mut self) -> Self {
+        text::cut_message(&mut self.message);
+        self
+    }
 }
 
 /// The outcome of a task.

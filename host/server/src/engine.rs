@@ -113,14 +113,14 @@ pub trait Planning: Send + Sync + 'static {
         figures: Vec<Observation>,
     ) -> Result<Judgement, String>;
 
-    /// Plans the rollback of an order. An error says why there is nothing to roll back to.
+    /// Plans the rollback of an order.
     async fn plan_rollback(
         &self,
         order: &Order,
         plan: &Plan,
         progress: &Progress,
         reason: &str,
-    ) -> Result<PlannedRollback, String>;
+    ) -> Result<PlannedRollback, NoRollback>;
 
     /// Plans the rollback of one stage: of what it released. `None` when that is nothing.
     async fn plan_stage_rollback(
@@ -129,7 +129,28 @@ pub trait Planning: Send + Sync + 'static {
         plan: &Plan,
         progress: &Progress,
         stage: (NodeIndex, &str),
-    ) -> Result<Option<PlannedRollback>, String>;
+    ) -> Result<Option<PlannedRollback>, NoRollback>;
+}
+
+/// Why no rollback was planned.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoRollback {
+    /// There is nothing to go back to.
+    #[error("{0}")]
+    Nothing(String),
+    /// What the order changed has been changed by a later one.
+    #[error("{0}")]
+    Superseded(String),
+    /// Something that passes: it can be planned later.
+    #[error("{0}")]
+    NotNow(String),
+}
+
+impl NoRollback {
+    /// Of an error that passes.
+    pub(crate) fn not_now(error: impl std::error::Error) -> Self {
+        Self::NotNow(crate::platform::chain(&error))
+    }
 }
 
 /// Why an order did not take an action or a report.
@@ -625,12 +646,17 @@ impl Engine {
         let engine = self.clone();
         let back = sender.downgrade();
         self.shared.tasks.spawn(async move {
-            let ended = actor::run(engine.clone(), id, commands, back).await;
+            // A task of its own: one that panics has stopped like one that failed.
+            let run = actor::run(engine.clone(), id, commands, back);
+            let ended = engine.shared.tasks.spawn(run).await;
             engine.forget(id);
-            if let Err(error) = ended {
-                tracing::error!(order.id = %id, error = &error as &dyn std::error::Error, "an order stopped; it will be taken up again");
-                engine.take_up_later(id);
-            }
+            let error: Box<dyn std::error::Error + Send + Sync> = match ended {
+                Ok(Ok(())) => return,
+                Ok(Err(stopped)) => stopped.into(),
+                Err(panicked) => panicked.into(),
+            };
+            tracing::error!(order.id = %id, error = &*error as &dyn std::error::Error, "an order stopped; it will be taken up again");
+            engine.take_up_later(id);
         });
         sender
     }

@@ -183,6 +183,18 @@ impl Named<'_> {
         })
     }
 
+    fn text(self, field: &'static str, text: &str) -> Result<(), BadPlan> {
+        if text.len() <= crate::text::MESSAGE_MAX_BYTES {
+            return Ok(());
+        }
+        Err(BadPlan::LongText {
+            node: self.index,
+            name: self.name(),
+            field,
+            bytes: text.len(),
+        })
+    }
+
     fn wait(self, duration_ms: u64) -> Result<(), BadPlan> {
         if duration_ms <= MAX_TIMEOUT_MS {
             return Ok(());
@@ -414,9 +426,12 @@ fn check_node<'a>(
                 percent: *percent,
             }))
         }
-        StrategyNodeKind::Gate { message } => Checked::Leaf(NodeKind::Gate {
-            message: message.clone(),
-        }),
+        StrategyNodeKind::Gate { message } => {
+            named.text("message", message)?;
+            Checked::Leaf(NodeKind::Gate {
+                message: message.clone(),
+            })
+        }
         StrategyNodeKind::Pause { duration_ms } => {
             named.wait(*duration_ms)?;
             Checked::Leaf(NodeKind::Pause {
@@ -425,6 +440,7 @@ fn check_node<'a>(
         }
         StrategyNodeKind::Judge { stage, window_ms } => {
             named.wait(*window_ms)?;
+            named.text("stage", stage)?;
             Checked::Leaf(NodeKind::Judge {
                 stage: stage.clone(),
                 window_ms: *window_ms,

@@ -270,7 +270,10 @@ impl Turn<'_> {
         attempt: u32,
         result: TaskResult,
     ) -> Result<(), Refused> {
-        self.current(node, attempt, |kind| matches!(kind, NodeKind::Step { .. }))?;
+        let late = self.is_late(node, attempt, result.outcome);
+        if !late {
+            self.current(node, attempt, |kind| matches!(kind, NodeKind::Step { .. }))?;
+        }
         let cancelling = self.progress.state(node) == NodeState::Cancelling;
         let outcome = result.outcome;
         let message = result.message.clone();
@@ -297,6 +300,10 @@ impl Turn<'_> {
             Outcome::Failed | Outcome::TimedOut | Outcome::Refused | Outcome::Revoked => {
                 self.end_leaf(node, NodeState::Failed, message);
             }
+        }
+        if late {
+            // What stood against others is gone.
+            self.schedule_all();
         }
         Ok(())
     }

@@ -3,7 +3,8 @@
 use crate::{
     order::Control,
     plan::{Level, NodeIndex, NodeKind},
-    progress::Admission,
+    progress::{Admission, NodeState},
+    task::Outcome,
 };
 
 use super::{Refused, Turn};
@@ -33,6 +34,20 @@ impl Turn<'_> {
         } else {
             Err(Refused::NotCurrent { node })
         }
+    }
+
+    /// Whether a result tells what became of a step whose outcome nobody knew, and nobody has acted on that since.
+    pub(super) fn is_late(&self, node: NodeIndex, attempt: u32, outcome: Outcome) -> bool {
+        self.progress.control == Control::Active
+            && self
+                .plan
+                .nodes
+                .get(node as usize)
+                .is_some_and(|planned| matches!(planned.kind, NodeKind::Step { .. }))
+            && self.progress.state(node) == NodeState::Unknown
+            && self.progress.node(node).attempt == attempt
+            && outcome != Outcome::Unknown
+            && !self.under_cancel(node)
     }
 
     pub(super) fn asked(&self, node: NodeIndex) -> Result<(), Refused> {

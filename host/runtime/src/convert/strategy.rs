@@ -200,7 +200,8 @@ pub(crate) fn judge_to_guest(request: &JudgeRequest) -> wit::JudgeRequest {
     }
 }
 
-pub(crate) fn judgement_from_guest(judgement: wit::Judgement) -> Judgement {
+pub(crate) fn judgement_from_guest(mut judgement: wit::Judgement) -> Judgement {
+    windlass_domain::text::cut_message(&mut judgement.reason);
     Judgement {
         verdict: match judgement.verdict {
             wit::Verdict::GoOn => Verdict::GoOn,

@@ -40,6 +40,7 @@ use windlass_domain::{
     progress::{NodeProgress, NodeState, Progress, StageRollback},
     reducer::{self, Effect, Event, Refused},
     task::{Fault, Outcome, TaskId, TaskResult},
+    text,
 };
 use windlass_store::{CommitError, Revision, StoreError, Txn, crash::crash_point};
 
@@ -52,7 +53,8 @@ use super::{
 use crate::clock;
 pub(crate) use revise::Revise;
 
-/// How much longer than its own time-out a task may stay unanswered before its outcome counts as unknown.
+/// How much longer than its own time-out a task may stay unanswered before its outcome counts as unknown; and how long after
+/// an order was loaded, because agents have to come back first.
 const ANSWER_GRACE_MS: u64 = 60_000;
 
 /// Something for an order.
@@ -99,6 +101,8 @@ pub(crate) enum Stopped {
     Store(#[from] StoreError),
     #[error("a commit failed")]
     Commit(#[from] CommitError),
+    #[error("an effect could not be performed")]
+    Effect(#[source] tokio::task::JoinError),
 }
 
 /// Drives one order until it has ended, has nothing to do, or the engine stops.
@@ -130,6 +134,7 @@ struct Actor {
     performing: HashMap<Effect, AbortHandle>,
     /// When something has to be looked at although nobody reported: sorted by time.
     deadlines: BTreeSet<(Timestamp, NodeIndex, u32)>,
+    loaded_at: Timestamp,
     back: mpsc::WeakSender<Command>,
 }
 
@@ -157,6 +162,7 @@ impl Actor {
             effects: JoinSet::new(),
             performing: HashMap::new(),
             deadlines: BTreeSet::new(),
+            loaded_at: clock::now(),
             back,
         };
         actor.watch_deadlines();
@@ -185,11 +191,12 @@ impl Actor {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
-                Some(done) = self.effects.join_next() => {
-                    if let Ok(effect) = done {
-                        self.performing.remove(&effect);
-                    }
-                }
+                Some(done) = self.effects.join_next() => match done {
+                    Ok(effect) => drop(self.performing.remove(&effect)),
+                    Err(error) if error.is_panic() => return Err(Stopped::Effect(error)),
+                    // Aborted: it is not due any more.
+                    Err(_) => {}
+                },
                 command = commands.recv() => match command {
                     Some(command) => self.fold(command, &mut commands).await?,
                     None if self.is_over() || self.is_idle() => return self.leave().await,
@@ -461,7 +468,12 @@ impl Actor {
         else {
             return None;
         };
-        if result.outcome == Outcome::Succeeded || (*node as usize) >= self.plan.nodes.len() {
+        if (*node as usize) >= self.plan.nodes.len() {
+            return None;
+        }
+        // One whose outcome was unknown has such a row already: what became of it takes its place.
+        let late = self.progress.state(*node) == NodeState::Unknown;
+        if result.outcome == Outcome::Succeeded && !late {
             return None;
         }
         let row = NodeProgress {
@@ -488,6 +500,7 @@ impl Actor {
             Event::RollbackStarted(order) => self.order.rolled_back_by = Some(*order),
             Event::RollbackImpossible(reason) | Event::InitialisationFailed { reason } => {
                 self.order.state_reason.clone_from(reason);
+                text::cut_message(&mut self.order.state_reason);
             }
             Event::Act(_)
             | Event::Initialised { .. }
@@ -913,14 +926,20 @@ impl Actor {
         let (true, Some(started)) = (row.state.is_busy(), row.started_at) else {
             return;
         };
-        let timeout_ms = dispatch::timeout_ms(&self.plan.steps[step as usize]);
         let delivery = started.plus_ms(self.plan.delivery_deadline_ms);
+        let answer = self.answer_deadline(step, started);
         self.deadlines.insert((delivery, node, row.attempt));
-        self.deadlines.insert((
-            delivery.plus_ms(timeout_ms).plus_ms(ANSWER_GRACE_MS),
-            node,
-            row.attempt,
-        ));
+        self.deadlines.insert((answer, node, row.attempt));
+    }
+
+    /// Until when a task that was pushed may be unanswered: as long as it may take to be delivered and to run. After a
+    /// restart its agent gets the time to come back with what it knows, however long ago the step was started.
+    fn answer_deadline(&self, step: u32, started: Timestamp) -> Timestamp {
+        let timeout_ms = dispatch::timeout_ms(&self.plan.steps[step as usize]);
+        let longest = started
+            .plus_ms(self.plan.delivery_deadline_ms)
+            .plus_ms(timeout_ms);
+        longest.max(self.loaded_at).plus_ms(ANSWER_GRACE_MS)
     }
 
     fn next_deadline(&self) -> Option<Timestamp> {
@@ -974,6 +993,9 @@ impl Actor {
         started: Option<Timestamp>,
         now: Timestamp,
     ) -> Result<Option<TaskResult>, Stopped> {
+        let NodeKind::Step { step } = self.plan.nodes[node as usize].kind else {
+            return Ok(None);
+        };
         let Some((_, unit_index, unit)) = dispatch::unit_of(&self.plan, node) else {
             return Ok(None);
         };
@@ -997,12 +1019,8 @@ impl Actor {
                     false => return Ok(None),
                 }
             }
-            // Pushed: the agent has until its time-out.
-            Some(_)
-                if started.is_some_and(|started| {
-                    now.since_ms(started) < delivery_ms.saturating_add(ANSWER_GRACE_MS)
-                }) =>
-            {
+            // Pushed: looked at again when its time is up.
+            Some(_) if started.is_some_and(|started| now < self.answer_deadline(step, started)) => {
                 return Ok(None);
             }
             Some(_) | None => (

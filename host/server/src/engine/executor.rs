@@ -19,14 +19,15 @@ use windlass_domain::{
     reducer::{self, Effect, Event},
     task::{Outcome, TaskResult},
 };
-use windlass_store::{Txn, crash::crash_point};
+use windlass_store::{CommitError, Revision, Txn, crash::crash_point};
 
 use super::{
-    ActError, Engine,
+    ActError, Engine, NoRollback,
     actor::Command,
     figures, initialise,
     keeper::{Admission, Answer, Leaving, Seat},
-    rows, shift,
+    rows::{self, OwedWeight, RowError},
+    shift,
     traffic::{TrafficError, set_and_read_back},
 };
 use crate::clock;
@@ -35,6 +36,8 @@ use crate::clock;
 const POLL: Duration = Duration::from_millis(200);
 /// How long agents that are not connected are waited for before a change of weights counts as failed.
 const BACK_WITHIN: Duration = Duration::from_secs(60);
+/// Longest wait before a rollback that could not be planned is planned again.
+const PLAN_PAUSE_MAX: Duration = Duration::from_secs(15);
 /// Before an effect that failed for reasons of the store is tried again.
 pub(super) const AGAIN: Duration = Duration::from_millis(500);
 
@@ -320,6 +323,12 @@ fn leaving(plan: &Plan, progress: &Progress, unit: NodeIndex) -> Leaving {
 }
 
 async fn release(job: &Job, node: NodeIndex, leaving: Leaving) {
+    if let Some((_, _, unit)) = dispatch::unit_of(&job.plan, node) {
+        while let Err(error) = nothing_owed(job, unit).await {
+            tracing::warn!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "weights cannot be read");
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
     if let (Some(seat), Some(keeper)) = (seat(&job.plan, node), job.engine.shared.keeper()) {
         while keeper
             .release(job.order.id, seat.clone(), leaving)
@@ -435,6 +444,15 @@ pub(super) async fn helps(job: &Job, again: &Again) -> bool {
         .unwrap_or(false)
 }
 
+impl From<RowError> for Steering {
+    fn from(error: RowError) -> Self {
+        Self {
+            message: error.to_string(),
+            again: Again::Now,
+        }
+    }
+}
+
 impl From<TrafficError> for Steering {
     fn from(error: TrafficError) -> Self {
         Self {
@@ -474,17 +492,26 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
                     if !weights.iter().any(|known| known.pool == *pool) {
                         weights.push(PoolWeight {
                             pool: *pool,
-                            weight: pools.weight(*pool, unit.server).await?,
+                            weight: weight_to_keep(job, *pool, unit.server).await?,
                         });
                     }
                 }
+                let owed = weights.iter().filter(|known| known.weight > 0);
+                let owed = owed.fold(Txn::new(), |txn, known| {
+                    let row = OwedWeight {
+                        order: job.order.id,
+                        weight: known.weight,
+                    };
+                    let key = rows::owed_weight(known.pool, unit.server);
+                    txn.put(key, rows::encode(&row))
+                });
                 // Durable before the first weight changes: after a crash the old weights are known.
                 let event = Event::TrafficRemembered {
                     node,
                     attempt,
                     weights,
                 };
-                let kept = job.tell(event, Txn::new()).await;
+                let kept = job.tell(event, owed).await;
                 kept.map_err(|error| Steering {
                     message: error.to_string(),
                     again: Again::Now,
@@ -555,6 +582,51 @@ fn pools_of<'a>(plan: &'a Plan, unit: &Unit) -> &'a [PoolId] {
     plan.part_of(unit).map_or(&[], |part| &part.pools)
 }
 
+/// The weight that a server is to get back: what its pool shows, unless that is the 0 that an order left which failed.
+async fn weight_to_keep(job: &Job, pool: PoolId, server: ServerId) -> Result<u32, Steering> {
+    let shared = &job.engine.shared;
+    let shown = shared.pools.weight(pool, server).await?;
+    if shown > 0 {
+        return Ok(shown);
+    }
+    Ok(owed(job, pool, server)
+        .await?
+        .map_or(0, |(owed, _)| owed.weight))
+}
+
+async fn owed(
+    job: &Job,
+    pool: PoolId,
+    server: ServerId,
+) -> Result<Option<(OwedWeight, Revision)>, RowError> {
+    let key = rows::owed_weight(pool, server);
+    rows::read(&*job.engine.shared.store, &key, "a weight to be given back").await
+}
+
+/// A unit's turn has succeeded: its server is owed nothing by this order any more.
+async fn nothing_owed(job: &Job, unit: &Unit) -> Result<(), RowError> {
+    let mut txn = Txn::new();
+    for pool in pools_of(&job.plan, unit) {
+        if let Some((owed, revision)) = owed(job, *pool, unit.server).await?
+            && owed.order == job.order.id
+        {
+            let key = rows::owed_weight(*pool, unit.server);
+            txn = txn.revision_is(key.clone(), revision).delete(key);
+        }
+    }
+    if txn.operations().is_empty() {
+        return Ok(());
+    }
+    match job.engine.shared.store.commit(txn).await {
+        // On a conflict it was done already: a turn's end may be performed more than once, also side by side.
+        Ok(_) | Err(CommitError::Conflict { .. }) => {}
+        Err(error) => {
+            tracing::warn!(order.id = %job.order.id, server.id = %unit.server, error = &error as &dyn std::error::Error, "a weight that was given back still stands as owed");
+        }
+    }
+    Ok(())
+}
+
 /// Of a rollback: the weights that the order which is rolled back remembered; what the pool shows now is its 0.
 async fn weights_of_parent(job: &Job, unit: &Unit) -> Result<Vec<PoolWeight>, Steering> {
     let (Purpose::Rollback { of, .. }, Some(drain)) = (&job.order.purpose, unit.drained_by) else {
@@ -563,11 +635,7 @@ async fn weights_of_parent(job: &Job, unit: &Unit) -> Result<Vec<PoolWeight>, St
     let key = rows::node(*of, drain);
     let row =
         rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress").await;
-    let row = row.map_err(|error| Steering {
-        message: error.to_string(),
-        again: Again::Now,
-    })?;
-    Ok(row.and_then(|(row, _)| row.remembered).unwrap_or_default())
+    Ok(row?.and_then(|(row, _)| row.remembered).unwrap_or_default())
 }
 
 // ---------------------------------------------------------------------------------------------- waiting and judging
@@ -648,13 +716,18 @@ async fn start_rollback(job: &Job) {
     } else {
         &job.order.state_reason
     };
-    let planned = match shared
-        .planning
-        .plan_rollback(&job.order, &job.plan, progress, reason)
-        .await
-    {
+    let plan = || {
+        shared
+            .planning
+            .plan_rollback(&job.order, &job.plan, progress, reason)
+    };
+    let planned = match planned(job, plan).await {
         Ok(planned) => planned,
-        Err(reason) => return job.answer(Event::RollbackImpossible(reason)).await,
+        // Why it was to be rolled back is not forgotten over it.
+        Err(why) => {
+            let why = format!("{reason}; it could not be rolled back: {why}");
+            return job.answer(Event::RollbackImpossible(why)).await;
+        }
     };
     let (id, with) = new_order_running(planned.order, &planned.plan);
     // The rollback order comes into being in the commit that tells its parent.
@@ -662,6 +735,24 @@ async fn start_rollback(job: &Job) {
         Ok(()) => drop(job.engine.take_up(id)),
         Err(error) => {
             tracing::info!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "the rollback order was not made now")
+        }
+    }
+}
+
+/// Plans until there is a plan, or nothing to plan: what passes gives no rollback up.
+async fn planned<T, F>(job: &Job, plan: impl Fn() -> F) -> Result<T, NoRollback>
+where
+    F: Future<Output = Result<T, NoRollback>>,
+{
+    let mut pause = AGAIN;
+    loop {
+        match plan().await {
+            Err(NoRollback::NotNow(reason)) => {
+                tracing::warn!(order.id = %job.order.id, reason, "a rollback cannot be planned now; it is tried again");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(PLAN_PAUSE_MAX);
+            }
+            other => return other,
         }
     }
 }
@@ -674,19 +765,18 @@ async fn roll_back_stage(job: &Job, node: NodeIndex) {
     let Some(StageRollback::Due { reason }) = &progress.node(node).rollback else {
         return;
     };
-    let planned = job
-        .engine
-        .shared
-        .planning
-        .plan_stage_rollback(&job.order, &job.plan, progress, (node, reason))
-        .await;
-    let planned = match planned {
+    let plan = || {
+        let planning = &job.engine.shared.planning;
+        planning.plan_stage_rollback(&job.order, &job.plan, progress, (node, reason))
+    };
+    let planned = match planned(job, plan).await {
         Ok(Some(planned)) => planned,
         Ok(None) => {
             let now = StageRollback::Done;
             return job.answer(Event::StageRollback { node, now }).await;
         }
-        Err(message) => {
+        Err(why) => {
+            let message = why.to_string();
             let now = StageRollback::Failed { message };
             return job.answer(Event::StageRollback { node, now }).await;
         }

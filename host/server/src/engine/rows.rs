@@ -17,17 +17,19 @@
 //! | `installed/{instance}/{server}` | `Manifest`: what is installed |
 //! | `installed-before/{instance}/{server}` | `Manifest`: what was installed before it |
 //! | `unavailable/{instance}/{cell}/{server}` | [`Unavailable`]: counted by the safety envelope |
+//! | `owed-weight/{pool}/{server}` | [`OwedWeight`]: what a server whose traffic was taken gets back |
 //! | `inbox/{server}/{order}/{unit}` | the task that an agent has to do, or to end: the outbox of dispatches |
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use windlass_domain::{
     Timestamp,
-    id::{InstanceId, OrderId, ServerId},
+    id::{InstanceId, OrderId, PoolId, ServerId},
     notification::Notice,
     order::{Order, OrderEvent, OrderState, PlanRevision, Purpose},
     plan::NodeId,
     progress::NodeProgress,
+    text,
 };
 use windlass_store::{Entry, Key, Prefix, Revision, Store, StoreError, sortable};
 
@@ -55,6 +57,16 @@ pub struct Unavailable {
     /// It was offline when the order began on it: so it is again when the order leaves it untouched.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub was_offline: bool,
+}
+
+/// The weight that a server had before an order took its traffic. It stands until an order's turn on the server succeeds:
+/// what a pool shows of a server that a failed order left without traffic is no weight to go back to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwedWeight {
+    /// The last order that took it.
+    pub order: OrderId,
+    /// The weight, 1 to 100.
+    pub weight: u32,
 }
 
 /// Why a row could not be read.
@@ -248,6 +260,10 @@ pub(crate) fn pool_weight(pool: &str, server: ServerId) -> Key {
     key(["pool-weight", pool, &server.to_string()])
 }
 
+pub(crate) fn owed_weight(pool: PoolId, server: ServerId) -> Key {
+    key(["owed-weight", &pool.to_string(), &server.to_string()])
+}
+
 pub(crate) fn pool_weights(pool: &str) -> Prefix {
     prefix(["pool-weight", pool])
 }
@@ -274,23 +290,23 @@ pub(crate) fn encode<T: Serialize>(record: &T) -> Bytes {
         .into()
 }
 
-/// A node's row as bytes, with its output cut further where escapes made it too large.
+/// A node's row as bytes. Texts in it are cut further where escapes made it too large: halved until the row fits.
 pub(crate) fn encode_node(row: &NodeProgress) -> Bytes {
     let mut bytes = encode(row);
-    if bytes.len() <= NODE_MAX_BYTES {
-        return bytes;
-    }
-    let mut row = row.clone();
-    while bytes.len() > NODE_MAX_BYTES {
-        let Some(result) = &mut row.result else { break };
-        let before = result.output.len();
-        result.output = cut_middle(&result.output, before / 2);
-        result.dropped_bytes += (before.saturating_sub(result.output.len())) as u64;
-        if result.output.len() >= before {
-            result.output.clear();
-            result.message.truncate(1000);
+    let mut keep = NODE_MAX_BYTES;
+    while bytes.len() > NODE_MAX_BYTES && keep > 0 {
+        keep /= 2;
+        let mut short = row.clone();
+        text::cut(&mut short.message, keep);
+        if let Some(result) = &mut short.result {
+            text::cut(&mut result.message, keep);
+            let whole = result.output.len();
+            if whole > keep {
+                result.output = cut_middle(&result.output, keep);
+                result.dropped_bytes += whole.saturating_sub(result.output.len()) as u64;
+            }
         }
-        bytes = encode(&row);
+        bytes = encode(&short);
     }
     bytes
 }
@@ -399,4 +415,43 @@ pub(crate) async fn read_revisions(
 /// The events of one commit.
 pub(crate) fn decode_events(entry: &Entry) -> Result<Vec<OrderEvent>, RowError> {
     decode(entry, "an order's events")
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use windlass_domain::task::{Outcome, TaskResult};
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
+        /// Whatever an agent reports.
+        #[test]
+        fn every_row_of_a_node_fits(
+            character in any::<char>(),
+            message in 0_usize..120_000,
+            output in 0_usize..120_000,
+        ) {
+            let text = |count: usize| std::iter::repeat_n(character, count).collect::<String>();
+            let row = NodeProgress {
+                message: text(message),
+                result: Some(TaskResult {
+                    outcome: Outcome::Failed,
+                    exit_code: None,
+                    output: text(output),
+                    dropped_bytes: 0,
+                    message: text(message),
+                    started_at: None,
+                    finished_at: Timestamp::from_unix_ms(0),
+                }),
+                ..NodeProgress::default()
+            };
+            let bytes = encode_node(&row);
+            prop_assert!(bytes.len() <= NODE_MAX_BYTES, "{}", bytes.len());
+            let kept: NodeProgress = serde_json::from_slice(&bytes).expect("it can be read");
+            prop_assert_eq!(kept.result.expect("a result").outcome, Outcome::Failed);
+        }
+    }
 }

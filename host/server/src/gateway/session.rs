@@ -697,7 +697,7 @@ impl Loop {
         if !self.reported_now.insert(task) {
             return;
         }
-        let (reports, server) = (self.reports.clone(), self.server);
+        let (reports, server, result) = (self.reports.clone(), self.server, result.cut());
         let report = async move {
             let mut pause = REPORT_PAUSE;
             for _ in 0..REPORT_TRIES {

@@ -21,6 +21,7 @@ use windlass_domain::{
     progress::{Counts, Drift, NodeProgress, NodeState, PoolWeight, Progress, StageRollback},
     reducer::{self, Refused},
     server::{ConnectionState, Server},
+    text::REASON_MAX_CHARS,
 };
 use windlass_runtime::for_order;
 use windlass_store::{CommitError, Revision, Watch};
@@ -28,7 +29,7 @@ use windlass_store::{CommitError, Revision, Watch};
 use super::{Caller, PageOf, PageRequest, ServiceError, planning::Planner, records};
 use crate::{
     clock,
-    engine::{self, ActError, Engine, rows},
+    engine::{self, ActError, Engine, NoRollback, rows},
     ids,
     keys::Kind,
 };
@@ -473,6 +474,7 @@ impl Orders {
         id: OrderId,
         action: Action,
     ) -> Result<Order, ServiceError> {
+        check_reason(&action)?;
         let (order, _) = self.get(workspace, id).await?;
         operations::check_action(&order, &action)?;
         match &action {
@@ -495,6 +497,14 @@ impl Orders {
             }
             Action::RollBack { reason } if order.state.is_terminal() => {
                 return self.roll_back_ended(caller, order, reason).await;
+            }
+            Action::RollBack { .. } if order.control == Control::Active => {
+                // Refused before anything is ended for it.
+                let (_, plan, progress) = self.progress(workspace, id).await?;
+                self.planner
+                    .can_roll_back(&order, &plan, &progress)
+                    .await
+                    .map_err(no_rollback)?;
             }
             Action::Run
             | Action::RunNode { .. }
@@ -560,13 +570,7 @@ impl Orders {
             .planner
             .rollback(&order, &plan, &progress, reason, &caller.name)
             .await
-            .map_err(|reason| {
-                conflict(
-                    "nothing_to_roll_back_to",
-                    reason,
-                    "release the wanted version instead",
-                )
-            })?;
+            .map_err(no_rollback)?;
         let with = caller.answered(shown(&planned.order));
         let id = self
             .engine
@@ -830,6 +834,39 @@ pub(super) fn not_committed(error: CommitError) -> ServiceError {
             error.into()
         }
     }
+}
+
+fn no_rollback(why: NoRollback) -> ServiceError {
+    let (code, message) = match why {
+        NoRollback::Nothing(message) => ("nothing_to_roll_back_to", message),
+        NoRollback::Superseded(message) => ("order_superseded", message),
+        NoRollback::NotNow(message) => return ServiceError::Unavailable { message },
+    };
+    ServiceError::Conflict {
+        code,
+        message,
+        mend: "release the wanted version instead".to_owned(),
+    }
+}
+
+/// A person's reason is kept in rows, events and the header of a rollback order.
+fn check_reason(action: &Action) -> Result<(), ServiceError> {
+    let (Action::Lock { reason, .. }
+    | Action::RollBack { reason }
+    | Action::RollBackStage { reason, .. }) = action
+    else {
+        return Ok(());
+    };
+    let length = reason.chars().count();
+    if length <= REASON_MAX_CHARS {
+        return Ok(());
+    }
+    Err(ServiceError::Invalid {
+        code: "reason_too_long",
+        field: "reason".to_owned(),
+        message: format!("the reason has {length} characters; the limit is {REASON_MAX_CHARS}"),
+        mend: "say it in fewer words".to_owned(),
+    })
 }
 
 /// The engine's refusals in the words of services.

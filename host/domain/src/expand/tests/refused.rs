@@ -15,6 +15,7 @@ use crate::{
         Phase, RestoreWeight, ShiftWeight, StackAction, StackStep, StrategyNode, StrategyNodeKind,
         StrategyPlan,
     },
+    text::MESSAGE_MAX_BYTES,
 };
 
 fn error(input: PlanInput, plan: &StrategyPlan) -> BadPlan {
@@ -240,6 +241,13 @@ fn cases() -> Vec<(&'static str, BadPlan)> {
             nodes(|nodes| nodes.push(pause(day + 1))),
         ),
         (
+            "a message too long",
+            nodes(|nodes| {
+                let message = "x".repeat(MESSAGE_MAX_BYTES + 1);
+                nodes.push(node(None, "look", StrategyNodeKind::Gate { message }));
+            }),
+        ),
+        (
             "a healthy time too long",
             nodes(|nodes| nodes[1] = odd_unit(|unit| unit.healthy_for_ms = day + 1)),
         ),
@@ -426,6 +434,7 @@ fn number(bad: &BadPlan) -> usize {
         BadPlan::WeightTwice { .. } => 23,
         BadPlan::BadVariable { .. } => 24,
         BadPlan::BadShare { .. } => 25,
+        BadPlan::LongText { .. } => 26,
     }
 }
 
@@ -433,7 +442,7 @@ fn number(bad: &BadPlan) -> usize {
 fn every_bad_plan_is_refused_with_its_node_and_rule() {
     let cases = cases();
     let seen: BTreeSet<usize> = cases.iter().map(|(_, bad)| number(bad)).collect();
-    assert_eq!(seen, (0..=25).collect(), "each variant has a case");
+    assert_eq!(seen, (0..=26).collect(), "each variant has a case");
     let messages: Vec<String> = cases
         .iter()
         .map(|(case, bad)| format!("{case}:\n    {bad}"))

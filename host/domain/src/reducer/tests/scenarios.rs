@@ -665,6 +665,31 @@ fn a_stale_or_repeated_answer_is_refused() {
 }
 
 #[test]
+fn what_became_of_an_unknown_step_may_be_told_late() {
+    let mut world = World::running(two_groups());
+    world.run_to(FIRST + STOP);
+    let answer = |outcome| Event::StepFinished {
+        node: FIRST + STOP,
+        attempt: 1,
+        result: result(outcome),
+    };
+    world.send(answer(Outcome::Unknown)).unwrap();
+    assert_eq!(world.order(), OrderState::Unknown);
+    let refused = Err(Refused::NotCurrent { node: FIRST + STOP });
+    assert_eq!(world.send(answer(Outcome::Unknown)), refused);
+    world.send(answer(Outcome::Succeeded)).unwrap();
+    assert_eq!(world.order(), OrderState::Running);
+    world.finish();
+    assert_eq!(world.order(), OrderState::Succeeded);
+    // Once a person has decided, it is too late.
+    let mut world = World::running(two_groups());
+    world.run_to(FIRST + STOP);
+    world.send(answer(Outcome::Unknown)).unwrap();
+    world.act(Action::Ignore { node: FIRST + STOP }).unwrap();
+    assert_eq!(world.send(answer(Outcome::Succeeded)), refused);
+}
+
+#[test]
 fn many_servers_start_and_end_in_bounded_turns() {
     const SERVERS: usize = 500;
     let mut plan = plan(vec![application(vec![group(SERVERS)])]);

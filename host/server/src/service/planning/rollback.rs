@@ -27,13 +27,14 @@ use windlass_domain::{
     progress::Progress,
     reducer,
     stages::stages,
+    text,
 };
 
 use self::traffic::Traffic;
 use super::{Planner, cell_names};
 use crate::{
     clock,
-    engine::{self, PlannedRollback, rows},
+    engine::{self, NoRollback, PlannedRollback, rows},
     ids,
 };
 
@@ -41,7 +42,7 @@ impl Planner {
     /// Plans the rollback of an order: by its strategy, or by the core where the strategy's plan fails or breaks a rule.
     ///
     /// # Errors
-    /// Why there is nothing to roll back to.
+    /// [`NoRollback`].
     pub async fn rollback(
         &self,
         order: &Order,
@@ -49,13 +50,29 @@ impl Planner {
         progress: &Progress,
         reason: &str,
         by: &str,
-    ) -> Result<PlannedRollback, String> {
+    ) -> Result<PlannedRollback, NoRollback> {
         let planned = self
             .roll_back(order, plan, progress, (None, reason), by)
             .await?;
-        planned.ok_or_else(|| {
-            "nothing that this order changed had an earlier release to go back to".to_owned()
-        })
+        planned.ok_or_else(nothing)
+    }
+
+    /// Whether an order that has not ended could be rolled back as far as it got.
+    ///
+    /// # Errors
+    /// [`NoRollback`].
+    pub async fn can_roll_back(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        progress: &Progress,
+    ) -> Result<(), NoRollback> {
+        let mut found = self.rollback_parts(order, plan, progress, None).await?;
+        let traffic = Traffic::of(plan, progress, &mut found.parts);
+        if found.units.is_empty() && traffic.is_empty() {
+            return Err(nothing());
+        }
+        Ok(())
     }
 
     /// Likewise of one stage, or of all of it. `None`: there is nothing to bring back.
@@ -66,8 +83,12 @@ impl Planner {
         progress: &Progress,
         (stage, reason): (Option<NodeIndex>, &str),
         by: &str,
-    ) -> Result<Option<PlannedRollback>, String> {
-        let (mut parts, units) = self.rollback_parts(plan, progress, stage).await?;
+    ) -> Result<Option<PlannedRollback>, NoRollback> {
+        let Found {
+            mut parts,
+            units,
+            left_out,
+        } = self.rollback_parts(order, plan, progress, stage).await?;
         let traffic = match stage {
             Some(_) => Traffic::default(),
             None => Traffic::of(plan, progress, &mut parts),
@@ -90,7 +111,7 @@ impl Planner {
                 progress_deadline_ms: None,
             })
         } else {
-            self.strategy_rollback(order, plan, &parts, &units).await
+            self.strategy_rollback(order, plan, &parts, &units).await?
         };
         let planned = match answer {
             // An empty answer stays empty, and is refused as such.
@@ -111,7 +132,8 @@ impl Planner {
                     .filter_map(|unit| Some((unit.application.clone(), unit.server.parse().ok()?)))
                     .collect();
                 let own = traffic.around(expand::one_by_one(&servers));
-                let own = expand::expand(input(None), &own).map_err(|bad| bad.to_string())?;
+                let own = expand::expand(input(None), &own)
+                    .map_err(|bad| NoRollback::Nothing(bad.to_string()))?;
                 tracing::warn!(order.id = %order.id, cause, "the strategy gave no rollback that can be used; the core's own plan runs");
                 (own, Some(cause))
             }
@@ -122,8 +144,13 @@ impl Planner {
         rollback.schema = rollback.lowest_schema();
         let digest = engine::store_json(&self.parts.blobs, &rollback)
             .await
-            .map_err(|error| error.to_string())?;
+            .map_err(NoRollback::not_now)?;
         let at = clock::now();
+        let mut reason = reason.to_owned();
+        if !left_out.is_empty() {
+            reason = format!("{reason} (not brought back: {})", left_out.join("; "));
+            text::cut_message(&mut reason);
+        }
         let id = OrderId::from_uuid(ids::new_uuid());
         let active = !order.state.is_terminal();
         let header = Order {
@@ -136,7 +163,7 @@ impl Planner {
                 .collect(),
             purpose: Purpose::Rollback {
                 of: order.id,
-                reason: reason.to_owned(),
+                reason,
                 core_plan_because,
                 stage: stage.map(|stage| plan.id_of(stage)),
             },
@@ -177,13 +204,23 @@ impl Planner {
         }))
     }
 
-    /// What the servers that an order changed had before, as parts to be released again; failed servers first.
+    /// What the servers that an order changed had before, as parts to be released again; failed servers first. A server whose
+    /// earlier release is not known any more keeps no other one from going back.
     async fn rollback_parts(
         &self,
+        order: &Order,
         plan: &Plan,
         progress: &Progress,
         stage: Option<NodeIndex>,
-    ) -> Result<(Vec<PartInput>, Vec<UnitProgress>), String> {
+    ) -> Result<Found, NoRollback> {
+        let is_own = |manifest: &Manifest| {
+            let digest = manifest.plan;
+            order
+                .revisions
+                .iter()
+                .any(|revision| Some(revision.digest) == digest)
+        };
+        let mut left_out = Vec::new();
         let mut groups: BTreeMap<(u32, Digest, u32), PartInput> = BTreeMap::new();
         let mut states = Vec::new();
         let mut plans: BTreeMap<Digest, Arc<Plan>> = BTreeMap::new();
@@ -210,11 +247,22 @@ impl Planner {
             let current = self
                 .installed(part.instance, unit.server)
                 .await
-                .map_err(|error| error.to_string())?;
+                .map_err(NoRollback::not_now)?;
             let earlier = self
                 .manifest(&rows::installed_before(part.instance, unit.server))
                 .await
-                .map_err(|error| error.to_string())?;
+                .map_err(NoRollback::not_now)?;
+            // While an order runs nobody else works on its servers.
+            if order.state.is_terminal()
+                && let Some(current) = &current
+                && !is_own(current)
+                && (state == UnitState::Released || current.release != *before)
+            {
+                return Err(NoRollback::Superseded(format!(
+                    "{} has been released to since: it has version {} of a later order",
+                    unit.server_name, current.package.version
+                )));
+            }
             let known = [&current, &earlier]
                 .into_iter()
                 .flatten()
@@ -222,26 +270,28 @@ impl Planner {
             let Some((manifest, digest)) =
                 known.and_then(|manifest| Some((manifest, manifest.plan?)))
             else {
-                return Err(format!(
-                    "the release `{before}` that {} had before is no longer known",
+                left_out.push(format!(
+                    "{}, whose earlier release `{before}` is no longer known",
                     unit.server_name
                 ));
+                continue;
             };
             let old = match plans.get(&digest) {
                 Some(old) => old.clone(),
                 None => {
                     let old = engine::load_plan(&self.parts.blobs, digest)
                         .await
-                        .map_err(|error| error.to_string())?;
+                        .map_err(NoRollback::not_now)?;
                     plans.entry(digest).or_insert(Arc::new(old)).clone()
                 }
             };
             let found = unit_of_server(&old, manifest, unit.server);
             let Some((old_node, old_unit, old_index, old_part)) = found else {
-                return Err(format!(
-                    "the plan that installed `{before}` on {} does not hold it",
+                left_out.push(format!(
+                    "{}: the plan that installed `{before}` there does not hold it",
                     unit.server_name
                 ));
+                continue;
             };
             let group = groups
                 .entry((index, digest, old_index))
@@ -302,27 +352,36 @@ impl Planner {
             UnitState::Released => 1,
             UnitState::Untouched => 2,
         });
-        Ok((groups.into_values().collect(), units))
+        if units.is_empty() && !left_out.is_empty() {
+            return Err(NoRollback::Nothing(format!(
+                "nothing can be brought back: {}",
+                left_out.join("; ")
+            )));
+        }
+        Ok(Found {
+            parts: groups.into_values().collect(),
+            units,
+            left_out,
+        })
     }
 
-    /// The strategy's plan of a rollback, or why there is none.
+    /// The strategy's plan of a rollback; within, why there is none.
     async fn strategy_rollback(
         &self,
         order: &Order,
         plan: &Plan,
         parts: &[PartInput],
         units: &[UnitProgress],
-    ) -> Result<StrategyPlan, String> {
+    ) -> Result<Result<StrategyPlan, String>, NoRollback> {
         let Some(strategy) = &plan.strategy else {
-            return Err("the order has no strategy".to_owned());
+            return Ok(Err("the order has no strategy".to_owned()));
         };
-        let plugin = self
-            .parts
-            .plugins
-            .pinned(strategy.digest)
-            .await
-            .map_err(|error| error.to_string())?;
-        let spec = self.spec(order).await?;
+        let plugin = match self.parts.plugins.pinned(strategy.digest).await {
+            Ok(plugin) => plugin,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        let spec = self.spec(order).await.map_err(NoRollback::NotNow)?;
+        let cells = self.cells(&order.workspace).await;
         // What depends on something was released after it, and is brought back before it: the strategy turns stages round.
         let names: Vec<&str> = plan.parts.iter().map(|part| part.key.as_str()).collect();
         let stage_of = stages(&names, &spec.dependencies).unwrap_or_default();
@@ -333,7 +392,7 @@ impl Planner {
         let request = StrategyRequest {
             parameters: spec.parameters,
             limits: plan.limits.clone(),
-            cells: self.cells(&order.workspace).await?,
+            cells: cells.map_err(NoRollback::NotNow)?,
             applications: parts
                 .iter()
                 .map(|part| StrategyApp {
@@ -377,10 +436,25 @@ impl Planner {
             request,
             progress: units.to_vec(),
         };
-        windlass_runtime::for_order(order.id.to_string(), plugin.rollback(&request))
-            .await
-            .map_err(|error| error.to_string())
+        let answer = windlass_runtime::for_order(order.id.to_string(), plugin.rollback(&request));
+        Ok(answer.await.map_err(|error| error.to_string()))
     }
+}
+
+/// What a rollback consists of.
+struct Found {
+    /// What is released again, with its servers.
+    parts: Vec<PartInput>,
+    /// How far the order got on each server.
+    units: Vec<UnitProgress>,
+    /// Servers that stay as they are, each with the reason.
+    left_out: Vec<String>,
+}
+
+fn nothing() -> NoRollback {
+    NoRollback::Nothing(
+        "nothing that this order changed had an earlier release to go back to".to_owned(),
+    )
 }
 
 impl Planner {

@@ -12,7 +12,7 @@ use windlass_domain::{
 };
 
 use super::{Planner, cell_of};
-use crate::engine::{PlannedRollback, Planning};
+use crate::engine::{NoRollback, PlannedRollback, Planning};
 
 /// The largest specification of an order.
 const MAX_SPEC_BYTES: u64 = 1024 * 1024;
@@ -128,7 +128,7 @@ impl Planning for Planner {
         plan: &Plan,
         progress: &Progress,
         reason: &str,
-    ) -> Result<PlannedRollback, String> {
+    ) -> Result<PlannedRollback, NoRollback> {
         self.rollback(order, plan, progress, reason, "windlass")
             .await
     }
@@ -139,7 +139,7 @@ impl Planning for Planner {
         plan: &Plan,
         progress: &Progress,
         (stage, reason): (NodeIndex, &str),
-    ) -> Result<Option<PlannedRollback>, String> {
+    ) -> Result<Option<PlannedRollback>, NoRollback> {
         self.roll_back(order, plan, progress, (Some(stage), reason), "windlass")
             .await
     }

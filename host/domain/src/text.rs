@@ -1,0 +1,45 @@
+//! Texts for people that come from elsewhere, kept to a length.
+//!
+//! Agents, plugins and archives write messages of any length; rows, events and headers hold short ones.
+
+/// Longest message that a row, an event or a header holds, in bytes of UTF-8: what is longer is cut. Escaped as JSON it stays
+/// below a row's limit.
+pub const MESSAGE_MAX_BYTES: usize = 4096;
+/// Longest reason that a person gives, in characters.
+pub const REASON_MAX_CHARS: usize = 500;
+
+/// What stands where a text was cut.
+const CUT: &str = "…";
+
+/// Cuts a text to [`MESSAGE_MAX_BYTES`].
+pub fn cut_message(text: &mut String) {
+    cut(text, MESSAGE_MAX_BYTES);
+}
+
+/// Cuts a text to so many bytes, between two characters; the end says so, where it has room to.
+pub fn cut(text: &mut String, max_bytes: usize) {
+    if text.len() <= max_bytes {
+        return;
+    }
+    let mark = if max_bytes < CUT.len() { "" } else { CUT };
+    text.truncate(text.floor_char_boundary(max_bytes - mark.len()));
+    text.push_str(mark);
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn a_cut_text_is_a_beginning_and_fits(text in ".{0,40}", max in 0_usize..60) {
+            let mut short = text.clone();
+            cut(&mut short, max);
+            prop_assert!(short.len() <= max);
+            prop_assert!(text.starts_with(short.trim_end_matches(CUT)));
+            prop_assert_eq!(text.len() <= max, short == text);
+        }
+    }
+}
