@@ -142,6 +142,7 @@ impl Host {
             reads: Mutex::default(),
             members: members.clone(),
             rollback: None,
+            not_now: std::sync::atomic::AtomicU32::new(0),
             stage_rollbacks: BTreeMap::new(),
             blobs: blobs.clone(),
         };

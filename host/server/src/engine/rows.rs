@@ -443,6 +443,7 @@ mod tests {
                     output: text(output),
                     dropped_bytes: 0,
                     message: text(message),
+                    fault: None,
                     started_at: None,
                     finished_at: Timestamp::from_unix_ms(0),
                 }),
