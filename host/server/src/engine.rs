@@ -38,7 +38,10 @@ use std::{
 };
 
 use async_trait::async_trait;
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use windlass_domain::{
     id::{InstanceId, OrderId, ServerId},
@@ -63,6 +66,10 @@ use traffic::TrafficPools;
 
 /// Commands that may wait for one order.
 const QUEUE: usize = 4096;
+/// How long the servers of an instance are taken for those that were read.
+const MEMBERS_FOR: Duration = Duration::from_millis(100);
+/// Servers of an instance, each with its cell's identifier.
+pub(crate) type Members = Arc<[(ServerId, String)]>;
 /// How long an order stays with a server that no longer says it is alive.
 const LEASE_TTL_MS: u64 = 10_000;
 
@@ -233,6 +240,8 @@ pub(crate) struct Shared {
     keeper: OnceLock<Keeper>,
     /// Held while weights are weighed and set: two changes never count on each other's members.
     pub(crate) weighing: tokio::sync::Mutex<()>,
+    /// Servers of instances as they were read a moment ago: a large order asks for each of its servers.
+    members: tokio::sync::Mutex<HashMap<InstanceId, (Instant, Members)>>,
     lease: Mutex<Option<Lease>>,
     /// Names this engine in the rows of orders that it drives.
     pub(crate) name: String,
@@ -281,6 +290,7 @@ impl Engine {
             live: live::LiveOutput::default(),
             keeper: OnceLock::new(),
             weighing: tokio::sync::Mutex::new(()),
+            members: tokio::sync::Mutex::default(),
             lease: Mutex::new(None),
             name: crate::ids::new_uuid().to_string(),
             actors: Mutex::default(),
@@ -720,6 +730,20 @@ impl Shared {
                 );
             }
         }
+    }
+
+    /// The servers of an instance, each with its cell, as they were within [`MEMBERS_FOR`]. No server on which an order works
+    /// is bound, unbound or put into another cell meanwhile.
+    pub(crate) async fn members(&self, instance: InstanceId) -> Result<Members, String> {
+        // Held while they are read: whoever asks meanwhile needs the same.
+        let mut known = self.members.lock().await;
+        known.retain(|_, (read_at, _)| read_at.elapsed() < MEMBERS_FOR);
+        if let Some((_, members)) = known.get(&instance) {
+            return Ok(members.clone());
+        }
+        let members: Members = self.planning.members(instance).await?.into();
+        known.insert(instance, (Instant::now(), members.clone()));
+        Ok(members)
     }
 
     /// A plan by its digest.

@@ -228,7 +228,7 @@ async fn admit(job: &Job, node: NodeIndex) {
         let (Some(seat), Some(part)) = (&seat, job.plan.part_of(unit)) else {
             return job.answer(Event::UnitAdmitted(node)).await;
         };
-        let members = match shared.planning.members(part.instance).await {
+        let members = match shared.members(part.instance).await {
             Ok(members) => members,
             Err(reason) => {
                 hold(job, node, &mut told, reason).await;

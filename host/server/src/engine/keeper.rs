@@ -20,7 +20,7 @@ use windlass_domain::{
 use windlass_store::{Store, Txn};
 
 use super::{
-    Agents,
+    Agents, Members,
     rows::{self, RowError, Unavailable},
     traffic::TrafficPools,
 };
@@ -41,7 +41,7 @@ pub(crate) struct Admission {
     pub(crate) limits: Limits,
     pub(crate) pools: Vec<PoolId>,
     /// Every server of the service instance, with its cell.
-    pub(crate) members: Vec<(ServerId, String)>,
+    pub(crate) members: Members,
 }
 
 /// A server of an instance in a cell.
@@ -421,7 +421,7 @@ impl KeeperTask {
                 // Taken before weights are read: a cut that ends meanwhile has set them.
                 let cut = self.cut();
                 let mut serving = 0u32;
-                for (server, cell) in members {
+                for (server, cell) in members.iter() {
                     if *server != seat.server
                         && !out(*server, cell)
                         && !cut.contains(&(*pool, *server))
@@ -504,7 +504,7 @@ mod tests {
             seat: seat.clone(),
             limits: Limits::default(),
             pools: Vec::new(),
-            members: vec![(seat.server, seat.cell.clone())],
+            members: vec![(seat.server, seat.cell.clone())].into(),
         }
     }
 

@@ -250,6 +250,8 @@ impl Planner {
             .await?
             .unwrap_or_else(flow::release);
         for part in &chosen {
+            // Rows come without waiting: a large plan must not keep a thread from everybody else.
+            tokio::task::yield_now().await;
             let part = self.part(&workspace, spec, part, &mut reads).await?;
             parts.push(PartInput {
                 flow: flow.clone(),

@@ -73,6 +73,8 @@ impl Planner {
             if units.is_empty() && !asks_stack && !asks_cells && !subjects.iter().any(concerns) {
                 continue;
             }
+            // Rows come without waiting: a large plan must not keep a thread from everybody else.
+            tokio::task::yield_now().await;
             let instance = self.parts.instances.find(part.instance).await?;
             let subject = instance_subject(&part.key);
             if let (true, Some(instance)) = (wanted.contains(subject.as_str()), &instance) {
