@@ -8,6 +8,8 @@
 # by the plugins' own build scripts, below target/.
 set -eu
 
+# An ordinary user's PATH may lack what services are installed to.
+PATH=$PATH:/usr/sbin:/sbin
 missing=
 need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
 need cc gcc
@@ -19,10 +21,23 @@ python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2
 need /usr/sbin/haproxy haproxy
 need /usr/sbin/nft nftables
 need ip iproute2
+# The runtimes of the shipped tech stacks, on which the tests release. `javac` compiles the tests' jar.
+need java openjdk-17-jre-headless
+need javac openjdk-17-jdk-headless
+need nginx nginx-light
+[ -x /usr/bin/python3 ] || missing="$missing python3"
+/usr/bin/python3 -c 'import ensurepip, venv' 2>/dev/null || missing="$missing python3-venv"
 
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
         apt-get update -qq
+        # Services of packages are not started: nothing here needs them, and their ports may be taken.
+        policy=/usr/sbin/policy-rc.d
+        if [ ! -e "$policy" ]; then
+            printf '#!/bin/sh\nexit 101\n' > "$policy"
+            chmod 755 "$policy"
+            trap 'rm -f "$policy"' EXIT
+        fi
         # shellcheck disable=SC2086 # a list of package names
         DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing >/dev/null
     else

@@ -4,8 +4,8 @@ use crate::{
     digest::Digest,
     id::OrderId,
     manifest::Manifest,
-    plan::{NodeIndex, NodeKind, Plan, StepTemplate, Unit},
-    plugin::{Phase, StackAction},
+    plan::{NodeIndex, NodeKind, Part, Plan, StepTemplate, Unit},
+    plugin::{Phase, StackAction, StackStep},
     task::{Action, Task, TaskId},
     time::Timestamp,
     value::Environment,
@@ -81,6 +81,18 @@ pub fn manifest(plan: &Plan, digest: Digest, unit: &Unit) -> Option<Manifest> {
     })
 }
 
+/// The OS user that an application runs as; `None`: the agent's own.
+fn runs_as(part: &Part) -> Option<String> {
+    let starts = |step: &&StackStep| match step.action {
+        StackAction::Start(_) => true,
+        StackAction::Script(_)
+        | StackAction::WriteFile { .. }
+        | StackAction::Stop { .. }
+        | StackAction::Check(_) => false,
+    };
+    part.start.iter().find(starts)?.run_as.clone()
+}
+
 /// How long a step may run once started, in milliseconds.
 #[must_use]
 pub const fn timeout_ms(step: &StepTemplate) -> u64 {
@@ -111,10 +123,14 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
     let mut names = release_name(plan, unit);
     let action = match step {
         StepTemplate::Fetch => Action::Fetch(package?.clone()),
-        StepTemplate::Unpack => Action::Unpack {
-            package: package?.clone(),
-            release: names.clone()?,
-        },
+        StepTemplate::Unpack => {
+            // The release and the instance's data belong to whom the application runs as.
+            run_as = part.and_then(runs_as);
+            Action::Unpack {
+                package: package?.clone(),
+                release: names.clone()?,
+            }
+        }
         StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, attempt.plan, unit)?)),
         StepTemplate::PlaceFiles(step) => {
             run_as = Some(step.run_as.clone());
@@ -174,12 +190,9 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::{
-        expand::{
-            expand,
-            fixture::{all_at_once, env, input, installed, package, server_id},
-        },
-        plugin::StackStep,
+    use crate::expand::{
+        expand,
+        fixture::{all_at_once, env, input, installed, package, server_id},
     };
 
     /// Servers 1 and 2 of `shop`; something is installed on the first.
@@ -313,6 +326,23 @@ mod tests {
             };
             assert!(same, "{name}");
         }
+    }
+
+    #[test]
+    fn a_release_belongs_to_whom_it_runs_as() {
+        let mut input = input();
+        for step in &mut input.parts[0].steps.steps {
+            if step.phase == Phase::Start {
+                step.run_as = Some("shop".to_owned());
+            }
+        }
+        let plan = expand(input, &all_at_once()).unwrap();
+        assert_eq!(named(&plan, "unpack").run_as.as_deref(), Some("shop"));
+        assert_eq!(
+            named(&plan, "fetch").run_as,
+            None,
+            "the cache is the agent's"
+        );
     }
 
     #[test]
