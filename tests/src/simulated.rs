@@ -149,6 +149,10 @@ impl Planning for GivenPlans {
         Ok(self.members.clone())
     }
 
+    async fn keep_tech_stacks(&self, _: &Order) -> Result<(), String> {
+        Ok(())
+    }
+
     async fn judge(
         &self,
         _: &Order,
@@ -346,7 +350,7 @@ impl Fleet {
     pub async fn create(&self, plan: &Plan) -> OrderId {
         let order = new_order(&self.blobs, plan, Purpose::Release).await;
         self.engine
-            .create(&order, windlass_store::Txn::new())
+            .create(&order, plan, windlass_store::Txn::new())
             .await
             .expect("the order is kept");
         order.id
@@ -596,6 +600,7 @@ pub fn plan_in_cells(
         }),
         pools,
         env: BTreeMap::new(),
+        prepare: Vec::new(),
         stop: Vec::new(),
         start: Vec::new(),
         check: Vec::new(),
@@ -614,6 +619,7 @@ pub fn plan_in_cells(
             approved: Wishes::default(),
             flow: flow::release(),
             files: None,
+            from_cache: false,
             only_traffic: (1..=servers)
                 .filter(|number| !is_released(*number))
                 .map(server)
@@ -675,5 +681,6 @@ pub async fn new_order(blobs: &Blobs, plan: &Plan, purpose: Purpose) -> Order {
         finished_at: None,
         last_progress_at: None,
         notify: true,
+        tech_stacks: Vec::new(),
     }
 }

@@ -59,6 +59,10 @@ impl Planning for PinnedStrategies {
         self.given.members(instance).await
     }
 
+    async fn keep_tech_stacks(&self, _: &Order) -> Result<(), String> {
+        Ok(())
+    }
+
     async fn judge(
         &self,
         order: &Order,

@@ -117,6 +117,7 @@ fn part(app: u32, servers: u32) -> PartInput {
         stack: Some(stack.clone()),
         pools: vec![PoolId::from_uuid(Uuid::from_u128(u128::from(app)))],
         env: environment(10),
+        prepare: Vec::new(),
         stop: Vec::new(),
         start: Vec::new(),
         check: Vec::new(),
@@ -132,6 +133,7 @@ fn part(app: u32, servers: u32) -> PartInput {
         check: Vec::new(),
         env: environment(10),
         plan: None,
+        prepared: None,
     };
     PartInput {
         flow: flow::release(),
@@ -142,6 +144,7 @@ fn part(app: u32, servers: u32) -> PartInput {
             server_env: BTreeMap::new(),
         },
         approved: Wishes::default(),
+        from_cache: false,
         only_traffic: Vec::new(),
         servers: (0..servers)
             .map(|server| ServerInput {

@@ -139,6 +139,7 @@ fn plan(servers: u32, in_flight: u32) -> Plan {
             restore: RestoreWeight::Remembered,
             before: None,
             drained_by: None,
+            prepared: None,
             reads: Vec::new(),
         });
     }

@@ -78,6 +78,7 @@ pub fn manifest(plan: &Plan, digest: Digest, unit: &Unit) -> Option<Manifest> {
         check: part.check.clone(),
         env,
         plan: Some(digest),
+        prepared: None,
     })
 }
 

@@ -64,6 +64,8 @@ pub struct PartInput {
     pub flow: Vec<FlowStep>,
     /// What [`FlowStep::PlaceFiles`] places.
     pub files: Option<FilesStep>,
+    /// Whether the phases prepare and install are left out on servers that have been through the same already.
+    pub from_cache: bool,
     /// Its servers: each stands in the plan once.
     pub servers: Vec<ServerInput>,
     /// Further servers that can only be named where traffic is moved.

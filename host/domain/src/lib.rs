@@ -26,6 +26,7 @@ pub mod package;
 pub mod plan;
 pub mod plugin;
 pub mod pool;
+pub mod prepared;
 pub mod progress;
 pub mod reducer;
 pub mod revise;

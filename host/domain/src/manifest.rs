@@ -51,6 +51,9 @@ pub struct Manifest {
     /// The plan that installed it: what a rollback to it takes its steps from. Kept as long as a manifest names it.
     #[serde(default)]
     pub plan: Option<Digest>,
+    /// What the server was prepared for when it was installed, see [`crate::prepared`]. Known to the platform alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<Digest>,
 }
 
 /// What a server has of one service instance: the current release and the one before.

@@ -24,7 +24,7 @@ use crate::{
     revise::Lane,
     stages::Dependencies,
     time::Timestamp,
-    value::Environment,
+    value::{Environment, deserialize_parameters, parameters_schema},
 };
 
 /// The state of an order as a whole.
@@ -142,9 +142,29 @@ pub struct Target {
     /// Only servers of these cells (identifiers); empty: all of the instance's.
     #[serde(default)]
     pub cells: Vec<String>,
-    /// Deployment parameters of this application: names and values that become environment.
-    #[serde(default)]
+    /// Version requirement of the tech stack to release with: `=1.2.0` for exactly that one. When the order succeeds, it
+    /// becomes the service instance's. Absent: what the instance has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub tech_stack_version: Option<semver::VersionReq>,
+    /// Deployment parameters of this application: names and values that become environment, as an object or as text
+    /// (`key=value`, separated by blanks or new lines). Names that no shell knows (`a.b`) reach programs, not scripts.
+    #[serde(default, deserialize_with = "deserialize_parameters")]
+    #[schema(schema_with = parameters_schema)]
     pub parameters: Environment,
+}
+
+/// A version requirement of the tech stack that a release changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct StackChange {
+    /// The service instance.
+    pub instance: InstanceId,
+    /// What it had; `None`: its application's.
+    #[schema(value_type = Option<String>)]
+    pub before: Option<semver::VersionReq>,
+    /// What it has once the order has succeeded.
+    #[schema(value_type = Option<String>)]
+    pub after: Option<semver::VersionReq>,
 }
 
 /// One service instance that only takes part in moving traffic.
@@ -178,9 +198,14 @@ pub struct ReleaseSpec {
     /// The applications in lanes side by side, each of stages one after the other; absent: by their dependencies.
     #[serde(default)]
     pub lanes: Vec<Lane>,
-    /// Deployment parameters of all applications.
-    #[serde(default)]
+    /// Deployment parameters of all applications, likewise; an application's own stand above them.
+    #[serde(default, deserialize_with = "deserialize_parameters")]
+    #[schema(schema_with = parameters_schema)]
     pub environment: Environment,
+    /// Whether servers that were prepared for the same tech stack already, with the same parameters and environment, are
+    /// not prepared again. Default: yes.
+    #[serde(default = "yes")]
+    pub install_from_cache: bool,
     /// The safety envelope.
     #[serde(default)]
     pub limits: Limits,
@@ -286,6 +311,9 @@ pub struct Order {
     /// Whether the workspace's notification channels are told.
     #[serde(default = "yes")]
     pub notify: bool,
+    /// Tech-stack versions that its success makes those of service instances.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tech_stacks: Vec<StackChange>,
 }
 
 impl Order {

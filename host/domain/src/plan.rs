@@ -112,6 +112,10 @@ pub struct Part {
     pub pools: Vec<PoolId>,
     /// Environment common to its servers.
     pub env: Environment,
+    /// Steps that prepare a server: of the phases prepare and install. They are in the turns of those servers alone that
+    /// have not been through them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prepare: Vec<StackStep>,
     /// Steps that the manifest will keep: stop.
     pub stop: Vec<StackStep>,
     /// Steps that the manifest will keep: start.
@@ -142,6 +146,9 @@ pub struct Unit {
     /// Of a rollback: the drain of this server in the order that is rolled back, which remembers its weights.
     #[serde(default)]
     pub drained_by: Option<NodeId>,
+    /// What the server was prepared for already, where its turn leaves the phases prepare and install out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prepared: Option<Digest>,
     /// Keys in [`Plan::reads`] that concern this server, checked again before its first step.
     pub reads: Vec<String>,
 }
@@ -403,7 +410,7 @@ impl Plan {
     /// | 1 | releases of packages |
     /// | 2 | applications without a package, server work, commands as steps |
     /// | 3 | shares of traffic, remembered weights in shifts, stages, windows of judgements |
-    /// | 4 | servers left out, static files, revisions, rollbacks that are named so |
+    /// | 4 | servers left out, static files, revisions, rollbacks that are named so, preparations left out |
     pub const SCHEMA: u32 = 4;
 
     /// The lowest schema that can say what this plan says.
@@ -443,7 +450,8 @@ impl Plan {
                 }
         });
         let revised = self.next_id != 0 || !self.left_out.is_empty();
-        if revised || places_files || self.brings_back {
+        let prepared = self.units.iter().any(|unit| unit.prepared.is_some());
+        if revised || places_files || self.brings_back || prepared {
             4
         } else if !known_nodes {
             3

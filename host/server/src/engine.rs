@@ -19,6 +19,7 @@
 //! | [`traffic`] | the seam to load balancers |
 //! | [`live`] | the output of steps that run, for those who look on |
 //! | [`rows`] | keys and JSON of the rows above |
+//! | `summary` | what lists and counts read of an order |
 
 pub mod actor;
 mod batch;
@@ -29,6 +30,7 @@ mod keeper;
 pub mod live;
 pub mod rows;
 mod shift;
+pub(crate) mod summary;
 pub mod traffic;
 
 use std::{
@@ -109,6 +111,9 @@ pub trait Planning: Send + Sync + 'static {
 
     /// The servers of a service instance, each with its cell's identifier.
     async fn members(&self, instance: InstanceId) -> Result<Vec<(ServerId, String)>, String>;
+
+    /// Makes the tech-stack versions of an order that has succeeded those of its service instances. Safe to repeat.
+    async fn keep_tech_stacks(&self, order: &Order) -> Result<(), String>;
 
     /// Asks the order's strategy. `figures`: what pools counted, see `figures`.
     async fn judge(
@@ -368,10 +373,10 @@ impl Engine {
     ///
     /// # Errors
     /// [`CommitError`], a conflict when a precondition of `with` does not hold.
-    pub async fn create(&self, order: &Order, with: Txn) -> Result<(), CommitError> {
+    pub async fn create(&self, order: &Order, plan: &Plan, with: Txn) -> Result<(), CommitError> {
         self.shared
             .store
-            .commit(executor::new_order(order).and(with))
+            .commit(executor::new_order(order, plan).and(with))
             .await?;
         Ok(())
     }

@@ -10,6 +10,11 @@ use crate::{
     descriptor::{IsDiagnostic, answers_otherwise, describe},
 };
 
+/// Leaves the server's name, and fails while it is told to.
+const PREPARE: &str = "echo \"$WINDLASS_SERVER\" >> \"$FILES/prepared\"; [ ! -e \"$FILES/fail\" ]";
+/// Leaves what a parameter says.
+const GREET: &str = "printf %s \"${GREETING-}\" > \"$FILES/greeting-$WINDLASS_SERVER\"";
+
 /// The guest.
 #[derive(Debug)]
 pub struct Stack;
@@ -49,6 +54,9 @@ impl TechStack for Stack {
                     arguments: "{}".into(),
                 }),
             ))),
+            "prepare" => Ok(LifecyclePlan::new()
+                .step(Step::script(Phase::Prepare, "prepare", PREPARE))
+                .step(Step::script(Phase::Start, "start", GREET))),
             "same-server-twice" => Ok(LifecyclePlan::new()
                 .server_env("s1", Vec::new())
                 .server_env("s1", Vec::new())),

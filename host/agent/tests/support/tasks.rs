@@ -65,6 +65,7 @@ impl Order {
             check: vec![],
             env: Environment::new(),
             plan: None,
+            prepared: None,
         }
     }
 

@@ -5,10 +5,12 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::{
+    digest::Digest,
     flow::FlowStep,
     manifest::Manifest,
     plan::{Level, Node, NodeIndex, NodeKind, StepTemplate, TrafficAction, Unit},
     plugin::{NodeRole, Phase, RollbackScope, StackAction, StackStep, StrategyPlan, StrategyUnit},
+    prepared,
 };
 
 use super::{MAX_NODES, MAX_TIMEOUT_MS, PartInput, PlanInput, ServerInput, check::Checked};
@@ -39,6 +41,11 @@ pub(super) fn tree(input: &PlanInput, strategy: &StrategyPlan, checked: &[Checke
             .parts
             .iter()
             .map(|part| phases_of(&part.steps.steps))
+            .collect(),
+        prepared: input
+            .parts
+            .iter()
+            .map(|part| prepared::common(&part.part).filter(|_| part.from_cache))
             .collect(),
         known: HashMap::new(),
         adapted: HashMap::new(),
@@ -89,6 +96,8 @@ struct Builder<'a> {
     children: Vec<Vec<usize>>,
     /// Of each part.
     phases: Vec<Phases>,
+    /// Of each part: what servers that were prepared already have been through.
+    prepared: Vec<Option<Digest>>,
     /// Steps by their JSON.
     known: HashMap<String, u32>,
     /// Spares writing a step as JSON for every server.
@@ -157,7 +166,14 @@ impl Builder<'_> {
             .cloned()
             .unwrap_or_default();
         env.extend(server.env.clone());
+        let prepared = self.prepared[index]
+            .map(|common| prepared::on_server(common, &part.part, &env))
+            .filter(|prepared| {
+                let installed = server.installed.as_ref();
+                installed.is_some_and(|installed| installed.prepared == Some(*prepared))
+            });
         self.tree.units.push(Unit {
+            prepared,
             part: Some(number(index)),
             server: server.id,
             server_name: server.name.clone(),
@@ -218,8 +234,13 @@ impl Builder<'_> {
             FlowStep::Activate => self.core(unit, "activate", StepTemplate::Activate),
             FlowStep::Phase { phase } => {
                 let count = self.phases[index].get(phase).map_or(0, Vec::len);
+                let last = self.tree.units.last();
+                let is_prepared = last.is_some_and(|unit| unit.prepared.is_some());
                 for at in 0..count {
-                    self.stack(unit, index, self.phases[index][phase][at], planned);
+                    let position = self.phases[index][phase][at];
+                    if !is_prepared || !prepared::prepares(&part.steps.steps[position]) {
+                        self.stack(unit, index, position, planned);
+                    }
                 }
             }
             FlowStep::StopInstalled => {

@@ -137,6 +137,7 @@ pub(crate) fn installed() -> Manifest {
         check: Vec::new(),
         env: env(&[("PORT", "79"), ("SIGNAL", "INT")]),
         plan: None,
+        prepared: None,
     }
 }
 
@@ -151,6 +152,7 @@ pub(crate) fn part(key: &str, servers: Vec<ServerInput>) -> PartInput {
             stack: Some(plugin("binary")),
             pools: vec![PoolId::from_uuid(Uuid::from_u128(3))],
             env: env(&[("OF", "part"), ("STAGE", "test")]),
+            prepare: Vec::new(),
             stop: Vec::new(),
             start: Vec::new(),
             check: Vec::new(),
@@ -165,6 +167,7 @@ pub(crate) fn part(key: &str, servers: Vec<ServerInput>) -> PartInput {
         },
         flow: flow::release(),
         files: None,
+        from_cache: false,
         servers,
         only_traffic: Vec::new(),
     }

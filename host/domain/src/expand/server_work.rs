@@ -139,6 +139,7 @@ pub fn server_work(work: ServerWork) -> Result<Plan, BadServerWork> {
             restore: RestoreWeight::Remembered,
             before: None,
             drained_by: None,
+            prepared: None,
             reads: Vec::new(),
         });
         let at = index(plan.nodes.len());

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use utoipa_axum::{router::OpenApiRouter, routes};
 use windlass_domain::{
     Digest, Timestamp,
-    id::OrderId,
+    id::{AppId, InstanceId, OrderId},
     order::{Action, Happened, Order, OrderEvent, OrderState, ReleaseSpec},
     progress::NodeProgress,
 };
@@ -71,6 +71,10 @@ struct ListOrders {
     made_after: Option<Timestamp>,
     /// Only made before this time (RFC 3339).
     made_before: Option<Timestamp>,
+    /// Only with this application, by name or id.
+    app: Option<String>,
+    /// Only with this service instance.
+    instance: Option<InstanceId>,
     /// Entries of the page: 1 to 100, 20 unless given.
     page_size: Option<usize>,
     /// `next_cursor` of the page before.
@@ -192,6 +196,11 @@ async fn list_orders(
         text: query.text,
         made_after: query.made_after,
         made_before: query.made_before,
+        application: match query.app {
+            None => None,
+            Some(app) => Some(application(&api, app).await?),
+        },
+        instance: query.instance,
     };
     let PageOf { items, next } = api.orders.list(&ws, &filter, &page).await?;
     Ok(reply::json(
@@ -201,6 +210,15 @@ async fn list_orders(
             next_cursor: next,
         },
     ))
+}
+
+/// The name of an application that is named by name or id. A deleted one is known by its name alone.
+async fn application(api: &Api, named: String) -> Result<String, Problem> {
+    if named.parse::<AppId>().is_err() {
+        return Ok(named);
+    }
+    let (app, _) = api.apps.get(&named).await?;
+    Ok(app.name.to_string())
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/orders/{id}", operation_id = "get_order", tag = "orders",

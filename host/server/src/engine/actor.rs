@@ -37,6 +37,7 @@ use windlass_domain::{
     manifest::Manifest,
     order::{Control, Happened, Order, OrderEvent, OrderState},
     plan::{Indices, Level, NodeIndex, NodeKind, Plan, StepTemplate},
+    prepared,
     progress::{NodeProgress, NodeState, Progress, StageRollback},
     reducer::{self, Effect, Event, Refused},
     task::{Fault, Outcome, TaskId, TaskResult},
@@ -49,6 +50,7 @@ use super::{
     batch::{Batch, Reply, SlotChange},
     executor,
     rows::{self, RowError},
+    summary::Summary,
 };
 use crate::clock;
 pub(crate) use revise::Revise;
@@ -545,9 +547,11 @@ impl Actor {
         if outcome == Outcome::Succeeded
             && matches!(self.plan.steps[step as usize], StepTemplate::Activate)
         {
-            let Some(manifest) = dispatch::manifest(&self.plan, self.order.plan, unit) else {
+            let manifest = dispatch::manifest(&self.plan, self.order.plan, unit);
+            let Some(mut manifest) = manifest else {
                 return;
             };
+            manifest.prepared = prepared::after(&self.plan, &self.progress, node);
             batch.bytes += 4096;
             batch
                 .installs
@@ -636,6 +640,7 @@ impl Actor {
             let reason = self.reason(state);
             // What holds it can change while it is held: then that is news, too.
             let held_otherwise = self.progress.is_held() && reason != self.order.state_reason;
+            batch.state_changed = state != was;
             if state != was || held_otherwise {
                 self.order.state_reason = reason;
                 let reason = self.order.state_reason.clone();
@@ -682,6 +687,10 @@ impl Actor {
         let mut txn = Txn::new()
             .revision_is(header.clone(), self.revision)
             .put(header.clone(), rows::encode(&self.order));
+        if batch.state_changed {
+            let summary = Summary::of(&self.order, &self.plan);
+            txn = txn.put(rows::listed(&self.order), summary.encode());
+        }
         for node in &batch.nodes {
             txn = txn.put(
                 rows::node(id, self.plan.id_of(*node)),

@@ -63,6 +63,8 @@ pub(crate) struct Batch {
     pub(crate) replies: Vec<(Reply, Result<(), ActError>)>,
     /// Whether the header changed although no row did.
     pub(crate) header: bool,
+    /// Whether the order is in another state than before: its row in the list follows.
+    pub(crate) state_changed: bool,
     /// Whether the reducer has more to do.
     pub(crate) more: bool,
     /// Bytes of results and scripts so far, roughly.

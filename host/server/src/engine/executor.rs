@@ -28,6 +28,7 @@ use super::{
     keeper::{Admission, Answer, Leaving, Seat},
     rows::{self, OwedWeight, RowError},
     shift,
+    summary::Summary,
     traffic::{TrafficError, set_and_read_back},
 };
 use crate::clock;
@@ -805,7 +806,7 @@ pub(crate) fn new_order_running(
     order.state = progress.order_state();
     order.counts = progress.counts(plan);
     order.started_at = Some(at);
-    let mut txn = new_order(&order).put(rows::active(order.id), "");
+    let mut txn = new_order(&order, plan).put(rows::active(order.id), "");
     if let Some((key, value)) = rows::told(&order, OrderState::NotStarted, at) {
         txn = txn.put(key, value);
     }
@@ -819,11 +820,11 @@ pub(crate) fn new_order_running(
 }
 
 /// The rows of a new order.
-pub(crate) fn new_order(order: &Order) -> Txn {
+pub(crate) fn new_order(order: &Order, plan: &Plan) -> Txn {
     Txn::new()
         .absent(rows::order(order.id))
         .put(rows::order(order.id), rows::encode(order))
-        .put(rows::listed(order), "")
+        .put(rows::listed(order), Summary::of(order, plan).encode())
 }
 
 /// Gives locks back, tells the parent, and takes the order out of the list of unfinished ones.
@@ -871,6 +872,9 @@ async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + 
             Ok(()) | Err(ActError::Refused(_) | ActError::NoSuchOrder(_)) => {}
             Err(error) => return Err(error.into()),
         }
+    }
+    if order.control == Control::Ended(Ending::Succeeded) && !order.tech_stacks.is_empty() {
+        shared.planning.keep_tech_stacks(order).await?;
     }
     // Without its active row the order is never taken up again: every seat has to be given back before.
     if let View::Whole(progress) = &job.view {

@@ -14,13 +14,14 @@ use windlass_domain::{
     id::{AppId, InstanceId, PackageId, PoolId, ServerId},
     instance::{Binding, ServiceInstance},
     name::{CellName, InstanceName},
+    order::StackChange,
     package::Package,
     pool::Pool,
     server::{ReleaseState, Server},
     value::Environment,
     workspace::Workspace,
 };
-use windlass_store::{Revision, Store, Txn, retention};
+use windlass_store::{CommitError, Revision, Store, Txn, retention};
 
 use super::{
     Caller, PageOf, PageRequest, ServiceError,
@@ -285,6 +286,32 @@ impl Instances {
             Ok((records::replace(&instance, revision)?.and(refers), instance))
         })
         .await
+    }
+
+    /// Keeps the version of the tech stack that a release or its rollback has brought. Where the instance is gone, or has
+    /// another version than before, nothing is done: a person has decided since. Safe to repeat.
+    ///
+    /// # Errors
+    /// [`ServiceError`] when the store fails.
+    pub async fn change_tech_stack(&self, change: &StackChange) -> Result<(), ServiceError> {
+        let store = &*self.store;
+        loop {
+            let found =
+                records::find::<ServiceInstance>(store, &change.instance.to_string()).await?;
+            let Some((mut instance, revision)) = found else {
+                return Ok(());
+            };
+            if instance.tech_stack_version != change.before {
+                return Ok(());
+            }
+            instance.tech_stack_version.clone_from(&change.after);
+            match store.commit(records::replace(&instance, revision)?).await {
+                Ok(_) => return Ok(()),
+                // Changed meanwhile: look again.
+                Err(CommitError::Conflict { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     async fn check_bound_cells(

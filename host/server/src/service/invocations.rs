@@ -239,6 +239,7 @@ impl Invocations {
             last_progress_at: None,
             // Whoever invokes waits for the answer.
             notify: false,
+            tech_stacks: Vec::new(),
         })
     }
 

@@ -5,6 +5,7 @@
 //! that plan, or is refused with what has changed since.
 
 pub mod dashboard;
+mod lists;
 pub mod logs;
 pub mod operations;
 mod revisions;
@@ -16,7 +17,10 @@ use serde::{Deserialize, Serialize};
 use windlass_domain::{
     Digest, Timestamp, dispatch,
     id::{OrderId, ServerId},
-    order::{Action, Control, Order, OrderEvent, OrderState, PlanRevision, Purpose, ReleaseSpec},
+    order::{
+        Action, Control, Order, OrderEvent, OrderState, PlanRevision, Purpose, ReleaseSpec,
+        StackChange,
+    },
     plan::{Level, NodeId, NodeIndex, NodeKind, Plan},
     progress::{Counts, Drift, NodeProgress, NodeState, PoolWeight, Progress, StageRollback},
     reducer::{self, Refused},
@@ -26,7 +30,7 @@ use windlass_domain::{
 use windlass_runtime::for_order;
 use windlass_store::{CommitError, Revision, Watch};
 
-use super::{Caller, PageOf, PageRequest, ServiceError, planning::Planner, records};
+use super::{Caller, ServiceError, planning::Planner, records};
 use crate::{
     clock,
     engine::{self, ActError, Engine, NoRollback, rows},
@@ -34,14 +38,11 @@ use crate::{
     keys::Kind,
 };
 
+pub use crate::engine::summary::PurposeKind;
+pub use lists::OrderFilter;
 pub use revisions::RevisionView;
 pub(super) use revisions::bad_edit;
 pub use traffic::{CellShare, MemberShare, PoolTraffic, TrafficView};
-
-/// Orders on one page unless asked otherwise.
-pub const DEFAULT_PAGE: usize = 20;
-/// Orders on one page at most.
-pub const MAX_PAGE: usize = 100;
 
 /// An order to be made. JSON: the fields of the release, and beside them `plan_digest` and `run`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, utoipa::ToSchema)]
@@ -109,68 +110,6 @@ pub struct NodeView {
     pub exit_code: Option<i32>,
 }
 
-/// What orders are for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum PurposeKind {
-    /// Releases of packages.
-    Release,
-    /// Rollbacks.
-    Rollback,
-    /// Operations of any kind.
-    Operation,
-}
-
-impl PurposeKind {
-    fn is(self, purpose: &Purpose) -> bool {
-        match purpose {
-            Purpose::Release => self == Self::Release,
-            Purpose::Rollback { .. } => self == Self::Rollback,
-            Purpose::Operation { .. } => self == Self::Operation,
-            Purpose::Invocation { .. } => false,
-        }
-    }
-}
-
-/// Filters of the list of orders.
-#[derive(Debug, Clone, Default)]
-pub struct OrderFilter {
-    /// Only in this state.
-    pub state: Option<OrderState>,
-    /// Only for this.
-    pub purpose: Option<PurposeKind>,
-    /// Only with this strategy: `name`, or `name@version`.
-    pub strategy: Option<String>,
-    /// Only with this in their title or their maker's name, whatever its case.
-    pub text: Option<String>,
-    /// Only made at this time or later.
-    pub made_after: Option<Timestamp>,
-    /// Only made before this time.
-    pub made_before: Option<Timestamp>,
-}
-
-impl OrderFilter {
-    fn lets_through(&self, order: &Order) -> bool {
-        let strategy = |wanted: &String| {
-            let (name, _) = order.strategy.split_once('@').unwrap_or_default();
-            *wanted == order.strategy || wanted == name
-        };
-        let text = |wanted: &String| {
-            let wanted = wanted.to_lowercase();
-            order.title.to_lowercase().contains(&wanted)
-                || order.created_by.to_lowercase().contains(&wanted)
-        };
-        self.state.is_none_or(|state| state == order.state)
-            && self
-                .purpose
-                .is_none_or(|purpose| purpose.is(&order.purpose))
-            && self.strategy.as_ref().is_none_or(strategy)
-            && self.text.as_ref().is_none_or(text)
-            && self.made_after.is_none_or(|at| order.created_at >= at)
-            && self.made_before.is_none_or(|at| order.created_at < at)
-    }
-}
-
 /// An order that is about to be made.
 struct NewOrder {
     id: OrderId,
@@ -185,6 +124,8 @@ struct NewOrder {
     notify: bool,
     /// Ids of packages that it uses.
     packages: BTreeSet<String>,
+    /// Tech-stack versions that its success changes.
+    tech_stacks: Vec<StackChange>,
 }
 
 /// Orders. Cheap to clone.
@@ -247,6 +188,7 @@ impl Orders {
             self.planner.plan_release(workspace, &release),
         )
         .await?;
+        let tech_stacks = self.planner.tech_stack_changes(workspace, &release).await?;
         let spec = self.keep_spec(&release).await?;
         let new = NewOrder {
             id,
@@ -258,6 +200,7 @@ impl Orders {
             run,
             notify: release.notifications,
             packages,
+            tech_stacks,
         };
         self.make(caller, workspace, new).await
     }
@@ -285,6 +228,7 @@ impl Orders {
             run,
             notify,
             packages,
+            tech_stacks,
         } = new;
         let digest = self.keep(&plan).await?;
         if let Some(previewed) = plan_digest.filter(|previewed| *previewed != digest) {
@@ -327,6 +271,7 @@ impl Orders {
             finished_at: None,
             last_progress_at: None,
             notify,
+            tech_stacks,
         };
         // Who begins to use a package says so in the same commit: a deletion at this moment finds out.
         let with = packages
@@ -342,7 +287,7 @@ impl Orders {
                 .map_err(not_committed)?;
         } else {
             self.engine
-                .create(&order, with)
+                .create(&order, &plan, with)
                 .await
                 .map_err(not_committed)?;
         }
@@ -364,60 +309,6 @@ impl Orders {
         found
             .filter(|(order, _)| order.workspace == workspace)
             .ok_or_else(|| no_such_order(id))
-    }
-
-    /// Orders of a workspace, newest first.
-    ///
-    /// # Errors
-    /// A cursor that this list did not give; [`ServiceError`].
-    pub async fn list(
-        &self,
-        workspace: &str,
-        filter: &OrderFilter,
-        page: &PageRequest,
-    ) -> Result<PageOf<Order>, ServiceError> {
-        let store = &*self.engine.shared.store;
-        let prefix = rows::orders_of(workspace);
-        let mut before = page
-            .cursor
-            .as_deref()
-            .map(|cursor| records::position_of(&prefix, cursor))
-            .transpose()?;
-        let mut items: Vec<Order> = Vec::new();
-        loop {
-            let found = store
-                .scan_reverse(&prefix, before.as_ref(), MAX_PAGE)
-                .await
-                .map_err(|error| failed("list orders", error))?;
-            for entry in &found.entries {
-                let Some(id) = entry
-                    .key
-                    .segments()
-                    .next_back()
-                    .and_then(|id| id.parse().ok())
-                else {
-                    continue;
-                };
-                let order = rows::read_order(store, id)
-                    .await
-                    .map_err(|error| failed("read an order", error))?;
-                let Some((order, _)) = order else { continue };
-                if filter.lets_through(&order) {
-                    // One more than the page proves that there is a next one.
-                    if items.len() == page.size {
-                        let next = items.last().map(|last| {
-                            records::cursor_of(&prefix, &rows::order_of(workspace, last.id))
-                        });
-                        return Ok(PageOf { items, next });
-                    }
-                    items.push(order);
-                }
-            }
-            before = found.entries.last().map(|entry| entry.key.clone());
-            if !found.more {
-                return Ok(PageOf { items, next: None });
-            }
-        }
     }
 
     /// Every node with where it is.

@@ -959,6 +959,7 @@ pub(crate) mod tests {
             check: vec![],
             env: Default::default(),
             plan: None,
+            prepared: None,
         };
         for (key, how) in [
             (

@@ -47,7 +47,7 @@ use windlass_domain::{
     id::{InstanceId, ServerId},
     instance::{Binding, ServiceInstance},
     manifest::Manifest,
-    order::{ReleaseSpec, ShiftTarget, Target},
+    order::{ReleaseSpec, ShiftTarget, StackChange, Target},
     package::Package,
     plan::{Part, Plan, Read},
     plugin::{
@@ -382,6 +382,7 @@ impl Planner {
             stack: None,
             pools: instance.pools.clone(),
             env: Environment::new(),
+            prepare: Vec::new(),
             stop: Vec::new(),
             start: Vec::new(),
             check: Vec::new(),
@@ -395,6 +396,7 @@ impl Planner {
             approved: Wishes::default(),
             flow: Vec::new(),
             files: None,
+            from_cache: false,
             servers: Vec::new(),
             only_traffic: bound.iter().map(|(server, _)| server.id).collect(),
         };
@@ -432,7 +434,12 @@ impl Planner {
         }
         check_cells(workspace, &target.cells, &field("cells"))?;
         check_environment(&field("parameters"), &target.parameters)?;
-        let stack = self.stack(&app, &instance, field("instance"))?;
+        let named = target.tech_stack_version.as_ref();
+        let named_by = match named {
+            Some(_) => "tech_stack_version",
+            None => "instance",
+        };
+        let stack = self.stack(&app, &instance, named, field(named_by))?;
         let servers = self.bound(&instance, &target.cells).await?;
         if servers.is_empty() {
             return Err(invalid(
@@ -458,16 +465,16 @@ impl Planner {
         })
     }
 
-    /// The tech stack of an instance, which its parameters fit.
+    /// The tech stack of an instance, which its parameters fit; in the version that is named, or in its own.
     fn stack(
         &self,
         app: &Application,
         instance: &ServiceInstance,
+        named: Option<&VersionReq>,
         field: String,
     ) -> Result<Plugin, ServiceError> {
-        let wanted = instance
-            .tech_stack_version
-            .as_ref()
+        let wanted = named
+            .or(instance.tech_stack_version.as_ref())
             .unwrap_or(&app.tech_stack.version);
         let stack = self
             .parts
@@ -482,6 +489,32 @@ impl Planner {
             .validate_parameters(&instance.parameters)
             .map_err(|faults| parameters_invalid("/parameters", &stack, &faults))?;
         Ok(stack)
+    }
+
+    /// The tech-stack versions that a release changes, if it succeeds.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`] of a service instance.
+    pub async fn tech_stack_changes(
+        &self,
+        workspace: &str,
+        spec: &ReleaseSpec,
+    ) -> Result<Vec<StackChange>, ServiceError> {
+        let mut changes = Vec::new();
+        for target in &spec.targets {
+            let Some(wanted) = &target.tech_stack_version else {
+                continue;
+            };
+            let (instance, _) = self.parts.instances.get(workspace, target.instance).await?;
+            if instance.tech_stack_version.as_ref() != Some(wanted) {
+                changes.push(StackChange {
+                    instance: target.instance,
+                    before: instance.tech_stack_version,
+                    after: Some(wanted.clone()),
+                });
+            }
+        }
+        Ok(changes)
     }
 
     /// The servers bound to an instance, in some cells, by name.
@@ -605,7 +638,13 @@ impl Planner {
             });
         }
         let approved = self.approved(stack);
+        let prepare = [Phase::Prepare, Phase::Install]
+            .into_iter()
+            .flat_map(|phase| steps.steps.iter().filter(move |step| step.phase == phase))
+            .cloned()
+            .collect();
         let part = Part {
+            prepare,
             key: app_name.clone(),
             app: instance.app,
             instance: instance.id,
@@ -623,6 +662,7 @@ impl Planner {
             approved,
             flow: flow::release(),
             files: None,
+            from_cache: spec.install_from_cache,
             servers: inputs,
             only_traffic: Vec::new(),
         })

@@ -428,6 +428,7 @@ mod tests {
             finished_at,
             last_progress_at: None,
             notify: true,
+            tech_stacks: Vec::new(),
         }
     }
 

@@ -95,6 +95,7 @@ pub(super) fn build(tree: &Tree) -> Plan {
             }),
             pools: Vec::new(),
             env: BTreeMap::new(),
+            prepare: Vec::new(),
             stop: Vec::new(),
             start: Vec::new(),
             check: Vec::new(),
@@ -132,6 +133,7 @@ fn add(plan: &mut Plan, parent: Option<NodeIndex>, tree: &Tree) {
                 restore: RestoreWeight::Remembered,
                 before: None,
                 drained_by: None,
+                prepared: None,
                 reads: Vec::new(),
             });
             (Level::Server, NodeKind::Unit { unit })

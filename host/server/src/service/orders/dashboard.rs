@@ -11,8 +11,8 @@ use windlass_domain::{
     progress::{NodeState, Progress},
 };
 
-use super::{Orders, failed};
-use crate::{clock, engine::rows, service::ServiceError};
+use super::Orders;
+use crate::{clock, service::ServiceError};
 
 /// Orders of a workspace by state.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
@@ -136,32 +136,6 @@ impl Span {
 }
 
 impl Orders {
-    /// Orders of a workspace by state.
-    ///
-    /// # Errors
-    /// [`ServiceError`].
-    pub async fn counts(&self, workspace: &str) -> Result<OrderCounts, ServiceError> {
-        let mut counts = OrderCounts::default();
-        let store = &*self.engine.shared.store;
-        let entries = rows::read_all(store, &rows::orders_of(workspace))
-            .await
-            .map_err(|error| failed("list orders", error))?;
-        for entry in entries {
-            let id = entry.key.segments().next_back();
-            let Some(id) = id.and_then(|id| id.parse().ok()) else {
-                continue;
-            };
-            let found = rows::read_order(store, id)
-                .await
-                .map_err(|error| failed("read an order", error))?;
-            let Some((order, _)) = found else { continue };
-            counts.total += 1;
-            counts.active += u64::from(!order.state.is_terminal());
-            *counts.by_state.entry(order.state).or_default() += 1;
-        }
-        Ok(counts)
-    }
-
     /// Where an order is, by application, group and server.
     ///
     /// # Errors

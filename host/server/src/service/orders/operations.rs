@@ -84,6 +84,7 @@ impl Orders {
             run,
             notify: asked.notifications,
             packages: std::collections::BTreeSet::new(),
+            tech_stacks: Vec::new(),
         };
         self.make(caller, workspace, new).await
     }

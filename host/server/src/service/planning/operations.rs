@@ -315,6 +315,7 @@ impl Planner {
             stack: None,
             pools: instance.pools.clone(),
             env: Environment::new(),
+            prepare: Vec::new(),
             stop: Vec::new(),
             start: Vec::new(),
             check: Vec::new(),
@@ -336,7 +337,7 @@ impl Planner {
             }
             Operation::Initialise => {
                 let field = format!("/targets/{index}/instance");
-                let stack = self.stack(app, instance, field.clone())?;
+                let stack = self.stack(app, instance, None, field.clone())?;
                 part.env = common_environment(workspace, key, instance);
                 let request = LifecycleRequest {
                     application: key.clone(),
@@ -428,6 +429,7 @@ impl Planner {
             approved,
             flow: Vec::new(),
             files,
+            from_cache: false,
             servers: inputs,
             only_traffic: Vec::new(),
         })

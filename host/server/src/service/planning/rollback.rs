@@ -18,12 +18,13 @@ use windlass_domain::{
     flow,
     id::{OrderId, ServerId},
     manifest::{Manifest, PluginRef},
-    order::{Control, Order, OrderState, PlanRevision, Purpose},
+    order::{Control, Ending, Order, OrderState, PlanRevision, Purpose, StackChange},
     plan::{NodeIndex, NodeKind, Part, Plan, StepTemplate, TrafficAction, Unit},
     plugin::{
         AppRole, LifecyclePlan, OnFailure, Phase, RollbackRequest, StackStep, StrategyApp,
         StrategyPlan, StrategyRequest, StrategyServer, UnitProgress, UnitState, Wishes,
     },
+    prepared,
     progress::Progress,
     reducer,
     stages::stages,
@@ -197,6 +198,7 @@ impl Planner {
             finished_at: None,
             last_progress_at: None,
             notify: order.notify,
+            tech_stacks: stacks_back(order, stage),
         };
         Ok(Some(PlannedRollback {
             order: header,
@@ -309,6 +311,7 @@ impl Planner {
                     approved: all_wishes(&old),
                     flow: flow::release(),
                     files: None,
+                    from_cache: true,
                     servers: Vec::new(),
                     only_traffic: Vec::new(),
                 });
@@ -497,7 +500,23 @@ fn unit_of_server<'a>(
     })
 }
 
-/// The stack's steps as they were rendered for a unit: those of its leaves, and how to stop what it installed.
+/// The tech-stack versions that come back: an order that has not succeeded has changed none.
+fn stacks_back(order: &Order, stage: Option<NodeIndex>) -> Vec<StackChange> {
+    if stage.is_some() || order.control != Control::Ended(Ending::Succeeded) {
+        return Vec::new();
+    }
+    let changes = order.tech_stacks.iter().cloned();
+    changes
+        .map(|change| StackChange {
+            instance: change.instance,
+            before: change.after,
+            after: change.before,
+        })
+        .collect()
+}
+
+/// The stack's steps as they were rendered for a unit: those of its leaves, those that prepare a server, which its leaves may
+/// leave out, and how to stop what it installed.
 fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
     let leaves = plan
         .nodes
@@ -506,7 +525,12 @@ fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
         .take_while(|node| node.parent == Some(unit));
     let rendered = leaves.filter_map(|node| match node.kind {
         NodeKind::Step { step } => match plan.steps.get(step as usize)? {
-            StepTemplate::Stack(step) if step.phase != Phase::Stop => Some(step.clone()),
+            StepTemplate::Stack(step)
+                if step.phase != Phase::Stop
+                    && (part.prepare.is_empty() || !prepared::prepares(step)) =>
+            {
+                Some(step.clone())
+            }
             StepTemplate::Stack(_)
             | StepTemplate::Fetch
             | StepTemplate::Unpack
@@ -522,7 +546,8 @@ fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
         | NodeKind::Pause { .. }
         | NodeKind::Judge { .. } => None,
     });
-    rendered.chain(part.stop.iter().cloned()).collect()
+    let kept = part.prepare.iter().chain(&part.stop);
+    rendered.chain(kept.cloned()).collect()
 }
 
 /// Everything that a plan's steps were allowed: users and roots that stand in it.
@@ -535,7 +560,10 @@ fn all_wishes(plan: &Plan) -> Wishes {
         | StepTemplate::PlaceFiles(_)
         | StepTemplate::Script(_) => None,
     });
-    let kept = plan.parts.iter().flat_map(|part| &part.stop);
+    let kept = plan
+        .parts
+        .iter()
+        .flat_map(|part| part.prepare.iter().chain(&part.stop));
     let users = steps
         .chain(kept)
         .filter_map(|step| step.run_as.clone())

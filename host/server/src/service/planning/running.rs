@@ -71,6 +71,17 @@ impl Planning for Planner {
             .collect())
     }
 
+    async fn keep_tech_stacks(&self, order: &Order) -> Result<(), String> {
+        for change in &order.tech_stacks {
+            self.parts
+                .instances
+                .change_tech_stack(change)
+                .await
+                .map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
     async fn judge(
         &self,
         order: &Order,

@@ -97,6 +97,7 @@ impl Traffic {
                     approved: Wishes::default(),
                     flow: flow::release(),
                     files: None,
+                    from_cache: false,
                     servers: Vec::new(),
                     only_traffic: all.clone(),
                 }),
