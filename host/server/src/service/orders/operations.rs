@@ -28,7 +28,8 @@ pub struct CreateOperation {
     /// The digest that a preview gave: run exactly that plan, or be refused with what has changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plan_digest: Option<Digest>,
-    /// Run it at once.
+    /// Run it at once. Default false.
+    #[serde(default)]
     pub run: bool,
 }
 
