@@ -427,7 +427,7 @@ impl Run<'_> {
         let shifted = self.host.api.post(&path, &body).await;
         shifted.unwrap_or_else(|error| panic!("{body}: {error}"));
         let of = |place: usize| {
-            let mine = (place % 2 == 0) == (cell == "cell-a");
+            let mine = place.is_multiple_of(2) == (cell == "cell-a");
             if mine { percent } else { 100 - percent }
         };
         let shares = [of(0), of(1), of(2), of(3)];

@@ -244,7 +244,7 @@ async fn a_rollback_that_cannot_be_planned_now_is_not_given_up() {
     let fails = Arc::new(move |_, task: &Task| {
         // The first order's last step fails; the rollback order's does not.
         let of_first = *first.lock().unwrap().get_or_insert(task.id.order) == task.id.order;
-        if of_first && task.id.node % 7 == 0 {
+        if of_first && task.id.node.is_multiple_of(7) {
             Outcome::Failed
         } else {
             Outcome::Succeeded
@@ -274,14 +274,14 @@ async fn a_rollback_that_cannot_be_planned_now_is_not_given_up() {
 
 /// The row under a key, as JSON, changed.
 async fn rewrite(fleet: &dyn Store, key: &Key, change: impl FnOnce(&mut serde_json::Value)) {
-    let entry = fleet.get(key).await.unwrap().expect("the row");
-    let mut row = serde_json::from_slice(&entry.value).unwrap();
+    let entry = fleet.get(key).await.expect("a read").expect("the row");
+    let mut row = serde_json::from_slice(&entry.value).expect("JSON");
     change(&mut row);
-    let value = serde_json::to_vec(&row).unwrap();
+    let value = serde_json::to_vec(&row).expect("JSON");
     fleet
         .commit(Txn::new().put(key.clone(), value))
         .await
-        .unwrap();
+        .expect("a write");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -290,9 +290,9 @@ async fn a_step_that_ran_on_while_the_server_was_away_keeps_its_result() {
     let store = memory::open(MemoryOptions::default()).unwrap();
     let blobs = blobs_in(&directory).await;
     // An agent whose step runs until `end` is dropped, and tells when it has begun.
-    let (begun, begins) = mpsc::channel();
+    let (begun, begins) = mpsc::sync_channel(100);
     let running = move || {
-        let (end, ends) = mpsc::channel::<()>();
+        let (end, ends) = mpsc::sync_channel::<()>(1);
         let (begun, ends) = (Mutex::new(begun.clone()), Mutex::new(ends));
         let runs: Arc<Answer> = Arc::new(move |_, task: &Task| {
             begun.lock().unwrap().send(task.id).ok();
