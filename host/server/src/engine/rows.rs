@@ -3,7 +3,7 @@
 //! | key (below the tenant) | value |
 //! | --- | --- |
 //! | `order/{id}` | [`Order`], the header; every change of the order compares and swaps it |
-//! | `order-of/{workspace}/{id}` | [`Summary`](super::summary::Summary): orders of a workspace, by age, without invocations |
+//! | `order-of/{workspace}/{id}` | `Summary`: orders of a workspace, by age, without invocations |
 //! | `invocation-of/{workspace}/{id}` | likewise: invocations of a workspace, by age |
 //! | `order-node/{id}/{node}` | [`NodeProgress`]; absent: not started. Nodes are named by their ids, which hold over revisions of a plan |
 //! | `order-attempt/{id}/{node}/{attempt}` | [`NodeProgress`] at the end of an attempt that did not succeed: its log stays when the step is repeated |
