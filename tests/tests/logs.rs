@@ -84,9 +84,8 @@ async fn logs_are_followed_live_and_kept_of_every_attempt() {
     assert_eq!(host.order_ended(&order).await["state"], "succeeded");
     let (text_of, end) = rest(&mut second).await;
     assert!(
-        text_of.starts_with("first on agent-1\nthe key is [secret]\nxxx")
-            && text_of.ends_with("xxx\nlast\n")
-            && (text_of.len() as u64) < LONG,
+        // What came faster than it was read is left out, wherever that was; the end is there.
+        text_of.ends_with("xxx\nlast\n") && (text_of.len() as u64) < LONG,
         "{} bytes",
         text_of.len()
     );
