@@ -67,6 +67,7 @@ async fn what_a_hostile_strategy_does_while_it_runs_is_stopped() {
         ("rollback-trap", "trap"),
         ("rollback-missing", "this guest has no rollback"),
         ("rollback-empty", "the strategy returned no nodes"),
+        ("rollback-twice", "stands in the plan twice"),
     ] {
         without_a_rollback_the_core_rolls_back(&host, &scene, behave, cause).await;
     }
@@ -113,6 +114,39 @@ async fn plans_that_break_a_rule_are_refused(host: &TestHost, scene: &Scene) {
         (
             "shift-unknown-server",
             "names the server `srv_nobody`".to_owned(),
+        ),
+        (
+            "shift-unknown-application",
+            "names the application `nothing`".to_owned(),
+        ),
+        ("childless", "node 0 (`nobody`) has no children".to_owned()),
+        (
+            "leaf-parent",
+            "node 1 (`below`) hangs below node 0, which is a leaf".to_owned(),
+        ),
+        ("too-deep", "(`level`) is deeper than".to_owned()),
+        (
+            "bad-name",
+            "node 0 has a name of 9 characters; a name has 1 to 60, none of them a control"
+                .to_owned(),
+        ),
+        ("long-pause", "node 0 (`pause`) waits for".to_owned()),
+        ("bad-scope", "everything".to_owned()),
+        (
+            "share-unknown-server",
+            "names the server `srv_nobody`, which is not a server of `scene`".to_owned(),
+        ),
+        (
+            "share-twice",
+            "twice: give each server one weight".to_owned(),
+        ),
+        (
+            "share-nobody",
+            "would cut all its traffic: `min_healthy_members` is 1".to_owned(),
+        ),
+        (
+            "share-nothing",
+            "would cut all its traffic: `min_healthy_members` is 1".to_owned(),
         ),
         ("trap", "trap".to_owned()),
     ] {

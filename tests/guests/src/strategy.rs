@@ -6,7 +6,9 @@
 //! gate after the first server), `judge-roll-back`, `unknown-server`, `duplicate-server`,
 //! `unknown-application`, `bad-parent`, `empty`, `late-parent`, `twice-in-parallel`, `rollback-empty`, `bad-share`, `bad-weight`, `unknown-node`, `endless-gates`, `rollback-trap`, `rollback-all-at-once`.
 //! Shifts that go wrong before the servers' turns: `cut-slowly` (a weight of 0, one server after the other), `cut-twice` (the
-//! same, each hidden behind a weight of 100), `shift-bad-weight`, `shift-unknown-server`.
+//! same, each hidden behind a weight of 100), `shift-bad-weight`, `shift-unknown-server`, `shift-unknown-application`.
+//! Nodes that go wrong before them: `childless`, `leaf-parent`, `too-deep`, `bad-name`, `long-pause`, `bad-scope`, and shares:
+//! `share-unknown-server`, `share-twice`, `share-nobody`, `share-nothing`. `rollback-twice` is right until it is rolled back.
 
 use windlass_sdk::{
     DeploymentStrategy, Descriptor, Extension, PluginError,
@@ -43,9 +45,21 @@ impl DeploymentStrategy for Strategy {
             "twice-in-parallel" => twice_in_parallel(&request),
             "all-at-once" => all_at_once(&request),
             "cut-traffic" => cut_traffic(&request),
-            "cut-slowly" | "cut-twice" | "shift-bad-weight" | "shift-unknown-server" => {
-                shifts(&request, &how)
-            }
+            "cut-slowly"
+            | "cut-twice"
+            | "shift-bad-weight"
+            | "shift-unknown-server"
+            | "shift-unknown-application" => shifts(&request, &how),
+            "childless"
+            | "leaf-parent"
+            | "too-deep"
+            | "bad-name"
+            | "long-pause"
+            | "bad-scope"
+            | "share-unknown-server"
+            | "share-twice"
+            | "share-nobody"
+            | "share-nothing" => odd_before(&request, &how),
             other => one_by_one(&request, other),
         };
         match how.as_str() {
@@ -86,6 +100,7 @@ impl DeploymentStrategy for Strategy {
             | "rollback-trap"
             | "rollback-all-at-once"
             | "rollback-missing"
+            | "rollback-twice"
             | "rollback-empty" => {
                 plan.on_failure = "roll-back".into();
             }
@@ -116,6 +131,7 @@ impl DeploymentStrategy for Strategy {
             "rollback-empty" => Ok(PlanBuilder::new().build()),
             "rollback-trap" => panic!("this guest traps in rollback on purpose"),
             "rollback-all-at-once" => Ok(all_at_once(&request)),
+            "rollback-twice" => Ok(twice_in_parallel(&request)),
             _ => Ok(one_by_one(&request, "")),
         }
     }
@@ -190,7 +206,10 @@ fn shifts(request: &PlanRequest, how: &str) -> ReleasePlan {
                 "shift-unknown-server" => vec![("srv_nobody".into(), Weight::Exactly(1))],
                 _ => vec![(id, Weight::Exactly(0))],
             };
-            let application = application.key.clone();
+            let application = match how {
+                "shift-unknown-application" => "nothing".into(),
+                _ => application.key.clone(),
+            };
             plan.shift(
                 None,
                 &format!("shift {}", server.name),
@@ -202,6 +221,67 @@ fn shifts(request: &PlanRequest, how: &str) -> ReleasePlan {
         }
     }
     then_one_by_one(plan, request)
+}
+
+/// What is no plan, and behind it servers one by one.
+fn odd_before(request: &PlanRequest, how: &str) -> ReleasePlan {
+    let mut plan = PlanBuilder::new();
+    let application = request.applications.first();
+    let key = application.map(|app| app.key.clone()).unwrap_or_default();
+    let all: Vec<String> = application
+        .iter()
+        .flat_map(|app| app.servers.iter().map(|server| server.id.clone()))
+        .collect();
+    let first = all.first().cloned().unwrap_or_default();
+    let share = |servers: Vec<String>, percent| TrafficShare {
+        application: key.clone(),
+        servers,
+        percent,
+    };
+    match how {
+        "childless" => {
+            plan.parallel(None, "nobody", Role::Plain, NO_LIMIT);
+        }
+        "leaf-parent" => {
+            let gate = plan.gate(None, "wait", "here");
+            plan.gate(Some(gate), "below", "there");
+        }
+        "too-deep" => {
+            let mut parent = plan.sequence(None, "level", Role::Plain);
+            for _ in 0..100 {
+                parent = plan.sequence(Some(parent), "level", Role::Plain);
+            }
+            plan.gate(Some(parent), "wait", "far below");
+        }
+        "bad-name" => {
+            plan.gate(None, "two\nlines", "here");
+        }
+        "long-pause" => {
+            plan.pause(None, "pause", u64::MAX);
+        }
+        "share-unknown-server" => {
+            plan.share(None, "share", share(vec!["srv_nobody".into()], 10));
+        }
+        "share-twice" => {
+            plan.share(None, "share", share(vec![first.clone(), first], 10));
+        }
+        "share-nobody" => {
+            plan.share(None, "share", share(Vec::new(), 100));
+        }
+        "share-nothing" => {
+            plan.share(None, "share", share(all, 0));
+        }
+        _ => {
+            plan.gate(None, "wait", "here");
+        }
+    }
+    let mut plan = then_one_by_one(plan, request);
+    if how == "bad-scope"
+        && let Some(node) = plan.nodes.first_mut()
+    {
+        node.attributes = vec![("rollback".into(), "everything".into())];
+    }
+    plan
 }
 
 fn then_one_by_one(plan: PlanBuilder, request: &PlanRequest) -> ReleasePlan {
