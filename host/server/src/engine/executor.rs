@@ -325,7 +325,7 @@ fn leaving(plan: &Plan, progress: &Progress, unit: NodeIndex) -> Leaving {
 
 async fn release(job: &Job, node: NodeIndex, leaving: Leaving) {
     if let Some((_, _, unit)) = dispatch::unit_of(&job.plan, node) {
-        while let Err(error) = nothing_owed(job, unit).await {
+        while let Err(error) = nothing_owed(job, unit, leaving).await {
             tracing::warn!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "weights cannot be read");
             tokio::time::sleep(AGAIN).await;
         }
@@ -489,15 +489,21 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             let mine = pools_of(&job.plan, unit);
             if remembered.is_none() {
                 let mut weights = weights_of_parent(job, unit).await?;
+                let mut debts = Vec::new();
                 for pool in mine {
                     if !weights.iter().any(|known| known.pool == *pool) {
+                        let (weight, is_debt) = weight_to_keep(job, *pool, unit.server).await?;
+                        if is_debt {
+                            debts.push(*pool);
+                        }
                         weights.push(PoolWeight {
                             pool: *pool,
-                            weight: weight_to_keep(job, *pool, unit.server).await?,
+                            weight,
                         });
                     }
                 }
-                let owed = weights.iter().filter(|known| known.weight > 0);
+                let taken = |known: &&PoolWeight| known.weight > 0 && !debts.contains(&known.pool);
+                let owed = weights.iter().filter(taken);
                 let owed = owed.fold(Txn::new(), |txn, known| {
                     let row = OwedWeight {
                         order: job.order.id,
@@ -552,7 +558,9 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
                     .and_then(|weights| weights.iter().find(|weight| weight.pool == *pool));
                 let wanted = match (unit.restore, before) {
                     // Its turn was ended before anything on it changed: it goes on as it was.
-                    (_, Some(before)) if untouched => before.weight,
+                    (_, Some(before)) if untouched => {
+                        weight_as_found(job, *pool, unit.server, before.weight).await?
+                    }
                     (RestoreWeight::Remembered, Some(before)) => before.weight,
                     (RestoreWeight::Remembered, None) => super::traffic::DEFAULT_WEIGHT,
                     (RestoreWeight::KeepZero, _) => 0,
@@ -583,16 +591,31 @@ fn pools_of<'a>(plan: &'a Plan, unit: &Unit) -> &'a [PoolId] {
     plan.part_of(unit).map_or(&[], |part| &part.pools)
 }
 
-/// The weight that a server is to get back: what its pool shows, unless that is the 0 that an order left which failed.
-async fn weight_to_keep(job: &Job, pool: PoolId, server: ServerId) -> Result<u32, Steering> {
-    let shared = &job.engine.shared;
-    let shown = shared.pools.weight(pool, server).await?;
+/// The weight that a server is to get back when its turn succeeds: what its pool shows, unless that is the 0 that an order left
+/// which failed. Then it is that order's debt.
+async fn weight_to_keep(
+    job: &Job,
+    pool: PoolId,
+    server: ServerId,
+) -> Result<(u32, bool), Steering> {
+    let shown = job.engine.shared.pools.weight(pool, server).await?;
     if shown > 0 {
-        return Ok(shown);
+        return Ok((shown, false));
     }
-    Ok(owed(job, pool, server)
-        .await?
-        .map_or(0, |(owed, _)| owed.weight))
+    let owed = owed(job, pool, server).await?;
+    Ok(owed.map_or((0, false), |(owed, _)| (owed.weight, true)))
+}
+
+/// The weight of a server on which nothing was changed: what it had, and none where an order before had left it broken.
+async fn weight_as_found(
+    job: &Job,
+    pool: PoolId,
+    server: ServerId,
+    before: u32,
+) -> Result<u32, Steering> {
+    let owed = owed(job, pool, server).await?;
+    let is_debt = owed.is_some_and(|(owed, _)| owed.order != job.order.id);
+    Ok(if is_debt { 0 } else { before })
 }
 
 async fn owed(
@@ -604,12 +627,13 @@ async fn owed(
     rows::read(&*job.engine.shared.store, &key, "a weight to be given back").await
 }
 
-/// A unit's turn has succeeded: its server is owed nothing by this order any more.
-async fn nothing_owed(job: &Job, unit: &Unit) -> Result<(), RowError> {
+/// A unit's turn is over: its server is owed nothing by this order any more, and by no other where it serves again. One that is
+/// left as it was found is still owed what an order before took.
+async fn nothing_owed(job: &Job, unit: &Unit, leaving: Leaving) -> Result<(), RowError> {
     let mut txn = Txn::new();
     for pool in pools_of(&job.plan, unit) {
         if let Some((owed, revision)) = owed(job, *pool, unit.server).await?
-            && owed.order == job.order.id
+            && (owed.order == job.order.id || matches!(leaving, Leaving::Serving))
         {
             let key = rows::owed_weight(*pool, unit.server);
             txn = txn.revision_is(key.clone(), revision).delete(key);
