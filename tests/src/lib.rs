@@ -5,6 +5,7 @@ pub mod guests;
 pub mod host;
 pub mod hostile;
 pub mod load;
+pub mod operated;
 pub mod problem;
 pub mod release;
 pub mod scene;

@@ -67,6 +67,21 @@ async fn the_next_release_gives_the_weight_back(host: &TestHost, scene: &Scene) 
             "what is broken stays without traffic"
         );
     }
+    // An order that ends before it has changed the server leaves it as it found it.
+    scene.put("hold");
+    let order = run(host, scene.order("second thoughts", 1)).await;
+    scene.wait_begun(1).await;
+    act(host, &order, &json!({ "action": "cancel" }))
+        .await
+        .expect("it is ended");
+    host.order_ended(&order).await;
+    scene.take("hold");
+    scene.forget();
+    assert_eq!(
+        scene.weight(host, &scene.servers[0].1).await,
+        0,
+        "what an earlier order broke stays without traffic"
+    );
     // Checks the weights.
     scene.release(host, 1).await;
 }

@@ -173,17 +173,17 @@ async fn a_diagnosis_finds_what_is_wrong_and_ends_whatever_happens() {
         (
             wrong(&|body| body["plugin"] = json!("no-such-plugin")),
             "plugin_not_available",
-            "/plugin",
+            "plugin",
         ),
         (
             wrong(&|body| body["plugin"] = json!("binary")),
             "plugin_not_available",
-            "/plugin",
+            "plugin",
         ),
         (
             wrong(&|body| body["plugin"] = json!("server-health@9.9.9")),
             "plugin_not_available",
-            "/plugin",
+            "plugin",
         ),
         (
             wrong(&|body| body["parameters"] = json!({ "disk_failed_percent": 101 })),
@@ -208,7 +208,7 @@ async fn a_diagnosis_finds_what_is_wrong_and_ends_whatever_happens() {
         (
             wrong(&|body| body["parameters"] = json!({ "dns_name": "x".repeat(12_000) })),
             "out_of_limit",
-            "/parameters",
+            "parameters",
         ),
     ] {
         let refused = host.api.post(&host.ws("diagnoses"), &body).await;

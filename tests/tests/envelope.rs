@@ -73,6 +73,7 @@ async fn what_a_hostile_strategy_does_while_it_runs_is_stopped() {
     }
     a_rollback_all_at_once_keeps_the_limit(&host, &scene).await;
     traffic_is_not_cut_one_server_after_the_other(&host, &scene).await;
+    what_is_taken_offline_gets_no_traffic(&host, &scene).await;
 }
 
 async fn plans_that_break_a_rule_are_refused(host: &TestHost, scene: &Scene) {
@@ -509,5 +510,52 @@ async fn traffic_is_not_cut_one_server_after_the_other(host: &TestHost, scene: &
     // What the order had shifted is as it was before.
     for (name, id) in &scene.servers {
         assert_eq!(scene.weight(host, id).await, 100, "the weight of {name}");
+    }
+}
+
+async fn what_is_taken_offline_gets_no_traffic(host: &TestHost, scene: &Scene) {
+    let offline = json!({
+        "title": "offline",
+        "operation": { "kind": "offline" },
+        "strategy": "hostile",
+        "parameters": { "behave": "give-traffic-and-gate" },
+        "targets": [{ "instance": scene.instance }],
+        "drain_deadline_ms": 1000,
+        "limits": { "max_unavailable": "100%", "min_healthy_members": 0 },
+        "run": true,
+    });
+    let made = host.api.post(&host.ws("operations"), &offline).await;
+    let order = text(&made.expect("an operation")["id"]);
+    host.order_in(&order, &["awaiting_confirmation"]).await;
+    let shifted = nodes(host, &order).await;
+    let shift = shifted
+        .iter()
+        .find(|node| node["name"] == "give all traffic");
+    assert_eq!(shift.expect("the shift")["state"], "succeeded");
+    let id = &scene.servers[0].1;
+    for (asked, why) in [
+        (
+            json!({ "action": "set_weights", "weights": [{ "server": id, "weight": 50 }] }),
+            "takes it offline",
+        ),
+        (
+            json!({ "action": "shift_cell", "cell": "cell-a", "percent": 50 }),
+            "takes it offline",
+        ),
+    ] {
+        let (status, code, detail) = refusal(act(host, &order, &asked).await);
+        assert_eq!((status, code.as_str()), (409, "not_released"), "{detail}");
+        assert!(detail.contains(why), "{detail}");
+    }
+    for (name, id) in &scene.servers {
+        assert_eq!(scene.weight(host, id).await, 0, "the weight of {name}");
+    }
+    // Taking the shift back gives them none either.
+    act(host, &order, &json!({ "action": "cancel" }))
+        .await
+        .expect("the order is ended");
+    host.order_ended(&order).await;
+    for (name, id) in &scene.servers {
+        assert_eq!(scene.weight(host, id).await, 0, "the weight of {name}");
     }
 }

@@ -476,6 +476,9 @@ async fn output_is_live_and_a_day_has_a_quota_that_nothing_forgets() {
             (429, &json!("invocation_quota_reached"), &json!(PER_DAY)),
             "{problem}"
         );
+        let retry_after = refused.header("retry-after").expect("when there is more");
+        let retry_after: u64 = retry_after.parse().expect("seconds");
+        assert!((1..=86_400).contains(&retry_after), "{retry_after}");
         let detail = text(&problem["detail"]);
         assert!(
             detail.contains(&text(&after["resets_at"])) && detail.contains(&PER_DAY.to_string()),

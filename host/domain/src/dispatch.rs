@@ -6,6 +6,7 @@ use crate::{
     manifest::Manifest,
     plan::{NodeIndex, NodeKind, Part, Plan, StepTemplate, Unit},
     plugin::{Phase, StackAction, StackStep},
+    prepared,
     task::{Action, Task, TaskId},
     time::Timestamp,
     value::Environment,
@@ -43,10 +44,31 @@ pub fn unit_of(plan: &Plan, node: NodeIndex) -> Option<(NodeIndex, u32, &Unit)> 
     None
 }
 
-/// The name of the release directory that a unit installs; `None`: it installs none.
+/// The name of the release directory that the unit at a node installs; `None`: it installs none.
+///
+/// A release is a package as it is configured: what the phases configure and deploy write into the directory of one release is
+/// never written into that of another, from which an application may be serving, and to which a rollback may go back. So the
+/// name has, beside the version, a digest of the package, the tech stack, people's environment, and the steps of these phases.
+/// The same again has the same directory.
 #[must_use]
-pub fn release_name(plan: &Plan, unit: &Unit) -> Option<String> {
-    let package = plan.part_of(unit)?.package.as_ref()?;
+pub fn release_name(plan: &Plan, node: NodeIndex) -> Option<String> {
+    let (node, _, unit) = unit_of(plan, node)?;
+    let part = plan.part_of(unit)?;
+    let package = part.package.as_ref()?;
+    let steps: Vec<&StackStep> = steps_of(plan, node)
+        .filter_map(|step| match step {
+            StepTemplate::Stack(step) => Some(step),
+            StepTemplate::Fetch
+            | StepTemplate::Unpack
+            | StepTemplate::Activate
+            | StepTemplate::PlaceFiles(_)
+            | StepTemplate::Script(_) => None,
+        })
+        .filter(|step| matches!(step.phase, Phase::Configure | Phase::Deploy))
+        .collect();
+    let stack = part.stack.as_ref().map(|stack| &stack.digest);
+    let env = prepared::peoples(part, &unit.env);
+    let configured = Digest::of_json(&(&package.digest, stack, env, steps));
     let version: String = package
         .version
         .chars()
@@ -58,19 +80,36 @@ pub fn release_name(plan: &Plan, unit: &Unit) -> Option<String> {
             }
         })
         .collect();
-    Some(format!("{version}-{}", package.digest.short()))
+    Some(format!("{version}-{}", configured.short()))
 }
 
-/// The manifest that a unit's activation writes; `None`: the unit installs nothing.
+/// The steps of the unit at this node, in their sequence.
+fn steps_of(plan: &Plan, unit: NodeIndex) -> impl Iterator<Item = &StepTemplate> {
+    let leaves = plan.nodes.iter().skip(unit as usize + 1);
+    let leaves = leaves.take_while(move |leaf| leaf.parent == Some(unit));
+    leaves.filter_map(|leaf| match leaf.kind {
+        NodeKind::Step { step } => plan.steps.get(step as usize),
+        NodeKind::Sequence
+        | NodeKind::Parallel { .. }
+        | NodeKind::Unit { .. }
+        | NodeKind::Traffic(_)
+        | NodeKind::Gate { .. }
+        | NodeKind::Pause { .. }
+        | NodeKind::Judge { .. } => None,
+    })
+}
+
+/// The manifest that the activation of the unit at a node writes; `None`: the unit installs nothing.
 #[must_use]
-pub fn manifest(plan: &Plan, digest: Digest, unit: &Unit) -> Option<Manifest> {
+pub fn manifest(plan: &Plan, digest: Digest, node: NodeIndex) -> Option<Manifest> {
+    let (_, _, unit) = unit_of(plan, node)?;
     let part = plan.part_of(unit)?;
     let mut env = part.env.clone();
     env.extend(unit.env.clone());
     Some(Manifest {
         instance: part.instance,
         app: part.app,
-        release: release_name(plan, unit)?,
+        release: release_name(plan, node)?,
         package: part.package.clone()?,
         stack: part.stack.clone()?,
         stop: part.stop.clone(),
@@ -121,7 +160,7 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
     let mut run_as = None;
     let step = plan.steps.get(step as usize)?;
     // Without a package to install, it is the release that is current.
-    let mut names = release_name(plan, unit);
+    let mut names = release_name(plan, node);
     let action = match step {
         StepTemplate::Fetch => Action::Fetch(package?.clone()),
         StepTemplate::Unpack => {
@@ -132,7 +171,7 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
                 release: names.clone()?,
             }
         }
-        StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, attempt.plan, unit)?)),
+        StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, attempt.plan, node)?)),
         StepTemplate::PlaceFiles(step) => {
             run_as = Some(step.run_as.clone());
             Action::PlaceFiles(step.files.clone())
@@ -192,7 +231,7 @@ mod tests {
 
     use super::*;
     use crate::expand::{
-        expand,
+        PlanInput, expand,
         fixture::{all_at_once, env, input, installed, package, server_id},
     };
 
@@ -255,7 +294,7 @@ mod tests {
             (9, Timestamp::from_unix_ms(1_000))
         );
         assert_eq!(task.instance, Some(plan.parts[0].instance));
-        assert_eq!(task.release, release_name(&plan, &plan.units[0]));
+        assert_eq!(task.release, release_name(&plan, find(&plan, "web-1")));
         // The step's own environment over the server's over the application's.
         assert_eq!(
             task.env,
@@ -278,7 +317,7 @@ mod tests {
     #[test]
     fn every_kind_of_step_becomes_its_action() {
         let plan = plan();
-        let unit = &plan.units[0];
+        let unit = find(&plan, "web-1");
         let release = release_name(&plan, unit).unwrap();
         let package = package("1.0");
         for (name, expect) in [
@@ -383,12 +422,12 @@ mod tests {
     #[test]
     fn a_manifest_says_what_is_installed_and_how_to_stop_it() {
         let plan = plan();
-        let manifest = manifest(&plan, plan.digest(), &plan.units[1]).unwrap();
+        let manifest = manifest(&plan, plan.digest(), find(&plan, "web-2")).unwrap();
         let part = &plan.parts[0];
         assert_eq!((manifest.instance, manifest.app), (part.instance, part.app));
         assert_eq!(
             Some(&manifest.release),
-            release_name(&plan, &plan.units[1]).as_ref()
+            release_name(&plan, find(&plan, "web-2")).as_ref()
         );
         assert_eq!(
             (Some(&manifest.package), Some(&manifest.stack)),
@@ -408,22 +447,74 @@ mod tests {
     #[test]
     fn a_release_directory_is_named_by_version_and_content() {
         let mut plan = plan();
-        let mut name = |version: &str, digest: &[u8]| {
+        let mut name = |version: &str| {
             let package = plan.parts[0].package.as_mut().unwrap();
             package.version = version.to_owned();
-            package.digest = Digest::of(digest);
-            release_name(&plan, &plan.units[0]).unwrap()
+            release_name(&plan, find(&plan, "web-1")).unwrap()
         };
-        // SHA-256 of `abc` begins with ba7816bf8f01.
+        let content = name("").split_off(1);
+        assert_eq!(content.len(), 12, "{content}");
         for (version, expect) in [
-            ("1.0.0-rc.1", "1.0.0-rc.1-ba7816bf8f01"),
-            ("1.0+build 7", "1.0_build_7-ba7816bf8f01"),
-            ("../../etc", ".._.._etc-ba7816bf8f01"),
-            ("ü\0\n", "___-ba7816bf8f01"),
-            ("", "-ba7816bf8f01"),
+            ("1.0.0-rc.1", "1.0.0-rc.1-"),
+            ("1.0+build 7", "1.0_build_7-"),
+            ("../../etc", ".._.._etc-"),
+            ("ü\0\n", "___-"),
         ] {
-            assert_eq!(name(version, b"abc"), expect, "{version:?}");
+            assert_eq!(name(version), format!("{expect}{content}"), "{version:?}");
         }
-        assert_ne!(name("1", b"abc"), name("1", b"another build of it"));
+    }
+
+    #[test]
+    fn what_is_configured_anew_has_a_directory_of_its_own() {
+        type Change = fn(&mut PlanInput);
+        let named = |change: Change| {
+            let mut input = input();
+            change(&mut input);
+            let plan = expand(input, &all_at_once()).unwrap();
+            release_name(&plan, find(&plan, "web-1")).unwrap()
+        };
+        let before = named(|_| {});
+        let other: [(&str, Change); 5] = [
+            ("package", |input| {
+                let package = input.parts[0].part.package.as_mut().unwrap();
+                package.digest = Digest::of(b"another build of it");
+            }),
+            ("stack", |input| {
+                let stack = input.parts[0].part.stack.as_mut().unwrap();
+                stack.digest = Digest::of(b"another");
+            }),
+            ("environment", |input| {
+                input.parts[0].part.env.extend(env(&[("PORT", "81")]));
+            }),
+            ("server's environment", |input| {
+                let server = &mut input.parts[0].servers[0];
+                server.env.extend(env(&[("OF", "another")]));
+            }),
+            ("configuration", |input| step_of(input, Phase::Configure)),
+        ];
+        for (what, change) in other {
+            assert_ne!(named(change), before, "{what}");
+        }
+        let same: [(&str, Change); 3] = [
+            ("the platform's own variables", |input| {
+                let own = env(&[("WINDLASS_PACKAGE_VERSION", "2")]);
+                input.parts[0].part.env.extend(own);
+            }),
+            ("how it starts", |input| step_of(input, Phase::Start)),
+            ("what is installed", |input| {
+                input.parts[0].servers[0].installed = Some(installed());
+            }),
+        ];
+        for (what, change) in same {
+            assert_eq!(named(change), before, "{what}");
+        }
+    }
+
+    /// Changes the steps of a phase.
+    fn step_of(input: &mut PlanInput, phase: Phase) {
+        let steps = input.parts[0].steps.steps.iter_mut();
+        for step in steps.filter(|step| step.phase == phase) {
+            step.timeout_ms += 1;
+        }
     }
 }

@@ -34,7 +34,7 @@ pub struct Manifest {
     pub instance: InstanceId,
     /// Its application.
     pub app: AppId,
-    /// The release directory's name: package version and digest.
+    /// The release directory's name, see [`crate::dispatch::release_name`].
     pub release: String,
     /// The package.
     pub package: PackageRef,

@@ -255,6 +255,15 @@ impl Operation {
         }
     }
 
+    /// Whether it works on what is installed: by that's own steps, and in that's own environment.
+    #[must_use]
+    pub const fn is_of_installed(&self) -> bool {
+        match self {
+            Self::Restart | Self::Online { .. } | Self::Offline => true,
+            Self::StaticFiles(_) | Self::Initialise => false,
+        }
+    }
+
     /// Why a server cannot take part; `None`: it can.
     #[must_use]
     pub const fn refuses(&self, server: Standing) -> Option<&'static str> {
@@ -264,11 +273,7 @@ impl Operation {
         if matches!(server.state, ReleaseState::Releasing) {
             return Some("an order works on it");
         }
-        let works_on_installed = match self {
-            Self::Restart | Self::Online { .. } | Self::Offline => true,
-            Self::StaticFiles(_) | Self::Initialise => false,
-        };
-        if works_on_installed && !server.installed {
+        if self.is_of_installed() && !server.installed {
             return Some("nothing is installed on it: release to it first");
         }
         match (self, server.state) {

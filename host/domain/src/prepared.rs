@@ -42,14 +42,18 @@ pub fn common(part: &Part) -> Option<Digest> {
 /// What one server is prepared for. `env` is what differs on it.
 #[must_use]
 pub fn on_server(common: Digest, part: &Part, env: &Environment) -> Digest {
-    let all: BTreeMap<&str, &Value> = part
-        .env
+    Digest::of_json(&(common, peoples(part, env)))
+}
+
+/// An application's environment on a server as people gave it: without the platform's own variables. `env` is what differs on
+/// the server.
+pub(crate) fn peoples<'a>(part: &'a Part, env: &'a Environment) -> BTreeMap<&'a str, &'a Value> {
+    part.env
         .iter()
         .chain(env)
         .filter(|(name, _)| !name.starts_with(RESERVED_ENV_PREFIX))
         .map(|(name, value)| (name.as_str(), value))
-        .collect();
-    Digest::of_json(&(common, all))
+        .collect()
 }
 
 /// What a server is prepared for once the unit at this node has come to its activation; `None` where a step of it did not

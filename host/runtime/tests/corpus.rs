@@ -16,7 +16,7 @@ use std::{
 use serde_json::Value;
 use support::root;
 use windlass_runtime::{
-    FileError, RejectionCode, RuntimeLimits,
+    FileError, Rejection, RejectionCode, RuntimeLimits,
     compatibility::{Effect, WitPackage, compare},
     conformance::{Sample, examine},
     load_file,
@@ -165,13 +165,25 @@ fn guest_of(contract: &str, world: &str) -> Vec<u8> {
 
 /// How the real host takes it. A guest that links is asked what it is, and traps: `DescribeFailed` means that it linked.
 async fn taken(contract: &str, world: &str) -> RejectionCode {
+    rejected(contract, world).await.code
+}
+
+async fn rejected(contract: &str, world: &str) -> Rejection {
     let temp = tempfile::tempdir().unwrap();
     let file = temp.path().join("guest.wasm");
     fs::write(&file, guest_of(contract, world)).unwrap();
     match load_file(&file, limits(), None).await {
-        Err(FileError::Rejected { rejection, .. }) => rejection.code,
+        Err(FileError::Rejected { rejection, .. }) => rejection,
         other => panic!("a guest that traps was taken: {other:?}"),
     }
+}
+
+/// A strategy that could release and never roll back is not taken, and the reason names what it lacks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_strategy_without_a_rollback_is_not_taken() {
+    let rejection = rejected(&without(&contract(), ROLLBACK), "deployment-strategy").await;
+    assert_eq!(rejection.code, RejectionCode::MissingExport, "{rejection}");
+    assert!(rejection.to_string().contains("`rollback`"), "{rejection}");
 }
 
 fn without(contract: &str, text: &str) -> String {
@@ -184,6 +196,7 @@ fn without(contract: &str, text: &str) -> String {
 }
 
 const CONNECT: &str = "    connect: func(from-server: string, to: endpoint, timeout-ms: u64) -> result<connection, plugin-error>;";
+const ROLLBACK: &str = "    rollback: func(request: plan-request, progress: list<unit-progress>) -> result<release-plan, plugin-error>;";
 const JUDGE: &str = "    judge: func(request: judge-request) -> result<judgement, plugin-error>;";
 const DROPPED: &str = "        dropped-bytes: u64,";
 const TRACE: &str = "        trace,";

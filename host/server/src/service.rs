@@ -88,6 +88,22 @@ pub enum ServiceError {
         /// What to do.
         mend: String,
     },
+    /// A quota is used up; it is renewed by itself.
+    #[error("{message}")]
+    Exhausted {
+        /// Stable code, for example `invocation_quota_reached`.
+        code: &'static str,
+        /// What is limited, with both figures, and when it is renewed.
+        message: String,
+        /// The quota.
+        limit: u64,
+        /// What is used.
+        current: u64,
+        /// What to do.
+        mend: String,
+        /// When there is more, in seconds.
+        renews_in_s: u64,
+    },
     /// The state of things does not allow it.
     #[error("{message}")]
     Conflict {
@@ -144,6 +160,7 @@ impl ServiceError {
             Self::NotFound { .. } => "not_found",
             Self::Invalid { code, .. }
             | Self::Limit { code, .. }
+            | Self::Exhausted { code, .. }
             | Self::Conflict { code, .. }
             | Self::Plugin { code, .. } => code,
             Self::Changed { .. } => "changed",

@@ -7,6 +7,7 @@
 //! `unknown-application`, `bad-parent`, `empty`, `late-parent`, `twice-in-parallel`, `rollback-empty`, `bad-share`, `bad-weight`, `unknown-node`, `endless-gates`, `rollback-trap`, `rollback-all-at-once`.
 //! Shifts that go wrong before the servers' turns: `cut-slowly` (a weight of 0, one server after the other), `cut-twice` (the
 //! same, each hidden behind a weight of 100), `shift-bad-weight`, `shift-unknown-server`, `shift-unknown-application`.
+//! `give-traffic-and-gate` gives every server a weight of 100 after all turns, and then waits for a person.
 //! Nodes that go wrong before them: `childless`, `leaf-parent`, `too-deep`, `bad-name`, `long-pause`, `bad-scope`, and shares:
 //! `share-unknown-server`, `share-twice`, `share-nobody`, `share-nothing`. `rollback-twice` is right until it is rolled back.
 
@@ -45,6 +46,7 @@ impl DeploymentStrategy for Strategy {
             "twice-in-parallel" => twice_in_parallel(&request),
             "all-at-once" => all_at_once(&request),
             "cut-traffic" => cut_traffic(&request),
+            "give-traffic-and-gate" => give_traffic_and_gate(&request),
             "cut-slowly"
             | "cut-twice"
             | "shift-bad-weight"
@@ -176,22 +178,44 @@ fn twice_in_parallel(request: &PlanRequest) -> ReleasePlan {
 
 fn cut_traffic(request: &PlanRequest) -> ReleasePlan {
     let mut plan = PlanBuilder::new();
+    set_all(&mut plan, request, "cut all traffic", 0);
+    then_one_by_one(plan, request)
+}
+
+fn give_traffic_and_gate(request: &PlanRequest) -> ReleasePlan {
+    let mut plan = PlanBuilder::new();
+    for application in &request.applications {
+        let parent = plan.sequence(None, &application.key, Role::Application);
+        for server in &application.servers {
+            plan.release(
+                Some(parent),
+                &server.name,
+                ReleaseUnit::new(&application.key, &server.id),
+            );
+        }
+    }
+    set_all(&mut plan, request, "give all traffic", 100);
+    plan.gate(None, "look", "at the traffic");
+    plan.build()
+}
+
+/// One shift for every application: the same weight for all its servers.
+fn set_all(plan: &mut PlanBuilder, request: &PlanRequest, name: &str, weight: u32) {
     for application in &request.applications {
         let weights = application
             .servers
             .iter()
-            .map(|server| (server.id.clone(), Weight::Exactly(0)))
+            .map(|server| (server.id.clone(), Weight::Exactly(weight)))
             .collect();
         plan.shift(
             None,
-            "cut all traffic",
+            name,
             TrafficShift {
                 application: application.key.clone(),
                 weights,
             },
         );
     }
-    then_one_by_one(plan, request)
 }
 
 /// One shift for every server.

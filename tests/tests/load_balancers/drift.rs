@@ -26,6 +26,15 @@ pub(crate) async fn back_ends_that_change_are_noticed(host: &TestHost, balanced:
     balanced.set_weights(host, &[(id, 50)]).await;
     let same = host.order(&order).await.expect("weights do not count");
 
+    let restart = json!({
+        "title": "restart",
+        "operation": { "kind": "restart" },
+        "targets": [{ "instance": balanced.instance }],
+        "parameters": { "grouping": "one-per-group" },
+    });
+    let restart = host.api.post(&host.ws("operations"), &restart).await;
+    let restart = text(&restart.expect("an operation")["id"]);
+
     // It stays behind the pool, but at another address.
     let path = host.ws(&format!("pools/{}/back-ends", balanced.pool));
     let detach = json!({ "servers": [id] }).to_string();
@@ -44,6 +53,7 @@ pub(crate) async fn back_ends_that_change_are_noticed(host: &TestHost, balanced:
     for refused in [
         refusal(host.order(&order).await),
         refusal(act(host, &made, &run).await),
+        refusal(act(host, &restart, &run).await),
     ] {
         let (status, code, detail) = refused;
         assert_eq!((status, code.as_str()), (409, "plan_drifted"), "{detail}");
@@ -65,7 +75,7 @@ pub(crate) async fn back_ends_that_change_are_noticed(host: &TestHost, balanced:
         .collect();
     balanced.set_weights(host, &before).await;
     let again = host.order(&order).await.expect("nothing has changed");
-    for order in [made, same, again] {
+    for order in [made, same, again, restart] {
         let ended = act(host, &order, &json!({ "action": "cancel" })).await;
         assert_eq!(text(&ended.expect("it is ended")["state"]), "cancelled");
     }

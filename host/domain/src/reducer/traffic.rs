@@ -12,7 +12,7 @@ use crate::{
     share::MAX_WEIGHT,
 };
 
-use super::{Effect, Refused, Turn, unit_state};
+use super::{Effect, Refused, Turn, takes_offline, unit_state};
 
 /// Weights in one action.
 pub const MAX_WEIGHTS: u32 = 100;
@@ -33,6 +33,12 @@ impl Turn<'_> {
                     continue;
                 }
                 name.clone_from(&unit.server_name);
+                if takes_offline(self.plan, node) {
+                    return Err(Refused::NotReleased {
+                        server: name,
+                        why: "this order takes it offline",
+                    });
+                }
                 match unit_state(self.plan, self.progress, node) {
                     UnitState::Released => released = true,
                     UnitState::Failed => {
@@ -70,6 +76,12 @@ impl Turn<'_> {
                 continue;
             }
             any = true;
+            if takes_offline(self.plan, node) {
+                return Err(Refused::NotReleased {
+                    server: unit.server_name.clone(),
+                    why: "this order takes it offline",
+                });
+            }
             if unit_state(self.plan, self.progress, node) != UnitState::Released {
                 return Err(Refused::NotReleased {
                     server: unit.server_name.clone(),

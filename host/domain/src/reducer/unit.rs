@@ -43,21 +43,15 @@ pub fn takes_out(plan: &Plan, unit: NodeIndex) -> bool {
         })
 }
 
-/// Whether a unit's turn ends with its application stopped: it stops what is installed and starts nothing.
+/// Whether a unit's turn ends with its application stopped: it stops what is installed, and neither installs nor starts
+/// anything. (What is released may have nothing to start, such as files that a web server of the machine serves.)
 #[must_use]
 pub fn takes_offline(plan: &Plan, unit: NodeIndex) -> bool {
     let steps = (unit + 1..)
         .zip(plan.nodes.iter().skip(unit as usize + 1))
         .take_while(|(_, node)| node.parent == Some(unit));
-    let phases = steps.filter_map(|(_, node)| match node.kind {
-        NodeKind::Step { step } => match plan.steps.get(step as usize)? {
-            StepTemplate::Stack(step) => Some(step.phase),
-            StepTemplate::Fetch
-            | StepTemplate::Unpack
-            | StepTemplate::Activate
-            | StepTemplate::PlaceFiles(_)
-            | StepTemplate::Script(_) => None,
-        },
+    let steps = steps.filter_map(|(_, node)| match node.kind {
+        NodeKind::Step { step } => plan.steps.get(step as usize),
         NodeKind::Sequence
         | NodeKind::Parallel { .. }
         | NodeKind::Unit { .. }
@@ -67,9 +61,18 @@ pub fn takes_offline(plan: &Plan, unit: NodeIndex) -> bool {
         | NodeKind::Judge { .. } => None,
     });
     let (mut stops, mut starts) = (false, false);
-    for phase in phases {
-        stops |= phase == Phase::Stop;
-        starts |= matches!(phase, Phase::Start | Phase::Restart);
+    for step in steps {
+        match step {
+            StepTemplate::Activate => starts = true,
+            StepTemplate::Stack(step) => {
+                stops |= step.phase == Phase::Stop;
+                starts |= matches!(step.phase, Phase::Start | Phase::Restart);
+            }
+            StepTemplate::Fetch
+            | StepTemplate::Unpack
+            | StepTemplate::PlaceFiles(_)
+            | StepTemplate::Script(_) => {}
+        }
     }
     stops && !starts
 }

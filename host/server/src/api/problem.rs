@@ -29,7 +29,8 @@ pub struct Problem {
     pub code: String,
     /// What is wrong, for people.
     pub detail: String,
-    /// The field of the body, parameter or header that is wrong.
+    /// What is wrong: a field of the body, by its name, or by a JSON pointer where it stands deeper (`/limits/max_in_flight`);
+    /// a parameter, or a header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub field: Option<String>,
     /// The limit that was met.
@@ -44,6 +45,9 @@ pub struct Problem {
     /// The request's id: what the server's log knows it by.
     #[serde(default)]
     pub request_id: String,
+    /// When it may be tried again, in seconds: the header `Retry-After`.
+    #[serde(skip)]
+    pub retry_after_s: Option<u64>,
 }
 
 impl Problem {
@@ -59,6 +63,7 @@ impl Problem {
             current: None,
             mend: None,
             request_id: String::new(),
+            retry_after_s: None,
         }
     }
 
@@ -67,7 +72,13 @@ impl Problem {
     }
 
     pub(crate) fn field(mut self, field: impl Into<String>) -> Self {
-        self.field = Some(field.into()).filter(|field| !field.is_empty());
+        let field: String = field.into();
+        // Services and planners name fields by pointers. At the top level that is the field's name.
+        let field = match field.strip_prefix('/') {
+            Some(name) if !name.contains(['/', '~']) => name.to_owned(),
+            Some(_) | None => field,
+        };
+        self.field = Some(field).filter(|field| !field.is_empty());
         self
     }
 
@@ -88,10 +99,11 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = status.into_response();
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        let at_once = (status == StatusCode::SERVICE_UNAVAILABLE).then_some(1);
+        if let Some(seconds) = self.retry_after_s.or(at_once) {
             response
                 .headers_mut()
-                .insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+                .insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(
@@ -133,7 +145,6 @@ impl From<ServiceError> for Problem {
             } => {
                 let status = match code {
                     "package_too_large" => StatusCode::PAYLOAD_TOO_LARGE,
-                    "invocation_quota_reached" => StatusCode::TOO_MANY_REQUESTS,
                     _ => StatusCode::UNPROCESSABLE_ENTITY,
                 };
                 Self::new(status, code, detail)
@@ -141,6 +152,19 @@ impl From<ServiceError> for Problem {
                     .limit(limit, current)
                     .mend(mend)
             }
+            ServiceError::Exhausted {
+                code,
+                limit,
+                current,
+                mend,
+                renews_in_s,
+                ..
+            } => Self {
+                retry_after_s: Some(renews_in_s),
+                ..Self::new(StatusCode::TOO_MANY_REQUESTS, code, detail)
+                    .limit(limit, current)
+                    .mend(mend)
+            },
             ServiceError::Conflict { code, mend, .. } => {
                 Self::new(StatusCode::CONFLICT, code, detail).mend(mend)
             }

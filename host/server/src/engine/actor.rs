@@ -547,7 +547,7 @@ impl Actor {
         if outcome == Outcome::Succeeded
             && matches!(self.plan.steps[step as usize], StepTemplate::Activate)
         {
-            let manifest = dispatch::manifest(&self.plan, self.order.plan, unit);
+            let manifest = dispatch::manifest(&self.plan, self.order.plan, node);
             let Some(mut manifest) = manifest else {
                 return;
             };

@@ -6,8 +6,8 @@
 //! broken only as far as it takes traffic from them. A change by hand is kept in the root's row until it is made. All raise
 //! before they lower, lower nothing that would leave a pool with fewer healthy members with traffic than
 //! `min_healthy_members` (the keeper decides, in turn with admissions), and leave servers alone that an order works on or
-//! left broken. One is made at a time, whatever order it is of. A rollback gives no traffic to a server that it has not
-//! brought back: that still runs what was to go.
+//! left broken, or has taken offline. One is made at a time, whatever order it is of. A rollback gives no traffic to a server
+//! that it has not brought back: that still runs what was to go.
 //!
 //! | step | when it fails |
 //! | --- | --- |
@@ -27,7 +27,7 @@ use windlass_domain::{
     plan::{NodeId, NodeIndex, NodeKind, Part, Plan, TrafficAction},
     plugin::{ShiftWeight, UnitState},
     progress::{NodeState, Progress, ServerWeight, TrafficChange, Undo},
-    reducer::{Event, unit_state, weights_before},
+    reducer::{Event, takes_offline, unit_state, weights_before},
     share::{self, Side},
 };
 use windlass_store::Txn;
@@ -54,7 +54,7 @@ pub(crate) struct View {
     takes_back: bool,
     /// The weights before the order touched them.
     before_order: Weights,
-    /// Servers of the part that the order works on, or left broken.
+    /// Servers of the part that the order works on, left broken, or has taken offline.
     out: Out,
 }
 
@@ -67,6 +67,8 @@ struct Out {
     busy: BTreeSet<ServerId>,
     /// Released, and healthy: whatever seat is still theirs.
     released: BTreeSet<ServerId>,
+    /// Their turn has stopped their application.
+    offline: BTreeSet<ServerId>,
     /// Of a rollback: not brought back, so that they get no traffic.
     stale: BTreeSet<ServerId>,
 }
@@ -92,6 +94,9 @@ impl Out {
                 UnitState::Failed => {
                     out.broken.insert(unit.server);
                 }
+                UnitState::Released if takes_offline(plan, node) => {
+                    out.offline.insert(unit.server);
+                }
                 UnitState::Released => {
                     out.released.insert(unit.server);
                 }
@@ -105,7 +110,12 @@ impl Out {
     }
 
     fn has(&self, server: ServerId) -> bool {
-        self.broken.contains(&server) || self.busy.contains(&server)
+        self.busy.contains(&server) || self.is_dead(server)
+    }
+
+    /// No traffic of it would be answered.
+    fn is_dead(&self, server: ServerId) -> bool {
+        self.broken.contains(&server) || self.offline.contains(&server)
     }
 }
 
@@ -264,7 +274,11 @@ fn weights_of(
         weights,
         members: now.0.keys().copied().collect(),
         released: out.released.clone(),
-        out: out.broken.union(&out.busy).copied().collect(),
+        out: [&out.broken, &out.busy, &out.offline]
+            .into_iter()
+            .flatten()
+            .copied()
+            .collect(),
     }
 }
 
@@ -385,7 +399,7 @@ async fn take_back(
         wanted.sort_by_key(|(_, weight, _)| std::cmp::Reverse(*weight));
         for (server, weight, has) in wanted {
             let raises = weight > has;
-            if weight == has || (raises && out.broken.contains(&server)) {
+            if weight == has || (raises && out.is_dead(server)) {
                 continue;
             }
             let one = weights_of(part, *pool, &now, vec![(server, weight)], out);

@@ -40,13 +40,18 @@ pub(super) fn plugin(
         .map_err(|error| refused(error.to_string()))
 }
 
-/// Parameters that do not fit a plugin's schema; names every fault, and the first one's field.
-pub(super) fn parameters_invalid(plugin: &PluginRef, faults: &[FieldError]) -> ServiceError {
+/// Parameters that do not fit a plugin's schema; names every fault, and the first one's field. `root` is where they stand in
+/// the request.
+pub(super) fn parameters_invalid(
+    root: &str,
+    plugin: &PluginRef,
+    faults: &[FieldError],
+) -> ServiceError {
     let texts: Vec<String> = faults.iter().map(ToString::to_string).collect();
     let field = faults.first().map_or("", |fault| fault.field.as_str());
     ServiceError::invalid(
         "parameters_invalid",
-        format!("/parameters{field}"),
+        format!("{root}{field}"),
         format!(
             "the parameters do not fit the schema of {}@{}: {}",
             plugin.name,

@@ -169,7 +169,9 @@ impl Diagnoses {
         )?;
         plugin
             .validate_parameters(&request.parameters)
-            .map_err(|faults| chosen::parameters_invalid(plugin.reference(), &faults))?;
+            .map_err(|faults| {
+                chosen::parameters_invalid("/parameters", plugin.reference(), &faults)
+            })?;
         let known = &plugin.descriptor().items;
         if let Some((at, code)) = request
             .items

@@ -677,6 +677,7 @@ pub(crate) mod tests {
         match error {
             ServiceError::Invalid { code, .. }
             | ServiceError::Limit { code, .. }
+            | ServiceError::Exhausted { code, .. }
             | ServiceError::Conflict { code, .. }
             | ServiceError::Plugin { code, .. } => code,
             ServiceError::NotFound { .. } => "not_found",

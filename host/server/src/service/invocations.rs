@@ -139,7 +139,9 @@ impl Invocations {
         )?;
         plugin
             .validate_parameters(&request.parameters)
-            .map_err(|faults| chosen::parameters_invalid(plugin.reference(), &faults))?;
+            .map_err(|faults| {
+                chosen::parameters_invalid("/parameters", plugin.reference(), &faults)
+            })?;
         let servers = self.servers(ws, &request.servers).await?;
         self.has_room(ws).await?;
         let rendered = servers

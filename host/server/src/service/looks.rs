@@ -233,7 +233,7 @@ fn denied(error: ServiceError) -> HostError {
     let code = match &error {
         ServiceError::NotFound { .. } => "not-found",
         ServiceError::Invalid { .. } => "invalid-request",
-        ServiceError::Limit { .. } => "limit-exceeded",
+        ServiceError::Limit { .. } | ServiceError::Exhausted { .. } => "limit-exceeded",
         ServiceError::Conflict { .. }
         | ServiceError::Changed { .. }
         | ServiceError::Plugin { .. }

@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | `edits` | what changes of an order's plan take |
 //! | `reads` | what a plan *reads*, and how it is compared later (drift) |
+//! | `release` | the plan of a release |
 //! | `operations` | the plan of an operation, and which servers take part |
 //! | `templates` | the flow that a process template gives |
 //! | `rollback` | the plan of a rollback |
@@ -30,55 +31,37 @@ mod edits;
 mod faults;
 mod operations;
 mod reads;
+mod release;
 mod rollback;
 mod running;
 mod templates;
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use semver::VersionReq;
 use windlass_domain::{
     application::Application,
-    expand::{self, PartInput, PlanInput, ServerInput},
-    flow,
+    expand::{self, PartInput, PlanInput},
     id::{InstanceId, ServerId},
     instance::{Binding, ServiceInstance},
     manifest::Manifest,
-    order::{ReleaseSpec, ShiftTarget, StackChange, Target},
-    package::Package,
-    plan::{Part, Plan, Read},
-    plugin::{
-        AppRole, LifecyclePlan, LifecycleRequest, Phase, PluginKind, ServerFacts, StrategyApp,
-        StrategyPlan, StrategyRequest, StrategyServer, Wishes,
-    },
+    order::{ReleaseSpec, StackChange},
+    plan::Plan,
+    plugin::{PluginKind, ServerFacts, StrategyPlan, StrategyServer, Wishes},
     pool::Pool,
-    revise::arrange,
     server::Server,
-    stages::{BadDependencies, stages},
-    template::TemplateKind,
+    stages::BadDependencies,
     value::{Environment, Value},
     workspace::{DeploymentZone, Workspace},
 };
 use windlass_runtime::{Plugin, Plugins};
 use windlass_store::{Blobs, Store};
 
-use self::{
-    faults::{
-        Layers, check_environment, check_environment_size, check_limits, internal, invalid,
-        lookup_failed, parameters_invalid,
-    },
-    reads::{
-        back_ends_subject, installed_subject, instance_subject, members_subject, package_subject,
-        plugin_subject, read_back_ends, read_cells, read_installed, read_instance, read_members,
-        read_package, read_plugin, read_server, server_subject,
-    },
-};
+use self::faults::{internal, invalid, lookup_failed};
 use super::{
     ServiceError,
     apps::Apps,
+    chosen,
     instances::Instances,
     load_balancers::{self, Behind},
     packages::Packages,
@@ -88,17 +71,6 @@ use super::{
 };
 use crate::engine::{Agents, rows};
 pub(super) use faults::plugin_failed;
-
-/// Phases of a release, in order.
-const RELEASE_PHASES: [Phase; 7] = [
-    Phase::Prepare,
-    Phase::Install,
-    Phase::Configure,
-    Phase::Stop,
-    Phase::Deploy,
-    Phase::Start,
-    Phase::Check,
-];
 
 /// Applications of one order.
 const MAX_TARGETS: usize = 100;
@@ -133,21 +105,6 @@ pub struct PlannerParts {
     pub templates: Templates,
 }
 
-/// One application of a release, with everything that was read for it.
-struct Chosen {
-    instance: ServiceInstance,
-    app_name: String,
-    package: Package,
-    stack: Plugin,
-    /// Those to be released.
-    servers: Vec<(Server, Binding)>,
-    /// All that could be, as they are read.
-    members: Read,
-    /// Only servers of these cells; empty: all.
-    cells: Vec<String>,
-    parameters: Environment,
-}
-
 impl Planner {
     /// A planner over these parts.
     #[must_use]
@@ -155,314 +112,6 @@ impl Planner {
         Self {
             parts: Arc::new(parts),
         }
-    }
-
-    /// Plans a release. Nothing is written.
-    ///
-    /// # Errors
-    /// [`ServiceError`] names the field, the plugin, or the rule that a plugin's answer broke.
-    pub async fn plan_release(
-        &self,
-        workspace: &str,
-        spec: &ReleaseSpec,
-    ) -> Result<Plan, ServiceError> {
-        self.plan_servers(workspace, spec, None).await
-    }
-
-    /// Likewise, of some servers alone.
-    async fn plan_servers(
-        &self,
-        workspace: &str,
-        spec: &ReleaseSpec,
-        only: Option<&BTreeSet<ServerId>>,
-    ) -> Result<Plan, ServiceError> {
-        let (workspace, _) = self.parts.workspaces.get(workspace).await?;
-        if spec.shift_only.len() > MAX_TARGETS {
-            return Err(ServiceError::Limit {
-                code: "targets_out_of_range",
-                field: "/shift_only".to_owned(),
-                message: format!(
-                    "an order shifts the traffic of at most {MAX_TARGETS} further service instances, and this one names {}",
-                    spec.shift_only.len()
-                ),
-                limit: MAX_TARGETS as u64,
-                current: spec.shift_only.len() as u64,
-                mend: "name fewer service instances".to_owned(),
-            });
-        }
-        if spec.targets.is_empty() || spec.targets.len() > MAX_TARGETS {
-            return Err(ServiceError::Limit {
-                code: "targets_out_of_range",
-                field: "/targets".to_owned(),
-                message: format!(
-                    "an order releases 1 to {MAX_TARGETS} service instances, and this one names {}",
-                    spec.targets.len()
-                ),
-                limit: MAX_TARGETS as u64,
-                current: spec.targets.len() as u64,
-                mend: "name the service instances to release, and split larger releases".to_owned(),
-            });
-        }
-        check_limits(
-            &spec.limits,
-            spec.drain_deadline_ms,
-            spec.delivery_deadline_ms,
-        )?;
-        check_environment("/environment", &spec.environment)?;
-        let mut chosen = Vec::with_capacity(spec.targets.len());
-        let mut seen = HashSet::new();
-        for (index, target) in spec.targets.iter().enumerate() {
-            let mut part = self.choose(&workspace, index, target).await?;
-            if let Some(only) = only {
-                part.servers.retain(|(server, _)| only.contains(&server.id));
-            }
-            if !seen.insert(part.app_name.clone()) {
-                return Err(invalid(
-                    "target_twice",
-                    format!("/targets/{index}/instance"),
-                    format!(
-                        "the application `{}` stands in this order twice",
-                        part.app_name
-                    ),
-                    "name each application once",
-                ));
-            }
-            chosen.push(part);
-        }
-        let names: Vec<&str> = chosen.iter().map(|part| part.app_name.as_str()).collect();
-        let stage_of = stages(&names, &spec.dependencies).map_err(dependencies_invalid)?;
-        chosen.sort_by_key(|part| stage_of.get(&part.app_name).copied().unwrap_or(1));
-
-        let strategy = self.strategy(&spec.strategy)?;
-        strategy
-            .validate_parameters(&spec.parameters)
-            .map_err(|faults| parameters_invalid("/parameters", &strategy, &faults))?;
-
-        let mut reads = BTreeMap::new();
-        reads.insert("cells".to_owned(), read_cells(&workspace));
-        reads.insert(
-            plugin_subject(PluginKind::DeploymentStrategy, &strategy.reference().name),
-            read_plugin(strategy.reference()),
-        );
-        let mut parts = Vec::with_capacity(chosen.len());
-        let flow = self
-            .flow(&workspace, spec.template, TemplateKind::Release, &mut reads)
-            .await?
-            .unwrap_or_else(flow::release);
-        for part in &chosen {
-            // Rows come without waiting: a large plan must not keep a thread from everybody else.
-            tokio::task::yield_now().await;
-            let part = self.part(&workspace, spec, part, &mut reads).await?;
-            parts.push(PartInput {
-                flow: flow.clone(),
-                ..part
-            });
-        }
-        let mut shifting = Vec::with_capacity(spec.shift_only.len());
-        for (index, target) in spec.shift_only.iter().enumerate() {
-            let (part, application) = self
-                .shift_part(&workspace, (index, target), &mut seen, &mut reads)
-                .await?;
-            parts.push(part);
-            shifting.push(application);
-        }
-        for (pool, members) in behind(&*self.parts.store, &workspace, &parts).await? {
-            reads.insert(back_ends_subject(&pool), read_back_ends(&members));
-        }
-        let request = StrategyRequest {
-            parameters: spec.parameters.clone(),
-            limits: spec.limits.clone(),
-            cells: cell_names(&workspace),
-            applications: parts
-                .iter()
-                .zip(&chosen)
-                .map(|(input, part)| StrategyApp {
-                    key: part.app_name.clone(),
-                    stage: stage_of.get(&part.app_name).copied().unwrap_or(1),
-                    role: AppRole::Release,
-                    has_pools: !part.instance.pools.is_empty(),
-                    target_version: part.package.version.to_string(),
-                    servers: part
-                        .servers
-                        .iter()
-                        .zip(&input.servers)
-                        .map(|((server, _), input)| {
-                            self.strategy_server(&workspace, server, input.installed.as_ref())
-                        })
-                        .collect(),
-                })
-                .chain(shifting)
-                .collect(),
-        };
-        let answer = strategy
-            .plan(&request)
-            .await
-            .map_err(|error| plugin_failed("/parameters", &error))?;
-        let input = PlanInput {
-            strategy: Some(strategy.reference().clone()),
-            limits: spec.limits.clone(),
-            drain_deadline_ms: spec.drain_deadline_ms,
-            delivery_deadline_ms: spec.delivery_deadline_ms,
-            parts,
-            reads,
-        };
-        let plan = expanded(&strategy, input, &answer)?;
-        if spec.lanes.is_empty() {
-            return Ok(plan);
-        }
-        let pairs = spec.dependencies.pairs().map_err(dependencies_invalid)?;
-        arrange(&plan, &spec.lanes, &pairs).map_err(|bad| {
-            invalid(
-                "lanes_invalid",
-                "/lanes".to_owned(),
-                bad.to_string(),
-                "mend the lanes, or leave them out: then the dependencies say the sequence",
-            )
-        })
-    }
-
-    /// An application that only takes part in moving traffic: nothing of it is released.
-    async fn shift_part(
-        &self,
-        workspace: &Workspace,
-        (index, target): (usize, &ShiftTarget),
-        seen: &mut HashSet<String>,
-        reads: &mut BTreeMap<String, Read>,
-    ) -> Result<(PartInput, StrategyApp), ServiceError> {
-        let field = format!("/shift_only/{index}/instance");
-        let (instance, _) = self
-            .parts
-            .instances
-            .get(workspace.name.as_str(), target.instance)
-            .await?;
-        let (app, _) = self.parts.apps.get(&instance.app.to_string()).await?;
-        let key = app.name.to_string();
-        if !seen.insert(key.clone()) {
-            return Err(invalid(
-                "target_twice",
-                field,
-                format!("the application `{key}` stands in this order twice"),
-                "name each application once, to be released or to be shifted only",
-            ));
-        }
-        let bound = self.bound(&instance, &[]).await?;
-        let mut servers = Vec::with_capacity(bound.len());
-        let mut runs = None;
-        for (server, _) in &bound {
-            let installed = self.installed(instance.id, server.id).await?;
-            servers.push(self.strategy_server(workspace, server, installed.as_ref()));
-            runs = runs.or(installed);
-        }
-        if runs.is_none() {
-            return Err(invalid(
-                "nothing_to_shift",
-                field,
-                format!(
-                    "nothing of `{key}` is installed on any server of the service instance `{}`, so that it takes no traffic",
-                    instance.name
-                ),
-                "release it first, or leave it out",
-            ));
-        }
-        reads.insert(instance_subject(&key), read_instance(&instance));
-        reads.insert(members_subject(&key, &[]), read_members(&bound));
-        let application = StrategyApp {
-            key: key.clone(),
-            stage: 1,
-            role: AppRole::ShiftOnly,
-            has_pools: !instance.pools.is_empty(),
-            target_version: String::new(),
-            servers,
-        };
-        let part = Part {
-            key,
-            app: instance.app,
-            instance: instance.id,
-            package: None,
-            stack: None,
-            pools: instance.pools.clone(),
-            env: Environment::new(),
-            prepare: Vec::new(),
-            stop: Vec::new(),
-            start: Vec::new(),
-            check: Vec::new(),
-        };
-        let input = PartInput {
-            part,
-            steps: LifecyclePlan {
-                steps: Vec::new(),
-                server_env: BTreeMap::new(),
-            },
-            approved: Wishes::default(),
-            flow: Vec::new(),
-            files: None,
-            from_cache: false,
-            servers: Vec::new(),
-            only_traffic: bound.iter().map(|(server, _)| server.id).collect(),
-        };
-        Ok((input, application))
-    }
-
-    async fn choose(
-        &self,
-        workspace: &Workspace,
-        index: usize,
-        target: &Target,
-    ) -> Result<Chosen, ServiceError> {
-        let field = |name: &str| format!("/targets/{index}/{name}");
-        let (instance, _) = self
-            .parts
-            .instances
-            .get(workspace.name.as_str(), target.instance)
-            .await?;
-        let (package, _) = self
-            .parts
-            .packages
-            .get(workspace.name.as_str(), target.package)
-            .await?;
-        let (app, _) = self.parts.apps.get(&instance.app.to_string()).await?;
-        if package.app != instance.app {
-            return Err(invalid(
-                "package_of_other_application",
-                field("package"),
-                format!(
-                    "the package {} is not one of the application `{}`",
-                    target.package, app.name
-                ),
-                "choose a package of the instance's application",
-            ));
-        }
-        check_cells(workspace, &target.cells, &field("cells"))?;
-        check_environment(&field("parameters"), &target.parameters)?;
-        let named = target.tech_stack_version.as_ref();
-        let named_by = match named {
-            Some(_) => "tech_stack_version",
-            None => "instance",
-        };
-        let stack = self.stack(&app, &instance, named, field(named_by))?;
-        let servers = self.bound(&instance, &target.cells).await?;
-        if servers.is_empty() {
-            return Err(invalid(
-                "no_servers",
-                field("instance"),
-                format!(
-                    "the service instance `{}` has no servers in the cells to be released",
-                    instance.name
-                ),
-                "bind servers to it first, or choose other cells",
-            ));
-        }
-        let parameters = target.parameters.clone();
-        Ok(Chosen {
-            instance,
-            app_name: app.name.to_string(),
-            package,
-            stack,
-            members: read_members(&servers),
-            servers,
-            cells: target.cells.clone(),
-            parameters,
-        })
     }
 
     /// The tech stack of an instance, which its parameters fit; in the version that is named, or in its own.
@@ -487,7 +136,9 @@ impl Planner {
             .map_err(|error| lookup_failed(field, &error))?;
         stack
             .validate_parameters(&instance.parameters)
-            .map_err(|faults| parameters_invalid("/parameters", &stack, &faults))?;
+            .map_err(|faults| {
+                chosen::parameters_invalid("/parameters", stack.reference(), &faults)
+            })?;
         Ok(stack)
     }
 
@@ -536,136 +187,6 @@ impl Planner {
         }
         servers.sort_by(|(one, _), (two, _)| one.name.cmp(&two.name));
         Ok(servers)
-    }
-
-    async fn part(
-        &self,
-        workspace: &Workspace,
-        spec: &ReleaseSpec,
-        chosen: &Chosen,
-        reads: &mut BTreeMap<String, Read>,
-    ) -> Result<PartInput, ServiceError> {
-        let Chosen {
-            instance,
-            app_name,
-            package,
-            stack,
-            servers,
-            members,
-            cells,
-            parameters,
-        } = chosen;
-        let mut env: Environment = [
-            ("WINDLASS_WORKSPACE", workspace.name.as_str()),
-            ("WINDLASS_APPLICATION", app_name.as_str()),
-            ("WINDLASS_PACKAGE_VERSION", package.version.as_str()),
-        ]
-        .into_iter()
-        .map(|(name, value)| (name.to_owned(), Value::Plain(value.to_owned())))
-        .collect();
-        env.extend(instance.env.clone());
-        env.extend(spec.environment.clone());
-        env.extend(parameters.clone());
-        let target = {
-            let mut targets = spec.targets.iter();
-            let found = targets.position(|target| target.instance == instance.id);
-            found.unwrap_or_default()
-        };
-        let layers = Layers {
-            target,
-            order: &spec.environment,
-            parameters,
-            instance: &instance.env,
-        };
-        let own = servers
-            .iter()
-            .map(|(server, binding)| (server.name.as_str(), server_environment(server, binding)));
-        check_environment_size(app_name, &env, &layers, own)?;
-        let request = LifecycleRequest {
-            application: app_name.clone(),
-            instance: instance.name.to_string(),
-            package: Some(package.reference()),
-            parameters: instance.parameters.clone(),
-            env: env.clone(),
-            phases: RELEASE_PHASES.to_vec(),
-            servers: servers
-                .iter()
-                .map(|(server, binding)| facts(server, binding))
-                .collect(),
-        };
-        let steps = stack.lifecycle(&request).await.map_err(|error| {
-            plugin_failed(&format!("/targets/{target}/instance/parameters"), &error)
-        })?;
-        let mine = [
-            (instance_subject(app_name), read_instance(instance)),
-            (package_subject(app_name), read_package(package)),
-            (
-                plugin_subject(PluginKind::TechStack, &stack.reference().name),
-                read_plugin(stack.reference()),
-            ),
-            (members_subject(app_name, cells), members.clone()),
-        ];
-        let mut common: Vec<String> = mine[..2]
-            .iter()
-            .map(|(subject, _)| subject.clone())
-            .collect();
-        common.sort();
-        reads.extend(mine);
-        let mut inputs = Vec::with_capacity(servers.len());
-        for (server, binding) in servers {
-            let installed = self.installed(instance.id, server.id).await?;
-            let own = [
-                (
-                    server_subject(server.name.as_str()),
-                    read_server(server, binding),
-                ),
-                (
-                    installed_subject(app_name, server.name.as_str()),
-                    read_installed(installed.as_ref()),
-                ),
-            ];
-            let mut subjects = common.clone();
-            subjects.extend(own.iter().map(|(subject, _)| subject.clone()));
-            reads.extend(own);
-            inputs.push(ServerInput {
-                id: server.id,
-                name: server.name.to_string(),
-                cell: cell_of(server),
-                env: server_environment(server, binding),
-                installed,
-                drained_by: None,
-                reads: subjects,
-            });
-        }
-        let approved = self.approved(stack);
-        let prepare = [Phase::Prepare, Phase::Install]
-            .into_iter()
-            .flat_map(|phase| steps.steps.iter().filter(move |step| step.phase == phase))
-            .cloned()
-            .collect();
-        let part = Part {
-            prepare,
-            key: app_name.clone(),
-            app: instance.app,
-            instance: instance.id,
-            package: Some(package.reference()),
-            stack: Some(stack.reference().clone()),
-            pools: instance.pools.clone(),
-            env,
-            stop: Vec::new(),
-            start: Vec::new(),
-            check: Vec::new(),
-        };
-        Ok(PartInput {
-            part,
-            steps,
-            approved,
-            flow: flow::release(),
-            files: None,
-            from_cache: spec.install_from_cache,
-            servers: inputs,
-            only_traffic: Vec::new(),
-        })
     }
 
     /// A strategy by `name` or `name@version`.

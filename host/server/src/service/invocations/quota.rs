@@ -54,9 +54,8 @@ impl Invocations {
         let limit = self.parts.per_day;
         count.one_more(limit).ok_or_else(|| {
             let InvocationQuota { used, resets_at, .. } = count.against(limit);
-            ServiceError::Limit {
+            ServiceError::Exhausted {
                 code: "invocation_quota_reached",
-                field: String::new(),
                 message: format!(
                     "the workspace `{ws}` has made {used} invocations today, and may make {limit} a day; the count begins again at \
                      {resets_at}"
@@ -66,6 +65,8 @@ impl Invocations {
                 mend: "wait until then, name more servers in one invocation, or have the platform's operator raise \
                        `--invocations-per-day`"
                     .to_owned(),
+                // Not a moment too early.
+                renews_in_s: resets_at.since_ms(clock::now()).div_ceil(1000),
             }
         })
     }

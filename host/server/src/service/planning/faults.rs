@@ -6,7 +6,7 @@ use windlass_domain::{
     name::{RESERVED_ENV_PREFIX, check_env_key, check_variable},
     value::{Environment, Value},
 };
-use windlass_runtime::{CallFailure, Plugin};
+use windlass_runtime::CallFailure;
 
 use crate::service::ServiceError;
 
@@ -128,29 +128,6 @@ pub(super) fn invalid(
         message,
         mend: mend.to_owned(),
     }
-}
-
-pub(super) fn parameters_invalid(
-    root: &str,
-    plugin: &Plugin,
-    faults: &[windlass_runtime::FieldError],
-) -> ServiceError {
-    let first = faults.first();
-    let field = first.map_or_else(String::new, |fault| fault.field.clone());
-    let texts: Vec<String> = faults
-        .iter()
-        .map(|fault| format!("{}: {}", fault.field, fault.message))
-        .collect();
-    let name = &plugin.reference().name;
-    invalid(
-        "parameters_invalid",
-        format!("{root}{field}"),
-        format!(
-            "the parameters do not fit the schema of `{name}`: {}",
-            texts.join("; ")
-        ),
-        "see the plugin's schema at /v1/plugins",
-    )
 }
 
 /// A plugin's call that gave nothing. What it refused, it refused because of what it was asked: that is the order's fault, not

@@ -29,16 +29,16 @@ use windlass_domain::{
 };
 
 use super::{
-    MAX_TARGETS, Planner, ServiceError, cell_names, cell_of, check_cells, expanded, facts,
-    faults::{check_limits, internal, invalid, parameters_invalid, plugin_failed},
+    MAX_TARGETS, Planner, ServiceError, behind, cell_names, cell_of, check_cells, expanded, facts,
+    faults::{Layers, check_environment_size, check_limits, internal, invalid, plugin_failed},
     reads::{
-        installed_subject, instance_subject, members_subject, plugin_subject, pools_subject,
-        read_cells, read_installed, read_instance, read_members, read_plugin, read_pools,
-        read_server, read_state, server_subject, state_subject,
+        back_ends_subject, installed_subject, instance_subject, members_subject, plugin_subject,
+        pools_subject, read_back_ends, read_cells, read_installed, read_instance, read_members,
+        read_plugin, read_pools, read_server, read_state, server_subject, state_subject,
     },
     server_environment,
 };
-use crate::engine;
+use crate::{engine, service::chosen};
 
 /// Phases of an initialisation, in order.
 const INITIALISE_PHASES: [Phase; 2] = [Phase::Prepare, Phase::Install];
@@ -94,7 +94,9 @@ impl Planner {
         let strategy = self.strategy(&spec.strategy)?;
         strategy
             .validate_parameters(&spec.parameters)
-            .map_err(|faults| parameters_invalid("/parameters", &strategy, &faults))?;
+            .map_err(|faults| {
+                chosen::parameters_invalid("/parameters", strategy.reference(), &faults)
+            })?;
         let mut reads = BTreeMap::new();
         reads.insert("cells".to_owned(), read_cells(&workspace));
         reads.insert(
@@ -139,6 +141,9 @@ impl Planner {
                 ..input.await?
             });
             applications.push(self.operated(&workspace, part));
+        }
+        for (pool, members) in behind(&*self.parts.store, &workspace, &parts).await? {
+            reads.insert(back_ends_subject(&pool), read_back_ends(&members));
         }
         let request = StrategyRequest {
             parameters: spec.parameters.clone(),
@@ -326,19 +331,33 @@ impl Planner {
         };
         let mut approved = Wishes::default();
         let mut files = None;
-        let of_installed = match &spec.operation {
-            Operation::Restart | Operation::Online { .. } | Operation::Offline => true,
+        let of_installed = spec.operation.is_of_installed();
+        if !of_installed {
+            part.env = common_environment(workspace, key, instance);
+            let layers = Layers {
+                target: index,
+                order: &Environment::new(),
+                parameters: &Environment::new(),
+                instance: &instance.env,
+            };
+            let own = servers.iter().map(
+                |Taking {
+                     server, binding, ..
+                 }| { (server.name.as_str(), server_environment(server, binding)) },
+            );
+            check_environment_size(key, &part.env, &layers, own)?;
+        }
+        match &spec.operation {
+            Operation::Restart | Operation::Online { .. } | Operation::Offline => {}
             Operation::StaticFiles(asked) => {
                 files = Some(FilesStep {
                     files: asked.reference(),
                     run_as: asked.user.clone(),
                 });
-                false
             }
             Operation::Initialise => {
                 let field = format!("/targets/{index}/instance");
                 let stack = self.stack(app, instance, None, field.clone())?;
-                part.env = common_environment(workspace, key, instance);
                 let request = LifecycleRequest {
                     application: key.clone(),
                     instance: instance.name.to_string(),
@@ -375,15 +394,11 @@ impl Planner {
                     plugin_subject(PluginKind::TechStack, &stack.reference().name),
                     read_plugin(stack.reference()),
                 );
-                false
             }
-        };
+        }
         let common = if of_installed {
             (pools_subject(key), read_pools(instance))
         } else {
-            if part.env.is_empty() {
-                part.env = common_environment(workspace, key, instance);
-            }
             (instance_subject(key), read_instance(instance))
         };
         let subject = common.0.clone();

@@ -13,7 +13,7 @@ use std::{
 };
 
 use windlass_domain::{
-    Digest, dispatch,
+    Digest,
     expand::{self, PartInput, PlanInput, ServerInput},
     flow,
     id::{OrderId, ServerId},
@@ -493,10 +493,11 @@ fn unit_of_server<'a>(
         };
         let unit = plan.units.get(unit as usize)?;
         let (index, part) = (unit.part?, plan.part_of(unit)?);
+        let package = part.package.as_ref()?;
         (unit.server == server
             && part.instance == manifest.instance
-            && dispatch::release_name(plan, unit).as_ref() == Some(&manifest.release))
-        .then_some((node, unit, index, part))
+            && package.digest == manifest.package.digest)
+            .then_some((node, unit, index, part))
     })
 }
 

@@ -1,0 +1,369 @@
+//! Process templates over the API, with real agents: how they are kept, what is refused, and releases and operations that follow
+//! them.
+
+use std::fs;
+
+use hyper::Method;
+use serde_json::{Value, json};
+use windlass_tests::{
+    host::{TestHost, items, text},
+    operated::{check_serves, done, make, operation, ready, refused, starts},
+    scene::{Scene, act, nodes, refusal},
+};
+
+fn script(name: &str, text: &str) -> Value {
+    json!({
+        "step": "script",
+        "name": name,
+        "script": { "interpreter": ["/bin/sh", "-eu"], "text": text, "working_dir": null },
+    })
+}
+
+fn leave(word: &str) -> Value {
+    script(
+        word,
+        &format!("echo \"{word} $WINDLASS_SERVER\" >> \"$SCENE/steps\""),
+    )
+}
+
+fn left(scene: &Scene) -> Vec<String> {
+    let lines = fs::read_to_string(scene.directory.join("steps")).unwrap_or_default();
+    lines.lines().map(str::to_owned).collect()
+}
+
+fn phases(names: &[&str]) -> Vec<Value> {
+    let step = |name: &&str| match name.strip_prefix("phase ") {
+        Some(phase) => json!({ "step": "phase", "phase": phase }),
+        None => json!({ "step": name }),
+    };
+    names.iter().map(step).collect()
+}
+
+#[tokio::test]
+async fn people_replace_the_flow_by_a_template() {
+    let (host, scene) = ready().await;
+    let kept = templates_are_kept(&host).await;
+    a_release_follows_its_template(&host, &scene, &kept).await;
+    an_operation_follows_its_template(&host, &scene, &kept).await;
+    a_template_that_changed_is_drift(&host, &scene).await;
+}
+
+async fn create(host: &TestHost, ws: &str, template: &Value) -> Value {
+    let path = format!("/v1/workspaces/{ws}/process-templates");
+    host.api.post(&path, template).await.expect("a template")
+}
+
+/// Makes a workspace `other` and a template in it that the whole tenant sees; answers its id.
+async fn templates_are_kept(host: &TestHost) -> String {
+    let workspace = json!({ "name": "other", "zones": ["zone-a", "zone-b"] });
+    host.api
+        .post("/v1/workspaces", &workspace)
+        .await
+        .expect("a workspace");
+    let restart = phases(&["drain", "stop_installed", "start_installed", "restore"]);
+    let mut template = json!({
+        "name": "quiet",
+        "kind": "restart",
+        "description": "without a check",
+        "steps": restart,
+        "grants": [{ "workspace": "test", "users": ["anna"], "roles": ["operators"] }],
+    });
+    let made = create(host, "other", &template).await;
+    let id = text(&made["id"]);
+    assert_eq!(
+        (&made["visibility"], &made["workspace"]),
+        (&json!("workspace"), &json!("other"))
+    );
+    assert_eq!(made["grants"][0]["roles"], json!(["operators"]));
+    let own = format!("/v1/workspaces/other/process-templates/{id}");
+    let foreign = host.ws(&format!("process-templates/{id}"));
+    assert_eq!(
+        refusal(host.api.get(&foreign).await).0,
+        404,
+        "kept in its workspace"
+    );
+    let taken = host
+        .api
+        .post("/v1/workspaces/other/process-templates", &template)
+        .await;
+    assert_eq!(refusal(taken).1, "name_taken");
+    // Its kind never changes; all else does.
+    template["kind"] = json!("offline");
+    template["steps"] = json!(phases(&["drain", "stop_installed"]));
+    assert_eq!(
+        refusal(host.api.put(&own, &template).await).1,
+        "template_kind_immutable"
+    );
+    template["kind"] = json!("restart");
+    let (status, code, says) = refusal(host.api.put(&own, &template).await);
+    assert_eq!((status, code.as_str()), (422, "template_invalid"), "{says}");
+    template["steps"] = json!(restart);
+    template["visibility"] = json!("tenant");
+    template["name"] = json!("everywhere");
+    host.api.put(&own, &template).await.expect("it is changed");
+    let seen = host
+        .api
+        .get(&foreign)
+        .await
+        .expect("seen in every workspace");
+    assert_eq!(seen["name"], "everywhere");
+    assert_eq!(
+        refusal(host.api.put(&foreign, &template).await).1,
+        "template_of_other_workspace"
+    );
+    for (query, count) in [("", 1), ("?kind=restart", 1), ("?kind=release", 0)] {
+        let page = host
+            .api
+            .get(&host.ws(&format!("process-templates{query}")))
+            .await;
+        assert_eq!(items(&page.expect("templates")).len(), count, "{query}");
+    }
+    // A workspace with templates is not deleted.
+    let deleted = |path: String| async move {
+        let answer = host
+            .api
+            .request(Method::DELETE, &path, Bytes::new(), &[])
+            .await;
+        let answer = answer.expect("an answer");
+        (answer.status, answer.text())
+    };
+    let (status, says) = deleted("/v1/workspaces/other?confirm=other".to_owned()).await;
+    assert!(
+        status == 409 && says.contains("process template everywhere"),
+        "{status} {says}"
+    );
+    let second =
+        json!({ "name": "gone", "kind": "offline", "steps": phases(&["drain", "stop_installed"]) });
+    let gone = text(&create(host, "other", &second).await["id"]);
+    let path = format!("/v1/workspaces/other/process-templates/{gone}");
+    assert_eq!(deleted(format!("{path}?confirm=x")).await.0, 422);
+    assert_eq!(deleted(format!("{path}?confirm=gone")).await.0, 204);
+    assert_eq!(refusal(host.api.get(&path).await).0, 404);
+
+    for (kind, steps, field, says) in [
+        ("restart", json!([]), "steps", "1 to 50 steps"),
+        (
+            "release",
+            json!(phases(&["drain", "fetch", "activate", "unpack"])),
+            "/steps/2",
+            "`activate` (step 3) stands before `unpack` (step 4)",
+        ),
+        (
+            "restart",
+            json!(phases(&["stop_installed", "start_installed", "restore"])),
+            "/steps/2",
+            "nothing has taken",
+        ),
+        (
+            "offline",
+            json!(phases(&["stop_installed"])),
+            "steps",
+            "no step `drain`",
+        ),
+        (
+            "online",
+            json!(phases(&["fetch"])),
+            "/steps/0",
+            "is no step of an online operation",
+        ),
+        (
+            "static_files",
+            json!([script("", "true")]),
+            "/steps/0",
+            "a script has a name",
+        ),
+        (
+            "static_files",
+            json!([{ "step": "confirm", "message": "" }]),
+            "/steps/0",
+            "a message of 1 to 500",
+        ),
+        (
+            "static_files",
+            json!([{ "step": "place_files", "directory": "/x/" }]),
+            "/steps/0/directory",
+            "directory",
+        ),
+        (
+            "static_files",
+            json!([{ "step": "dance" }]),
+            "/steps/0",
+            "dance",
+        ),
+    ] {
+        let asked = json!({ "name": "bad", "kind": kind, "steps": steps });
+        let answer = host.api.post(&host.ws("process-templates"), &asked).await;
+        let Err(windlass::api::client::ClientError::Refused {
+            status, problem, ..
+        }) = answer
+        else {
+            panic!("{asked} was taken: {answer:?}");
+        };
+        assert_eq!(status, 422, "{problem}");
+        assert!(
+            problem["detail"]
+                .as_str()
+                .unwrap_or_default()
+                .contains(says),
+            "{problem}"
+        );
+        assert!(
+            problem["field"]
+                .as_str()
+                .unwrap_or_default()
+                .starts_with(field),
+            "{problem}"
+        );
+    }
+    id
+}
+
+async fn a_release_follows_its_template(host: &TestHost, scene: &Scene, other: &str) {
+    let mut steps = phases(&["drain", "fetch", "unpack"]);
+    steps.push(leave("unpacked"));
+    steps.extend(phases(&[
+        "phase configure",
+        "stop_installed",
+        "activate",
+        "phase start",
+    ]));
+    steps.push(leave("started"));
+    steps.push(json!({ "step": "confirm", "message": "look at it" }));
+    steps.extend(phases(&["phase check", "restore"]));
+    let template = json!({ "name": "careful", "kind": "release", "steps": steps });
+    let template = text(&create(host, "test", &template).await["id"]);
+    let mut order = scene.order("by template", 0);
+    order["template"] = other.into();
+    let (_, code, says) = refusal(host.api.post(&host.ws("orders/preview"), &order).await);
+    assert_eq!(code, "template_of_other_kind", "{says}");
+    order["template"] = "tpl_01931c0c5b7e7c2e8a4f6d1b2c3d4e5f".into();
+    let (_, code, says) = refusal(host.api.post(&host.ws("orders/preview"), &order).await);
+    assert_eq!(code, "no_such_template", "{says}");
+    order["template"] = template.into();
+    let preview = host.api.post(&host.ws("orders/preview"), &order).await;
+    order["plan_digest"] = preview.expect("a preview")["plan_digest"].clone();
+    order["run"] = true.into();
+    let order = host.order(&order).await.expect("an order");
+    for (server, before) in [("agent-1", 0), ("agent-2", 1)] {
+        let waiting = host.order_in(&order, &["awaiting_confirmation"]).await;
+        let reason = text(&waiting["state_reason"]);
+        assert!(
+            reason.contains("look at it") && reason.contains(server),
+            "{reason}"
+        );
+        assert_eq!(
+            left(scene)[before * 2..],
+            [format!("unpacked {server}"), format!("started {server}")]
+        );
+        let at = usize::from(server == "agent-2");
+        assert_eq!(
+            scene.weight(host, &scene.servers[at].1).await,
+            0,
+            "out of traffic"
+        );
+        act(host, &order, &json!({ "action": "confirm" }))
+            .await
+            .expect("confirmed");
+        nodes_when(host, &order, "its turn is over", |nodes| {
+            unit(nodes, server)["state"] == "succeeded"
+        })
+        .await;
+    }
+    assert_eq!(host.order_ended(&order).await["state"], "succeeded");
+    check_serves(host, scene).await;
+    let names: Vec<Value> = nodes(host, &order)
+        .await
+        .iter()
+        .filter(|node| node["server_name"] == "agent-1" && node["level"] == "step")
+        .map(|node| node["name"].clone())
+        .collect();
+    assert_eq!(
+        json!(names),
+        json!([
+            "drain",
+            "fetch",
+            "unpack",
+            "unpacked",
+            "configure",
+            "activate",
+            "start",
+            "started",
+            "confirm",
+            "health check",
+            "restore",
+        ])
+    );
+}
+
+async fn an_operation_follows_its_template(host: &TestHost, scene: &Scene, template: &str) {
+    let before = starts(scene);
+    let mut asked = operation(scene, "by template", json!({ "kind": "restart" }));
+    asked["template"] = template.into();
+    let ended = done(host, asked.clone()).await;
+    let steps = nodes(host, &text(&ended["id"])).await;
+    let names: Vec<&str> = steps
+        .iter()
+        .filter(|node| node["server_name"] == "agent-1" && node["level"] == "step")
+        .filter_map(|node| node["name"].as_str())
+        .collect();
+    assert_eq!(
+        names,
+        ["drain", "stop", "start", "restore"],
+        "without a check"
+    );
+    assert_eq!(starts(scene)["agent-1"], before["agent-1"] + 1);
+    asked["operation"] = json!({ "kind": "offline" });
+    assert_eq!(refused(host, &asked).await.1, "template_of_other_kind");
+    check_serves(host, scene).await;
+}
+
+async fn a_template_that_changed_is_drift(host: &TestHost, scene: &Scene) {
+    let steps = |word: &str| {
+        let mut steps = phases(&[
+            "drain",
+            "stop_installed",
+            "start_installed",
+            "check_installed",
+        ]);
+        steps.push(leave(word));
+        steps.extend(phases(&["restore"]));
+        json!({ "name": "changing", "kind": "restart", "steps": steps })
+    };
+    let template = create(host, "test", &steps("before")).await;
+    let path = host.ws(&format!("process-templates/{}", text(&template["id"])));
+    let mut asked = operation(scene, "drift", json!({ "kind": "restart" }));
+    asked["template"] = template["id"].clone();
+    let preview = host.api.post(&host.ws("operations/preview"), &asked).await;
+    let waiting = make(host, &asked).await;
+    let before = (starts(scene), left(scene));
+    host.api
+        .put(&path, &steps("after"))
+        .await
+        .expect("it is changed");
+    let mut previewed = asked.clone();
+    previewed["plan_digest"] = preview.expect("a preview")["plan_digest"].clone();
+    let (_, code, says) = refusal(host.api.post(&host.ws("operations"), &previewed).await);
+    assert_eq!(code, "plan_drifted", "{says}");
+    assert!(
+        says.contains("process template") && says.contains("`changing`"),
+        "{says}"
+    );
+    let (_, code, says) = refusal(act(host, &waiting, &json!({ "action": "run" })).await);
+    assert_eq!(code, "plan_drifted", "{says}");
+    assert_eq!((starts(scene), left(scene)), before, "nothing was touched");
+    // As it was, it is run as it was.
+    host.api
+        .put(&path, &steps("before"))
+        .await
+        .expect("it is changed back");
+    act(host, &waiting, &json!({ "action": "run" }))
+        .await
+        .expect("it runs");
+    assert_eq!(host.order_ended(&waiting).await["state"], "succeeded");
+    let lines = left(scene);
+    assert_eq!(
+        lines[lines.len() - 2..],
+        ["before agent-1", "before agent-2"]
+    );
+    check_serves(host, scene).await;
+}
