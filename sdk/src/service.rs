@@ -438,6 +438,8 @@ pub struct Runtime<'a> {
     pub command: &'a str,
     /// The option that makes it print its version.
     pub version_option: &'a str,
+    /// What finds the version in what it prints then, on either output: a command of `sed -nE` that prints it.
+    pub version_of: &'a str,
     /// The lowest version that will do, for example `17`; `None`: any.
     pub minimum: Option<&'a str>,
     /// The Debian package to install where the program is missing or too old; `None`: nothing is installed.
@@ -452,7 +454,12 @@ const LOOK: &str = r#"look() {
         problem="$RUNTIME is not installed on this server"
         return 1
     fi
-    found=$("$RUNTIME" "$RUNTIME_VERSION_OPTION" 2>&1 | grep -o '[0-9][0-9.]*' | head -n 1)
+    said=$("$RUNTIME" "$RUNTIME_VERSION_OPTION" 2>&1) || true
+    found=$(printf '%s\n' "$said" | sed -nE "$RUNTIME_VERSION_OF" | head -n 1)
+    if [ -z "$found" ]; then
+        problem="$RUNTIME $RUNTIME_VERSION_OPTION names no version: $said"
+        return 1
+    fi
     if [ -n "$RUNTIME_MINIMUM" ] && [ "$(printf '%s\n%s\n' "$RUNTIME_MINIMUM" "$found" | sort -V | head -n 1)" != "$RUNTIME_MINIMUM" ]; then
         problem="$RUNTIME is version $found on this server, at least $RUNTIME_MINIMUM is needed"
         return 1
@@ -490,6 +497,7 @@ impl Runtime<'_> {
                 .timeout_ms(SCRIPT_TIMEOUT_MS)
                 .env("RUNTIME", Value::plain(self.command))
                 .env("RUNTIME_VERSION_OPTION", Value::plain(self.version_option))
+                .env("RUNTIME_VERSION_OF", Value::plain(self.version_of))
                 .env(
                     "RUNTIME_MINIMUM",
                     Value::plain(self.minimum.unwrap_or_default()),

@@ -30,6 +30,7 @@ async fn an_order_that_failed_does_no_harm_to_later_ones() {
     a_superseded_order_is_not_rolled_back(&host, &scene).await;
     a_rollback_waits_for_what_passes(&host, &scene).await;
     an_odd_archive_harms_nobody(&host, &scene).await;
+    progress_says_what_broke(&host, &scene).await;
     reasons_have_a_length(&host, &scene).await;
     host.stop().await;
 }
@@ -147,6 +148,78 @@ async fn an_odd_archive_harms_nobody(host: &TestHost, scene: &Scene) {
     }
     assert!(!host.server_log().contains("panicked"));
     scene.check_serves(host, 1).await;
+}
+
+async fn progress_says_what_broke(host: &TestHost, scene: &Scene) {
+    scene.put("fail-agent-1");
+    let order = run(host, scene.order("to be ended", 1)).await;
+    host.order_in(&order, &["blocked"]).await;
+    act(host, &order, &json!({ "action": "cancel" }))
+        .await
+        .expect("it is ended");
+    let ended = host.order_ended(&order).await;
+    scene.take("fail-agent-1");
+    let progress = host.ws(&format!("orders/{order}/progress"));
+    let progress = host.api.get(&progress).await.expect("progress");
+    assert_eq!(
+        progress["servers"],
+        json!({ "failed": 1, "cancelled": 1 }),
+        "{progress}"
+    );
+    let application = &progress["applications"][0];
+    let (first, second) = (&application["groups"][0], &application["groups"][1]);
+    let node = application["node"].clone();
+    let seen = nodes(host, &order).await;
+    let node = seen.iter().find(|seen| seen["node"] == node);
+    let node = node.expect("the application's node");
+    assert_eq!(
+        (&node["level"], &node["name"]),
+        (&json!("application"), &json!("scene"))
+    );
+    for (what, is) in [
+        (application, "failed"),
+        (first, "failed"),
+        (&first["servers"][0], "failed"),
+        (second, "cancelled"),
+        (&second["servers"][0], "cancelled"),
+    ] {
+        assert_eq!(what["state"], is, "{what}");
+    }
+    assert_eq!(first["servers"][0]["step"], "configure", "{first}");
+    // What was begun has an end, and what was not has none.
+    for what in [application, first, &first["servers"][0]] {
+        assert!(
+            what["started_at"].is_string() && what["finished_at"].is_string(),
+            "{what}"
+        );
+    }
+    for what in [second, &second["servers"][0]] {
+        assert!(
+            what["started_at"].is_null() && what["finished_at"].is_null(),
+            "{what}"
+        );
+    }
+    assert!(text(&application["finished_at"]) <= text(&ended["finished_at"]));
+
+    // A step that was under way when a person ended the order is named.
+    scene.put("hold");
+    let order = run(host, scene.order("to be cut off", 1)).await;
+    scene.wait_begun(1).await;
+    act(host, &order, &json!({ "action": "cancel" }))
+        .await
+        .expect("it is ended");
+    host.order_ended(&order).await;
+    scene.take("hold");
+    scene.forget();
+    let progress = host.ws(&format!("orders/{order}/progress"));
+    let progress = host.api.get(&progress).await.expect("progress");
+    let server = &progress["applications"][0]["groups"][0]["servers"][0];
+    assert_eq!(
+        (&server["state"], &server["step"]),
+        (&json!("cancelled"), &json!("configure")),
+        "{server}"
+    );
+    assert!(server["finished_at"].is_string(), "{server}");
 }
 
 /// An archive with one file of this name, written as GNU tar writes long ones.

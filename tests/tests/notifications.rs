@@ -162,6 +162,154 @@ async fn channels_are_told_what_happens_to_orders() {
 }
 
 /// Makes a channel; answers its id.
+/// What a channel was told of an order, in its sequence: moment, state and reason.
+async fn told_of(host: &TestHost, order: &str) -> Vec<(String, String, String)> {
+    let mut found = deliveries(host, &format!("order={order}")).await;
+    found.sort_by_key(|delivery| delivery["notice"]["order"]["seq"].as_u64());
+    let told = found.iter().map(|delivery| {
+        let (notice, order) = (&delivery["notice"], &delivery["notice"]["order"]);
+        (
+            text(&notice["moment"]),
+            text(&order["state"]),
+            text(&order["reason"]),
+        )
+    });
+    told.collect()
+}
+
+/// Waits until a channel was told so often of an order.
+async fn told_times(host: &TestHost, order: &str, times: usize) -> Vec<(String, String, String)> {
+    eventually("it is told", || async {
+        let told = told_of(host, order).await;
+        if told.len() >= times {
+            Ok(told)
+        } else {
+            Err(format!("{told:?}"))
+        }
+    })
+    .await
+}
+
+/// A failure, or a gate, is told while another application is still under way; each once, also where the server dies.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn people_are_told_while_others_run() {
+    let mut host = TestHost::start(Setup {
+        agents: 2,
+        ..Setup::default()
+    })
+    .await;
+    let servers = host.servers().await;
+    let one = Scene::prepare_on(&host, "one", servers[..1].to_vec()).await;
+    let two = Scene::prepare_on(&host, "two", servers[1..].to_vec()).await;
+    let hook = Web::listen("{}");
+    channel(
+        &host,
+        "hook",
+        json!({ "kind": "webhook", "url": format!("{}/hook", hook.url) }),
+    )
+    .await;
+    let both = |title: &str| {
+        let mut order = one.order(title, 0);
+        order["targets"] = json!([
+            { "instance": one.instance, "package": one.packages[0] },
+            { "instance": two.instance, "package": two.packages[0] },
+        ]);
+        order["limits"] = json!({ "min_healthy_members": 0 });
+        order["run"] = true.into();
+        order
+    };
+
+    one.put("fail-agent-1");
+    two.put("hold");
+    let order = host.order(&both("fails")).await.expect("an order");
+    let told = told_times(&host, &order, 2).await;
+    let reason = "configure on agent-1 of one: ";
+    assert_eq!((told[0].0.as_str(), told.len()), ("started", 2), "{told:?}");
+    assert_eq!(
+        (told[1].0.as_str(), told[1].1.as_str()),
+        ("blocked", "running"),
+        "{told:?}"
+    );
+    assert!(told[1].2.starts_with(reason), "{told:?}");
+    let header = host.api.get(&host.ws(&format!("orders/{order}"))).await;
+    let header = header.expect("the order");
+    assert_eq!(header["state"], "running", "{header}");
+    assert!(
+        text(&header["state_reason"]).starts_with(reason),
+        "{header}"
+    );
+    // What was told is not told again: not after a restart, and not when the other application is done.
+    host.kill();
+    host.boot(&[]).await;
+    two.take("hold");
+    host.order_in(&order, &["blocked"]).await;
+    one.take("fail-agent-1");
+    act(&host, &order, &json!({ "action": "retry", "node": 0 }))
+        .await
+        .expect("it is tried again");
+    let ended = host.order_ended(&order).await;
+    assert_eq!(
+        (&ended["state"], &ended["state_reason"]),
+        (&json!("succeeded"), &json!(""))
+    );
+    let told = told_times(&host, &order, 3).await;
+    let moments: Vec<&str> = told.iter().map(|(moment, ..)| moment.as_str()).collect();
+    assert_eq!(moments, ["started", "blocked", "succeeded"], "{told:?}");
+
+    // Two gates in a row, and another application under way.
+    let template = json!({ "name": "two looks", "kind": "restart", "visibility": "workspace", "steps": [
+        { "step": "drain" }, { "step": "stop_installed" }, { "step": "start_installed" }, { "step": "check_installed" },
+        { "step": "confirm", "message": "the first look" }, { "step": "confirm", "message": "the second look" },
+        { "step": "restore" } ] });
+    let template = host
+        .api
+        .post(&host.ws("process-templates"), &template)
+        .await;
+    let template = text(&template.expect("a template")["id"]);
+    let restart = json!({
+        "title": "looks", "operation": { "kind": "restart" }, "template": template,
+        "parameters": { "grouping": "one-per-group" }, "drain_deadline_ms": 1000, "run": true,
+        "limits": { "min_healthy_members": 0 }, "targets": [{ "instance": one.instance }],
+    });
+    let made = host.api.post(&host.ws("operations"), &restart).await;
+    let order = text(&made.expect("an operation")["id"]);
+    for look in ["the first look", "the second look"] {
+        eventually("it waits", || async {
+            let header = host.api.get(&host.ws(&format!("orders/{order}"))).await;
+            let reason = text(&header.expect("the order")["state_reason"]);
+            if reason.contains(look) {
+                Ok(())
+            } else {
+                Err(reason)
+            }
+        })
+        .await;
+        act(&host, &order, &json!({ "action": "confirm", "node": null }))
+            .await
+            .expect("confirmed");
+    }
+    host.order_ended(&order).await;
+    let told = told_times(&host, &order, 4).await;
+    let said: Vec<(&str, bool, bool)> = told
+        .iter()
+        .map(|(moment, _, reason)| {
+            let (first, second) = (reason.contains("first"), reason.contains("second"));
+            (moment.as_str(), first, second)
+        })
+        .collect();
+    assert_eq!(
+        said,
+        [
+            ("started", false, false),
+            ("waiting", true, false),
+            ("waiting", false, true),
+            ("succeeded", false, false)
+        ],
+        "{told:?}"
+    );
+    host.stop().await;
+}
+
 async fn channel(host: &TestHost, name: &str, target: Value) -> String {
     let body = json!({ "name": name, "target": target });
     let made = host
@@ -223,6 +371,18 @@ async fn denied_and_wrong_channels_are_told_of(host: &TestHost) {
             .await,
     );
     assert_eq!((status, code.as_str()), (422, "channel_invalid"));
+    let silent = json!({ "name": "silent", "moments": [],
+        "target": { "kind": "webhook", "url": "http://127.0.0.1:1/" } });
+    let (status, code, detail) = refusal(
+        host.api
+            .post(&host.ws("notification-channels"), &silent)
+            .await,
+    );
+    assert_eq!(
+        (status, code.as_str()),
+        (422, "channel_invalid"),
+        "{detail}"
+    );
     for (name, target, expect) in [
         (
             "metadata",

@@ -1,8 +1,9 @@
 //! Application operations over the API, with real agents: what each does to servers, which servers it is for, what is refused,
 //! and that nothing runs twice.
 
-use std::fs;
+use std::{collections::BTreeMap, fs};
 
+use bytes::Bytes;
 use hyper::Method;
 use serde_json::{Value, json};
 use windlass_tests::{

@@ -3,12 +3,13 @@
 
 use std::fs;
 
+use bytes::Bytes;
 use hyper::Method;
 use serde_json::{Value, json};
 use windlass_tests::{
     host::{TestHost, items, text},
     operated::{check_serves, done, make, operation, ready, refused, starts},
-    scene::{Scene, act, nodes, refusal},
+    scene::{Scene, act, nodes, nodes_when, refusal, unit},
 };
 
 fn script(name: &str, text: &str) -> Value {

@@ -182,10 +182,18 @@ async fn a_running_order_is_regrouped(host: &TestHost, shop: &Scene) {
     check_refused(host, &order, &wrong, 422, "parameters_invalid").await;
     let none = json!({ "edit": "regroup", "application": "shop", "strategy": "nobody" });
     check_refused(host, &order, &none, 422, "plugin_not_available").await;
+    let judged = json!({ "edit": "regroup", "application": "shop", "strategy": "canary" });
+    check_refused(host, &order, &judged, 409, "foreign_judge").await;
     let anew = json!({
         "edit": "regroup", "application": "shop",
         "parameters": { "grouping": "one-per-group", "gray_traffic": true }
     });
+    // What is planned now would not fit what was planned then.
+    let mut env = shop.env();
+    env["MORE"] = "later".into();
+    shop.change(host, &json!({ "env": env })).await;
+    check_refused(host, &order, &anew, 409, "plan_drifted").await;
+    shop.change(host, &json!({ "env": shop.env() })).await;
     let header = edit(host, &order, &anew).await.expect("grouped anew");
     assert_eq!(header["server_count"], 3, "{header}");
     let anew = nodes(host, &order).await;
@@ -565,6 +573,25 @@ async fn first_server(host: &TestHost, order: &str) -> String {
 }
 
 async fn some_plans_are_not_changed(host: &TestHost, shop: &Scene, bank: &Scene) {
+    // Nothing more goes into a group that was ended.
+    shop.put("hold");
+    let order = run(host, shop.order("an ended group", 1)).await;
+    shop.wait_begun(1).await;
+    let seen = nodes(host, &order).await;
+    let ended = group_of(&seen, "agent-3")["node"].clone();
+    act(host, &order, &json!({ "action": "cancel", "node": ended }))
+        .await
+        .expect("the group is ended");
+    let two = id(&shop.servers, "agent-2");
+    let moved = json!({ "edit": "move_servers", "servers": [two], "to": ended });
+    check_refused(host, &order, &moved, 409, "group_over").await;
+    act(host, &order, &json!({ "action": "cancel", "node": null }))
+        .await
+        .expect("cancelled");
+    shop.take("hold");
+    host.order_ended(&order).await;
+    shop.forget();
+
     // The last group; an application without groups comes back.
     let order = host
         .order(&both(shop, bank, "the last group"))

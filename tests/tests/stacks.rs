@@ -4,7 +4,7 @@ use std::{
     io::{Read as _, Write as _},
     net::TcpStream,
     os::unix::fs::PermissionsExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     sync::{
         Arc,
@@ -92,6 +92,8 @@ async fn every_stack_is_released_and_rolled_back_on_its_real_runtime() {
         "one nginx served all releases"
     );
 
+    what_is_complete_is_not_made_again(&host, &apps).await;
+
     // A Java program had the time for its shutdown hook.
     let java = host.agents[0]
         .data
@@ -114,6 +116,35 @@ async fn every_stack_is_released_and_rolled_back_on_its_real_runtime() {
             .all(|node| node["server_name"] != "agent-4" || node["name"] != "stop"),
         "a site is not stopped for a release"
     );
+}
+
+/// Dependencies of a release that is released again as it is stay, since the application runs from them; what is left of an
+/// attempt that broke off is made anew.
+async fn what_is_complete_is_not_made_again(host: &TestHost, apps: &[App]) {
+    let made: Vec<PathBuf> = apps[1..3]
+        .iter()
+        .zip(["node_modules", ".venv"])
+        .map(|(app, made)| app.directory(host).join("current").join(made))
+        .collect();
+    for made in &made {
+        std::fs::write(made.join("mark"), "").expect("a mark");
+    }
+    release(host, apps, 0).await;
+    for made in &made {
+        assert!(
+            made.join("mark").is_file(),
+            "{} was made again",
+            made.display()
+        );
+        std::fs::remove_file(made.join(".windlass-complete")).expect("it was complete");
+    }
+    release(host, apps, 0).await;
+    for made in &made {
+        assert!(!made.join("mark").exists(), "{} was kept", made.display());
+    }
+    for app in apps {
+        app.answers("v1").await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -247,15 +278,18 @@ impl App {
         .await;
     }
 
-    /// The process that its server's agent keeps running.
-    async fn main_process(&self, host: &TestHost) -> u64 {
-        let path = host
-            .agents
-            .iter()
+    /// Its directory on its server.
+    fn directory(&self, host: &TestHost) -> PathBuf {
+        let agents = host.agents.iter();
+        agents
             .map(|agent| agent.data.join("instances").join(&self.instance))
             .find(|path| path.is_dir())
-            .expect("its directory");
-        let file = path.join("data/nginx/nginx.pid");
+            .expect("its directory")
+    }
+
+    /// The process that its server's agent keeps running.
+    async fn main_process(&self, host: &TestHost) -> u64 {
+        let file = self.directory(host).join("data/nginx/nginx.pid");
         let pid = std::fs::read_to_string(file).expect("the file of nginx's number");
         pid.trim().parse().expect("a number")
     }

@@ -73,7 +73,7 @@ async fn only_a_trusted_server_gives_files(host: &mut TestHost, scene: &Scene) {
     fs::remove_dir_all(site(0)).expect("the files are removed");
     for (at, name, says) in [
         (1, "localhost", "UnknownIssuer"),
-        (0, "127.0.0.1", "NotValidForName"),
+        (0, "127.0.0.1", "not valid for name"),
     ] {
         let order = run(host, place(at, name)).await;
         let blocked = host.order_in(&order, &["blocked"]).await;

@@ -484,7 +484,7 @@ mod tests {
                 stack.digest = Digest::of(b"another");
             }),
             ("environment", |input| {
-                input.parts[0].part.env.extend(env(&[("PORT", "81")]));
+                input.parts[0].part.env.extend(env(&[("STAGE", "other")]));
             }),
             ("server's environment", |input| {
                 let server = &mut input.parts[0].servers[0];

@@ -318,13 +318,19 @@ pub struct OrderNotice {
 }
 
 impl Notice {
-    /// What is told of an order whose state has changed; `None`: nothing, or the order tells nobody.
+    /// What is told of an order whose state was `before`, and which comes to a state (its own, or that which it has once what is
+    /// under way is done); `None`: nothing, or the order tells nobody.
     #[must_use]
-    pub fn of(order: &Order, before: OrderState, at: Timestamp) -> Option<Self> {
+    pub fn of(
+        order: &Order,
+        before: OrderState,
+        comes_to: OrderState,
+        at: Timestamp,
+    ) -> Option<Self> {
         if !order.notify {
             return None;
         }
-        let moment = Moment::of(before, order.state)?;
+        let moment = Moment::of(before, comes_to)?;
         Some(Self {
             moment,
             at,
@@ -408,12 +414,9 @@ impl Delivery {
 
     /// Notes an attempt. `jitter` in thousandths shortens the pause by up to a half, so that many do not come back at once.
     pub fn attempted(&mut self, attempt: Attempt, jitter: u16) {
-        self.attempts += 1;
         let at = attempt.at;
         let taken = attempt.error.is_empty();
-        self.last_attempts.push(attempt);
-        let surplus = self.last_attempts.len().saturating_sub(KEPT_ATTEMPTS);
-        self.last_attempts.drain(..surplus);
+        self.record(attempt);
         self.next_at = None;
         if taken {
             self.state = DeliveryState::Delivered;
@@ -426,16 +429,31 @@ impl Delivery {
         }
     }
 
+    /// Notes an attempt that was under way when a person sent it again: what that is due for stays.
+    pub fn attempted_before(&mut self, attempt: Attempt) {
+        self.record(attempt);
+        self.max_attempts += 1;
+    }
+
+    fn record(&mut self, attempt: Attempt) {
+        self.attempts += 1;
+        self.keep(attempt);
+    }
+
+    fn keep(&mut self, attempt: Attempt) {
+        self.last_attempts.push(attempt);
+        let surplus = self.last_attempts.len().saturating_sub(KEPT_ATTEMPTS);
+        self.last_attempts.drain(..surplus);
+    }
+
     /// Ends it without another attempt.
     pub fn give_up(&mut self, at: Timestamp, error: &str) {
-        self.last_attempts.push(Attempt {
+        self.keep(Attempt {
             at,
             took_ms: 0,
             answer_code: None,
             error: error.to_owned(),
         });
-        let surplus = self.last_attempts.len().saturating_sub(KEPT_ATTEMPTS);
-        self.last_attempts.drain(..surplus);
         self.state = DeliveryState::GivenUp;
         self.next_at = None;
         self.ended_at = Some(at);
@@ -497,6 +515,28 @@ mod tests {
             took_ms: 1,
             answer_code: None,
             error: error.to_owned(),
+        }
+    }
+
+    #[test]
+    fn an_attempt_that_a_person_overtook_is_noted_and_ends_nothing() {
+        for error in ["", "busy"] {
+            let mut delivery = delivery();
+            delivery.attempted(attempt(1, "busy"), 0);
+            delivery.send_again(at(5));
+            let again = delivery.clone();
+            delivery.attempted_before(attempt(9, error));
+            assert_eq!(delivery.attempts, 2);
+            assert_eq!(
+                delivery.last_attempts,
+                [attempt(1, "busy"), attempt(9, error)]
+            );
+            assert_eq!(
+                (delivery.state, delivery.next_at),
+                (again.state, again.next_at)
+            );
+            let left = |delivery: &Delivery| delivery.max_attempts - delivery.attempts;
+            assert_eq!(left(&delivery), left(&again), "as many as were given");
         }
     }
 

@@ -137,8 +137,9 @@ impl Purpose {
 pub struct Target {
     /// The service instance.
     pub instance: InstanceId,
-    /// The package to release.
-    pub package: PackageId,
+    /// The package to release; absent: the service instance's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub package: Option<PackageId>,
     /// Only servers of these cells (identifiers); empty: all of the instance's.
     #[serde(default)]
     pub cells: Vec<String>,
@@ -152,6 +153,20 @@ pub struct Target {
     #[serde(default, deserialize_with = "deserialize_parameters")]
     #[schema(schema_with = parameters_schema)]
     pub parameters: Environment,
+}
+
+impl Target {
+    /// A package on all servers of a service instance.
+    #[must_use]
+    pub const fn new(instance: InstanceId, package: PackageId) -> Self {
+        Self {
+            instance,
+            package: Some(package),
+            cells: Vec::new(),
+            tech_stack_version: None,
+            parameters: Environment::new(),
+        }
+    }
 }
 
 /// A version requirement of the tech stack that a release changes.
@@ -221,6 +236,29 @@ pub struct ReleaseSpec {
     /// Whether the workspace's notification channels are told. Default: yes.
     #[serde(default = "yes")]
     pub notifications: bool,
+}
+
+impl ReleaseSpec {
+    /// A release with all settings as they are by default.
+    #[must_use]
+    pub fn new(title: String, targets: Vec<Target>) -> Self {
+        Self {
+            title,
+            strategy: grouped(),
+            parameters: empty_object(),
+            targets,
+            shift_only: Vec::new(),
+            dependencies: Dependencies::default(),
+            lanes: Vec::new(),
+            environment: Environment::new(),
+            install_from_cache: yes(),
+            limits: Limits::default(),
+            drain_deadline_ms: drain_deadline(),
+            delivery_deadline_ms: delivery_deadline(),
+            template: None,
+            notifications: yes(),
+        }
+    }
 }
 
 const fn yes() -> bool {

@@ -6,6 +6,7 @@
 //! nodes; tallies are not.
 
 mod marks;
+mod told;
 
 use serde::{Deserialize, Serialize};
 
@@ -913,10 +914,10 @@ impl Progress {
         if self.units.of(NodeState::Cancelled) == 0 {
             return 0;
         }
-        let broken = self.unit_nodes.iter().filter(|unit| {
-            let tally = &self.tallies[**unit as usize];
-            self.state(**unit) == NodeState::Cancelled && tally.troubled() > 0
-        });
+        let broken = self
+            .unit_nodes
+            .iter()
+            .filter(|unit| self.ended_broken(**unit));
         u32::try_from(broken.count()).unwrap_or(u32::MAX)
     }
 

@@ -160,6 +160,16 @@ pub(crate) fn package_version(ws: &str, app: AppId, version: &str) -> Key {
     key(["package-version", ws, &app.to_string(), version])
 }
 
+/// Names the list of what applications have of packages, which is made from the records of applications; it has no rows.
+pub(crate) fn package_overview(ws: &str) -> Prefix {
+    key(["package-overview", ws]).below()
+}
+
+/// The versions of an application's packages in a workspace.
+pub(crate) fn package_versions(ws: &str, app: AppId) -> Prefix {
+    key(["package-version", ws, &app.to_string()]).below()
+}
+
 /// An upload record.
 pub(crate) fn upload(ws: &str, id: &str) -> Key {
     key(["upload", ws, id])

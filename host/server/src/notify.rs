@@ -256,6 +256,7 @@ impl Notifier {
             return Ok(());
         }
         let channel = records::find::<Channel>(store, &delivery.channel.to_string()).await?;
+        let mut made = None;
         match channel {
             Some((channel, _)) if channel.enabled || delivery.notice.order.is_none() => {
                 let before = clock::now();
@@ -277,15 +278,33 @@ impl Notifier {
                     error,
                 };
                 let [high, low] = ids::random_bytes::<2>();
+                made = Some(attempt.clone());
                 delivery.attempted(attempt, u16::from_le_bytes([high, low]) % 1001);
             }
             Some(_) => delivery.give_up(clock::now(), "the channel was switched off"),
             None => delivery.give_up(clock::now(), "the channel was deleted"),
         }
         let txn = records::replace(&delivery, revision)?.and(due_row(&delivery));
-        match records::commit(store, txn).await? {
-            // On a conflict a person sent it again meanwhile: its row says when.
-            Committed::Done(_) | Committed::Conflict => Ok(()),
+        match (records::commit(store, txn).await?, made) {
+            (Committed::Done(_), _) | (Committed::Conflict, None) => Ok(()),
+            // A person sent it again meanwhile: its row says when.
+            (Committed::Conflict, Some(made)) => self.note(id, made).await,
+        }
+    }
+
+    /// Notes an attempt of a delivery that a person sent again while it was under way.
+    async fn note(&self, id: DeliveryId, made: Attempt) -> Result<(), ServiceError> {
+        let store = &*self.parts.store;
+        loop {
+            let found = records::find::<Delivery>(store, &id.to_string()).await?;
+            let Some((mut delivery, revision)) = found else {
+                return Ok(());
+            };
+            delivery.attempted_before(made.clone());
+            match records::commit(store, records::replace(&delivery, revision)?).await? {
+                Committed::Done(_) => return Ok(()),
+                Committed::Conflict => {}
+            }
         }
     }
 

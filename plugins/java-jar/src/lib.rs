@@ -6,11 +6,14 @@
 use serde::Deserialize;
 use serde_json::json;
 use windlass_sdk::{
-    Descriptor, PluginError, TechStack, Value,
+    Descriptor, Environment, PluginError, TechStack, Value,
     lifecycle::{LifecyclePlan, LifecycleRequest, Phase},
     parse_parameters,
-    service::{Program, Runtime, Service, literal, path_schema},
+    service::{PORT, Program, Runtime, Service, literal, path_schema},
 };
+
+/// Where Spring Boot finds its port.
+const SERVER_PORT: &str = "SERVER_PORT";
 
 /// The plugin.
 #[derive(Debug)]
@@ -32,6 +35,9 @@ struct Parameters {
 fn java() -> String {
     "java".into()
 }
+
+/// Behind what `JAVA_TOOL_OPTIONS` makes it say; Java 8 calls itself 1.8.
+const VERSION_OF: &str = r#"s/^[a-z]+ version "(1\.)?([0-9][0-9.]*).*/\2/p"#;
 
 /// A jar is a zip.
 const CONFIGURE: &str = r#"[ -f "$JAR" ] || { echo "the package has no file $JAR: name the jar in it as the parameter jar" >&2; exit 1; }
@@ -68,6 +74,7 @@ impl TechStack for JavaJar {
         let runtime = Runtime {
             command: &parameters.java,
             version_option: "-version",
+            version_of: VERSION_OF,
             minimum: parameters.runtime_version.as_deref(),
             package: parameters.runtime_package.as_deref(),
             suggestion: "openjdk-17-jre-headless",
@@ -85,22 +92,19 @@ impl TechStack for JavaJar {
         command.extend(parameters.jvm_options.iter().cloned());
         command.push("-jar".into());
         command.push(format!("${{WINDLASS_RELEASE_DIR}}/{}", literal(&jar)));
-        let mut program = Program::new(command);
-        if let Some(port) = service.port {
-            program = program.default_env("SERVER_PORT", port.to_string());
-        }
-        let mut plan = service.steps(plan, &request, &program)?;
-        // A server's own port is Spring Boot's too.
-        for (server, env) in request.servers.iter().zip(&mut plan.server_env) {
-            let own = server.variables.iter().find(|(name, _)| name == "PORT");
-            let named = server
-                .variables
-                .iter()
-                .any(|(name, _)| name == "SERVER_PORT");
-            if let (Some((_, port)), false) = (own, named) {
-                env.env.retain(|(name, _)| name != "SERVER_PORT");
-                env.env
-                    .push(("SERVER_PORT".into(), Value::plain(port.clone())));
+        let mut plan = service.steps(plan, &request, &Program::new(command))?;
+        // The port that a server has, wherever it was given, is Spring Boot's too.
+        let has = |env: &Environment, wanted: &str| {
+            let mut env = env.iter();
+            env.find(|(name, _)| name == wanted)
+                .map(|(_, value)| value.clone())
+        };
+        for (server, own) in request.servers.iter().zip(&mut plan.server_env) {
+            let is_own = |wanted: &str| server.variables.iter().any(|(name, _)| name == wanted);
+            let common = has(&request.env, PORT).filter(|_| !is_own(PORT));
+            let is_named = has(&request.env, SERVER_PORT).or(has(&own.env, SERVER_PORT));
+            if let (Some(port), None) = (common.or(has(&own.env, PORT)), is_named) {
+                own.env.push((SERVER_PORT.into(), port));
             }
         }
         Ok(plan)
@@ -195,6 +199,57 @@ mod tests {
         assert_eq!(port(1), Some(Value::plain("9001")));
         let phases: Vec<&str> = plan.steps.iter().map(|step| step.phase.as_str()).collect();
         assert!(phases.contains(&"prepare") && !phases.contains(&"install"));
+    }
+
+    #[test]
+    fn spring_boot_gets_the_port_wherever_it_was_given() {
+        let at = |common: &[(&str, &str)], parameters: serde_json::Value, server: usize| {
+            let mut request = request(&parameters, "jar", "shop.jar");
+            let common = common.iter();
+            request.env = common
+                .map(|(name, value)| ((*name).to_owned(), Value::plain(*value)))
+                .collect();
+            let plan = JavaJar::lifecycle(request).unwrap();
+            let mut env = plan.server_env[server].env.iter();
+            env.find(|(name, _)| name == "SERVER_PORT")
+                .map(|(_, value)| value.clone())
+        };
+        let is = |port: &str| Some(Value::plain(port));
+        let variable = json!({ "environment": { "PORT": "7000" } });
+        let both = json!({ "port": 7001, "environment": { "SERVER_PORT": "7002" } });
+        // Of the order or the instance.
+        assert_eq!(at(&[("PORT", "8000")], json!({ "port": 1 }), 0), is("8000"));
+        // Of the parameters.
+        assert_eq!(at(&[], variable.clone(), 0), is("7000"));
+        // Of the server.
+        assert_eq!(at(&[("PORT", "8000")], variable, 1), is("9001"));
+        // Whoever names it himself means it.
+        assert_eq!(at(&[], both, 0), is("7002"));
+        assert_eq!(at(&[("SERVER_PORT", "1")], json!({ "port": 2 }), 0), None);
+        assert_eq!(at(&[], json!({}), 0), None);
+    }
+
+    #[test]
+    fn the_version_is_found_in_what_java_says() {
+        for (said, expect) in [
+            ("openjdk version \"17.0.15\" 2025-04-15", "17.0.15"),
+            ("java version \"1.8.0_392\"", "8.0"),
+            (
+                "Picked up JAVA_TOOL_OPTIONS: -Xmx64m\nopenjdk version \"21\" 2023-09-19",
+                "21",
+            ),
+        ] {
+            let found = std::process::Command::new("sh")
+                .args([
+                    "-c",
+                    "printf '%s\\n' \"$0\" | sed -nE \"$1\"",
+                    said,
+                    VERSION_OF,
+                ])
+                .output();
+            let found = String::from_utf8(found.unwrap().stdout).unwrap();
+            assert_eq!(found.trim(), expect, "{said}");
+        }
     }
 
     #[test]

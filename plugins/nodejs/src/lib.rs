@@ -62,7 +62,10 @@ else
 fi
 "#;
 
-const INSTALL: &str = r#"[ -f package-lock.json ] || [ -f npm-shrinkwrap.json ] || { echo "the package has no package-lock.json: npm ci needs one" >&2; exit 1; }
+/// What was installed completely stays as it is: the application may be running from it.
+const INSTALL: &str = r#"complete=node_modules/.windlass-complete
+if [ -f "$complete" ]; then echo "the dependencies are there already"; exit 0; fi
+[ -f package-lock.json ] || [ -f npm-shrinkwrap.json ] || { echo "the package has no package-lock.json: npm ci needs one" >&2; exit 1; }
 command -v npm >/dev/null 2>&1 || { echo "npm is not installed on this server. Run: sudo apt-get install -y npm, or bundle node_modules and set dependencies to bundled" >&2; exit 1; }
 if [ -n "$NPM_CACHE" ]; then
     [ -d "$NPM_CACHE" ] || { echo "the package has no directory $NPM_CACHE: make it with npm ci --cache $NPM_CACHE" >&2; exit 1; }
@@ -72,6 +75,8 @@ else
 fi
 if [ -n "$NPM_REGISTRY" ]; then set -- "$@" --registry "$NPM_REGISTRY"; fi
 npm ci --omit=dev --no-audit --no-fund --loglevel=warn "$@"
+mkdir -p node_modules
+: > "$complete"
 "#;
 
 impl TechStack for NodeJs {
@@ -101,6 +106,7 @@ impl TechStack for NodeJs {
         let runtime = Runtime {
             command: &parameters.node,
             version_option: "--version",
+            version_of: r"s/^v([0-9][0-9.]*).*/\1/p",
             minimum: parameters.runtime_version.as_deref(),
             package: parameters.runtime_package.as_deref(),
             suggestion: "nodejs",

@@ -58,10 +58,14 @@ fn wheels() -> String {
     "wheels".into()
 }
 
-/// Makes the environment afresh, so that it can be repeated.
-const CONFIGURE: &str = r#"rm -rf .venv
+/// Makes the environment. One that was made completely stays as it is, because the application may be running from it; what is
+/// left of another is made afresh.
+const CONFIGURE: &str = r#"complete=.venv/.windlass-complete
+if [ -f "$complete" ]; then echo "the environment is there already"; exit 0; fi
+rm -rf .venv
 if [ "$DEPENDENCIES" = none ]; then
     "$PYTHON" -m venv --without-pip .venv
+    : > "$complete"
     exit 0
 fi
 [ -f "$REQUIREMENTS" ] || { echo "the package has no file $REQUIREMENTS" >&2; exit 1; }
@@ -74,6 +78,7 @@ else
     if [ -n "$INDEX_URL" ]; then set -- "$@" --index-url "$INDEX_URL"; fi
 fi
 .venv/bin/python -m pip --disable-pip-version-check --no-input install --only-binary=:all: "$@" -r "$REQUIREMENTS"
+: > "$complete"
 "#;
 
 impl TechStack for Python {
@@ -107,6 +112,7 @@ impl TechStack for Python {
         let runtime = Runtime {
             command: &parameters.python,
             version_option: "--version",
+            version_of: r"s/^Python ([0-9][0-9.]*).*/\1/p",
             minimum: parameters.runtime_version.as_deref(),
             package: parameters.runtime_package.as_deref(),
             suggestion: "python3 python3-venv",

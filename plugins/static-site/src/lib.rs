@@ -1,9 +1,10 @@
 //! The tech stack `static-site`: files of a package, served by an nginx of the instance's own.
 //!
 //! The nginx belongs to the service instance: its configuration stands in the release, its state in the instance's data
-//! directory, and it runs as the service's user. A release does not stop it. The new configuration is written and tested
-//! while the old release serves; after the switch of the link nginx reads it (`SIGHUP`): old workers answer what they have
-//! taken, new ones take new connections, and the listening socket stays open. The health check waits for the *new* release.
+//! directory, and it runs as the service's user; started as root, its workers are an ordinary user's where one may read the
+//! files. A release does not stop it. The new configuration is written and tested while the old release serves; after the
+//! switch of the link nginx reads it (`SIGHUP`): old workers answer what they have taken, new ones take new connections, and the
+//! listening socket stays open. The health check waits for the *new* release.
 //!
 //! ```text
 //! configure: .nginx/nginx.conf, nginx -t ─► activate: current → release ─► start (runs already) ─► reload ─► check
@@ -61,9 +62,20 @@ case $WINDLASS_RELEASE_DIR$WINDLASS_DATA_DIR in *[!A-Za-z0-9_./+@-]*)
 esac
 mkdir -p .nginx "$state"
 printf '%s\n' "$WINDLASS_RELEASE" > .nginx/release
+chmod 755 .nginx
+chmod 644 .nginx/release
 user=
-# Whoever starts nginx as root gets workers that may read what root unpacked.
-if [ "$(id -u)" = 0 ]; then user='user root root;'; fi
+# Started as root, nginx answers as an ordinary user, where one may read the files.
+if [ "$(id -u)" = 0 ]; then
+    user='user root root;'
+    for name in www-data nobody; do
+        if runuser -u "$name" -- test -r .nginx/release -a -r "$root" -a -x "$root" 2>/dev/null; then
+            user="user $name $(id -gn "$name");"
+            break
+        fi
+    done
+    [ "$user" != 'user root root;' ] || echo "neither www-data nor nobody may read $root: root serves it. Set the parameter run_as" >&2
+fi
 access='access_log off;'
 if [ "$SITE_ACCESS_LOG" = true ]; then access="access_log $state/access.log;"; fi
 types='types { text/html html htm; text/css css; application/javascript js mjs; application/json json; image/svg+xml svg; image/png png; image/jpeg jpg jpeg; text/plain txt; application/wasm wasm; font/woff2 woff2; }'
@@ -96,6 +108,8 @@ http {
     gzip_types text/css text/plain application/javascript application/json image/svg+xml;
     server {
         listen $PORT;
+        # The port is not the one that clients know, where a load balancer stands in front.
+        absolute_redirect off;
         root $root;
         index $SITE_INDEX;
         $not_found
@@ -112,8 +126,8 @@ http {
     }
 }
 END
+"$NGINX" -t -q -e stderr -p "$state" -c "$WINDLASS_RELEASE_DIR/.nginx/nginx.conf.new"
 mv .nginx/nginx.conf.new .nginx/nginx.conf
-"$NGINX" -t -q -e stderr -p "$state" -c "$WINDLASS_RELEASE_DIR/.nginx/nginx.conf"
 "#;
 
 /// The id file counts only where it names our own nginx: it may be older than the last start of the machine.
@@ -133,8 +147,8 @@ impl TechStack for StaticSite {
         Descriptor::new("static-site", "1.0.0")
             .title("Static files served by nginx")
             .summary(
-                "Serves the files of a package with an nginx of its own, as an ordinary user. A release is switched to without \
-                 a dropped connection: nginx reads its new configuration, which was tested before.",
+                "Serves the files of a package with an nginx of its own. A release is switched to while nginx runs: it reads its \
+                 new configuration, which was tested before, and keeps its socket.",
             )
             .provider("Windlass")
             .category("web")
@@ -166,6 +180,7 @@ impl TechStack for StaticSite {
         let runtime = Runtime {
             command: &parameters.nginx,
             version_option: "-v",
+            version_of: r"s#^nginx version: [^/]*/([0-9][0-9.]*).*#\1#p",
             minimum: Some(parameters.runtime_version.as_deref().unwrap_or("1.19.5")),
             package: parameters.runtime_package.as_deref(),
             suggestion: "nginx-light",

@@ -329,6 +329,37 @@ fn servers_that_have_not_started_are_grouped_anew() {
 }
 
 #[test]
+fn a_plan_does_not_grow_over_its_limit() {
+    let mut plan = plan();
+    let bank = plan.index_of(id(&plan, "bank")).unwrap();
+    let gate = crate::plan::Node {
+        id: None,
+        parent: Some(bank),
+        level: crate::plan::Level::Step,
+        name: "wait".to_owned(),
+        rollback: crate::plugin::RollbackScope::Order,
+        kind: NodeKind::Gate {
+            message: "look".to_owned(),
+        },
+    };
+    // `bank` stands last: its children may stand behind everything.
+    plan.nodes.resize(crate::expand::MAX_NODES, gate);
+    let grown = Edit::SyncServers {
+        application: "shop".to_owned(),
+        came: Some(graft(&[7])),
+        gone: Vec::new(),
+        reads: [("servers of shop".to_owned(), read("now"))].into(),
+    };
+    match bad(&plan, &fresh(&plan), &grown) {
+        BadEdit::TooLarge { nodes, limit } => {
+            assert_eq!(limit, crate::expand::MAX_NODES);
+            assert!(nodes > limit, "{nodes}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn servers_come_and_go() {
     let plan = plan();
     let progress = begun(&plan);

@@ -6,7 +6,7 @@
 use axum::{
     Extension,
     extract::State,
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, StatusCode},
     response::Response,
 };
 use bytes::Bytes;
@@ -75,11 +75,7 @@ async fn create_invocation(
         made = api.invocations.wait(&ws, made.id, wait).await?;
     }
     let location = format!("/v1/workspaces/{ws}/invocations/{}", made.id);
-    let mut response = reply::json(StatusCode::CREATED, &made);
-    if let Ok(location) = HeaderValue::try_from(location) {
-        response.headers_mut().insert(header::LOCATION, location);
-    }
-    Ok(response)
+    Ok(reply::made(&location, &made))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/invocations", operation_id = "list_invocations", tag = "invocations",

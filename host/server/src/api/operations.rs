@@ -1,10 +1,7 @@
 //! `/v1/workspaces/{ws}/operations`: restart, online, offline, static files, initialisation. What is made is an order: look at
 //! it, act on it and follow it under `/v1/workspaces/{ws}/orders`.
 
-use axum::{
-    extract::State,
-    http::{HeaderValue, StatusCode, header},
-};
+use axum::{extract::State, http::StatusCode};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -75,9 +72,5 @@ async fn create_operation(
     let create = asked_operation(fields)?;
     let order = api.orders.create_operation(caller, &ws, create).await?;
     let location = format!("/v1/workspaces/{ws}/orders/{}", order.id);
-    let mut response = reply::json(StatusCode::CREATED, &order);
-    if let Ok(location) = HeaderValue::try_from(location) {
-        response.headers_mut().insert(header::LOCATION, location);
-    }
-    Ok(response)
+    Ok(reply::made(&location, &order))
 }

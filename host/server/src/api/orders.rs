@@ -8,7 +8,7 @@
 use axum::{
     Extension,
     extract::State,
-    http::{HeaderMap, HeaderValue, StatusCode, header},
+    http::{HeaderMap, StatusCode},
     response::Response,
 };
 use bytes::Bytes;
@@ -157,7 +157,7 @@ async fn preview_order(
 ) -> Reply {
     Ok(reply::json(
         StatusCode::OK,
-        &api.orders.preview(&ws, &body).await?,
+        &api.orders.preview(&ws, body).await?,
     ))
 }
 
@@ -172,11 +172,7 @@ async fn create_order(
 ) -> Reply {
     let order = api.orders.create(caller, &ws, asked_order(fields)?).await?;
     let location = format!("/v1/workspaces/{ws}/orders/{}", order.id);
-    let mut response = reply::json(StatusCode::CREATED, &order);
-    if let Ok(location) = HeaderValue::try_from(location) {
-        response.headers_mut().insert(header::LOCATION, location);
-    }
-    Ok(response)
+    Ok(reply::made(&location, &order))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/orders", operation_id = "list_orders", tag = "orders",

@@ -11,25 +11,27 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
 };
 use http_body_util::BodyExt as _;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use windlass_domain::{
     Digest,
     id::PackageId,
     name::{FileName, PackageVersion},
+    order::Order,
     package::{Package, UploadRecord},
 };
 
 use super::{
     Api,
-    extract::{PageLimits, Path, Query, page_of, read_rest},
+    extract::{Json, PageLimits, Path, Query, page_of, read_rest},
     problem::Problem,
     reply::{self, Page, Reply},
     workspaces::Confirm,
 };
 use crate::service::{
     Caller,
-    packages::{BeginUpload, PackageFilter, Upload},
+    orders::ReleasePackage,
+    packages::{BeginUpload, OverviewFilter, PackageFilter, PackageOverview, Upload},
 };
 
 const PAGES: PageLimits = PageLimits {
@@ -43,9 +45,11 @@ const SHA256: &str = "x-content-sha256";
 
 pub(super) fn router() -> OpenApiRouter<Api> {
     OpenApiRouter::new()
-        .routes(routes!(upload_package, list_packages))
+        .routes(routes!(upload_package, list_packages, delete_packages))
         .routes(routes!(get_package, delete_package))
+        .routes(routes!(release_package))
         .routes(routes!(list_uploads))
+        .routes(routes!(get_package_overview))
 }
 
 /// What is uploaded.
@@ -221,6 +225,127 @@ async fn delete_package(
 ) -> Reply {
     api.packages.delete(caller, &ws, id, &query.confirm).await?;
     Ok(reply::nothing())
+}
+
+/// Packages to be deleted.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct DeletePackages {
+    /// 1 to 100.
+    packages: Vec<DeletePackage>,
+}
+
+/// One of them.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct DeletePackage {
+    /// Which.
+    id: PackageId,
+    /// Its version.
+    confirm: String,
+}
+
+/// What became of each.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct DeletedPackages {
+    /// Deleted.
+    deleted: Vec<PackageId>,
+    /// Not deleted.
+    refused: Vec<RefusedPackage>,
+}
+
+/// A package that stays, and why.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct RefusedPackage {
+    /// Which.
+    id: PackageId,
+    /// Stable code, as the deletion of one package has it: `in_use`, for example.
+    code: String,
+    /// Why, for people.
+    detail: String,
+}
+
+#[utoipa::path(delete, path = "/v1/workspaces/{ws}/packages", operation_id = "delete_packages", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier.")), request_body = DeletePackages,
+    responses((status = 200, description = "What became of each: one that is refused keeps no other from being deleted. See the deletion of one package.", body = DeletedPackages)))]
+async fn delete_packages(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    Json(body): Json<DeletePackages>,
+) -> Reply {
+    let asked: Vec<(PackageId, String)> = body
+        .packages
+        .into_iter()
+        .map(|one| (one.id, one.confirm))
+        .collect();
+    let mut answer = DeletedPackages {
+        deleted: Vec::new(),
+        refused: Vec::new(),
+    };
+    for (id, outcome) in api.packages.delete_many(&ws, &asked).await? {
+        match outcome {
+            Ok(()) => answer.deleted.push(id),
+            Err(error) => answer.refused.push(RefusedPackage {
+                id,
+                code: error.code().to_owned(),
+                detail: error.to_string(),
+            }),
+        }
+    }
+    Ok(reply::json(StatusCode::OK, &answer))
+}
+
+#[utoipa::path(post, path = "/v1/workspaces/{ws}/packages/{id}/release", operation_id = "release_package", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PackageId, Path, description = "The package's id.")),
+    request_body = ReleasePackage,
+    responses((status = 201, description = "A release order with all settings as they are by default; it runs.", body = Order)))]
+async fn release_package(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((ws, id)): Path<(String, PackageId)>,
+    Json(body): Json<ReleasePackage>,
+) -> Reply {
+    let order = api.orders.release_package(caller, &ws, id, body).await?;
+    let location = format!("/v1/workspaces/{ws}/orders/{}", order.id);
+    Ok(reply::made(&location, &order))
+}
+
+/// Which applications.
+#[derive(Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+struct ListOverview {
+    /// Name or alias contains this, in any case.
+    search: Option<String>,
+    /// `true`: those that have packages here; `false`: those that have none.
+    has_packages: Option<bool>,
+    /// Entries of the page: 1 to 50, 10 unless given.
+    page_size: Option<usize>,
+    /// `next_cursor` of the page before.
+    cursor: Option<String>,
+}
+
+#[utoipa::path(get, path = "/v1/workspaces/{ws}/package-overview", operation_id = "get_package_overview", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ListOverview),
+    responses((status = 200, description = "All applications with what they have of packages in the workspace, in the order in which they were made.", body = Page<PackageOverview>)))]
+async fn get_package_overview(
+    State(api): State<Api>,
+    Path(ws): Path<String>,
+    Query(query): Query<ListOverview>,
+) -> Reply {
+    let filter = OverviewFilter {
+        search: query.search,
+        has_packages: query.has_packages,
+    };
+    let page = page_of(query.page_size, query.cursor, PAGES)?;
+    let found = api.packages.overview(&ws, &filter, page).await?;
+    Ok(reply::json(
+        StatusCode::OK,
+        &Page {
+            items: found.items,
+            next_cursor: found.next,
+        },
+    ))
 }
 
 #[utoipa::path(get, path = "/v1/workspaces/{ws}/packages/uploads", operation_id = "list_uploads", tag = "packages",

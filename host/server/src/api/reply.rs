@@ -50,6 +50,15 @@ pub(crate) fn found<T: Serialize>((value, revision): (T, Revision)) -> Response 
     tagged(json(StatusCode::OK, &value), revision)
 }
 
+/// 201 with something that has no ETag, and its place.
+pub(crate) fn made<T: Serialize>(location: &str, value: &T) -> Response {
+    let mut response = json(StatusCode::CREATED, value);
+    if let Ok(location) = HeaderValue::try_from(location) {
+        response.headers_mut().insert(header::LOCATION, location);
+    }
+    response
+}
+
 /// 200 with a resource and its ETag, or 304 when `If-None-Match` names it.
 pub(crate) fn found_unless<T: Serialize>(
     headers: &HeaderMap,
@@ -71,13 +80,8 @@ pub(crate) fn found_unless<T: Serialize>(
 }
 
 /// 201 with a new resource, its ETag and its place.
-pub(crate) fn created<T: Serialize>(location: &str, made: (T, Revision)) -> Response {
-    let (value, revision) = made;
-    let mut response = tagged(json(StatusCode::CREATED, &value), revision);
-    if let Ok(location) = HeaderValue::try_from(location) {
-        response.headers_mut().insert(header::LOCATION, location);
-    }
-    response
+pub(crate) fn created<T: Serialize>(location: &str, (value, revision): (T, Revision)) -> Response {
+    tagged(made(location, &value), revision)
 }
 
 /// 200 with a page.

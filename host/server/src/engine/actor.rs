@@ -130,6 +130,8 @@ struct Actor {
     /// Where the nodes of that plan stand.
     indices: Indices,
     progress: Progress,
+    /// What that came to at the last commit, see [`Progress::comes_to`].
+    comes_to: OrderState,
     owner_claimed: bool,
     /// What is performed, named by ids.
     effects: JoinSet<Effect>,
@@ -159,6 +161,7 @@ impl Actor {
             revision,
             indices: plan.indices(),
             plan,
+            comes_to: progress.comes_to(),
             progress,
             owner_claimed: false,
             effects: JoinSet::new(),
@@ -637,15 +640,21 @@ impl Actor {
             let state = self.progress.order_state();
             let was = std::mem::replace(&mut self.order.state, state);
             self.order.counts = self.progress.counts(&self.plan);
-            let reason = self.reason(state);
-            // What holds it can change while it is held: then that is news, too.
-            let held_otherwise = self.progress.is_held() && reason != self.order.state_reason;
+            let comes_to = self.progress.comes_to();
+            let before = std::mem::replace(&mut self.comes_to, comes_to);
+            let reason = self.reason(comes_to);
+            // What it waits for, or what stops it, can change while it does: then that is news, too.
+            let otherwise = reason != self.order.state_reason && state != OrderState::RollingBack;
             batch.state_changed = state != was;
-            if state != was || held_otherwise {
+            if state != was || otherwise {
                 self.order.state_reason = reason;
                 let reason = self.order.state_reason.clone();
                 self.note(&mut batch, at, "", Happened::Order { state, reason });
-                batch.notices.extend(rows::told(&self.order, was, at));
+                // A failure that was told while others still ran is not told again when they are done.
+                if comes_to != before || otherwise {
+                    let notice = rows::told(&self.order, was, comes_to, at);
+                    batch.notices.extend(notice);
+                }
             }
             self.write(&batch).await?;
             crash_point("engine.after_commit");
@@ -777,7 +786,12 @@ impl Actor {
                 };
                 let said = Some(&row.message).filter(|message| !message.is_empty());
                 let message = drift.or_else(|| said.or(asked).cloned());
-                let what = format!("{}{}", planned.name, on.unwrap_or_default());
+                let what = format!(
+                    "{}{}{}",
+                    planned.name,
+                    on.unwrap_or_default(),
+                    self.of_application(node)
+                );
                 match message {
                     Some(message) => format!("{what}: {message}"),
                     None => what,
@@ -824,6 +838,25 @@ impl Actor {
             | OrderState::Cancelled
             | OrderState::RolledBack => String::new(),
         }
+    }
+
+    /// Which application a node is of, where the order has several.
+    fn of_application(&self, node: NodeIndex) -> String {
+        if self.plan.parts.len() < 2 {
+            return String::new();
+        }
+        let of_unit = dispatch::unit_of(&self.plan, node)
+            .and_then(|(_, _, unit)| Some(self.plan.part_of(unit)?.key.as_str()));
+        let around = || {
+            let parent = |at: &NodeIndex| self.plan.nodes[*at as usize].parent;
+            std::iter::successors(parent(&node), parent)
+                .map(|at| &self.plan.nodes[at as usize])
+                .find(|planned| planned.level == Level::Application)
+                .map(|planned| planned.name.as_str())
+        };
+        of_unit
+            .or_else(around)
+            .map_or_else(String::new, |name| format!(" of {name}"))
     }
 
     fn stage_rollbacks(&self) -> impl Iterator<Item = (&str, &NodeProgress)> {

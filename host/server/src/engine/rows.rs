@@ -170,8 +170,13 @@ pub(crate) fn event(id: OrderId, first_seq: u64) -> Key {
 }
 
 /// The row that tells people of an order's new state, where it is one that they are told of.
-pub(crate) fn told(order: &Order, before: OrderState, at: Timestamp) -> Option<(Key, Bytes)> {
-    let notice = Notice::of(order, before, at)?;
+pub(crate) fn told(
+    order: &Order,
+    before: OrderState,
+    comes_to: OrderState,
+    at: Timestamp,
+) -> Option<(Key, Bytes)> {
+    let notice = Notice::of(order, before, comes_to, at)?;
     let seq = sortable(order.last_event);
     let key = key(["notice", &order.workspace, &order.id.to_string(), &seq]);
     Some((key, encode(&notice)))

@@ -192,6 +192,17 @@ impl Instances {
         records::list(&*self.store, &prefix, Sort::Rising, &page, keep).await
     }
 
+    /// The service instances of an application in a workspace.
+    ///
+    /// # Errors
+    /// Those of the store.
+    pub async fn of_app(&self, ws: &str, app: AppId) -> Result<Vec<ServiceInstance>, ServiceError> {
+        let below = keys::all_of_workspace(Kind::Instance, ws);
+        let mut all = records::all_indexed::<ServiceInstance>(&*self.store, &below).await?;
+        all.retain(|instance| instance.app == app);
+        Ok(all)
+    }
+
     /// Makes a service instance.
     ///
     /// # Errors

@@ -360,6 +360,13 @@ fn check(target: &ChannelTarget, moments: &BTreeSet<Moment>) -> Result<(), Servi
             "leave it out: test messages are always sent",
         ));
     }
+    if moments.is_empty() {
+        return Err(invalid(
+            "/moments",
+            "a channel that is told of no moment would never send anything",
+            "name at least one, or leave `moments` out for all of them; switch the channel off with `enabled`",
+        ));
+    }
     match target {
         ChannelTarget::Webhook {
             url,

@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 use windlass_domain::{
     Digest, Timestamp, dispatch,
-    id::{OrderId, ServerId},
+    id::{InstanceId, OrderId, PackageId, ServerId},
     order::{
         Action, Control, Order, OrderEvent, OrderState, PlanRevision, Purpose, ReleaseSpec,
         StackChange,
@@ -56,6 +56,16 @@ pub struct CreateOrder {
     /// Run it at once. Default false.
     #[serde(default)]
     pub run: bool,
+}
+
+/// How a package is released at once.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReleasePackage {
+    /// The service instance; may be left out where its application has one alone in the workspace.
+    pub instance: Option<InstanceId>,
+    /// The order's title, 1 to 50 characters; absent: the application and the version.
+    pub title: Option<String>,
 }
 
 /// A plan and the digest that names it.
@@ -149,10 +159,11 @@ impl Orders {
     pub async fn preview(
         &self,
         workspace: &str,
-        spec: &ReleaseSpec,
+        spec: ReleaseSpec,
     ) -> Result<PlanView, ServiceError> {
         check_title(&spec.title)?;
-        let plan = self.planner.plan_release(workspace, spec).await?;
+        let spec = self.planner.with_packages(workspace, spec).await?;
+        let plan = self.planner.plan_release(workspace, &spec).await?;
         let plan_digest = self.keep(&plan).await?;
         Ok(PlanView {
             plan_digest,
@@ -177,10 +188,11 @@ impl Orders {
             run,
         } = create;
         check_title(&release.title)?;
+        let release = self.planner.with_packages(workspace, release).await?;
         let packages = release
             .targets
             .iter()
-            .map(|target| target.package.to_string())
+            .filter_map(|target| Some(target.package?.to_string()))
             .collect();
         let id = OrderId::from_uuid(ids::new_uuid());
         let plan = for_order(
@@ -203,6 +215,34 @@ impl Orders {
             tech_stacks,
         };
         self.make(caller, workspace, new).await
+    }
+
+    /// Makes a release order of a package with all settings as they are by default, and runs it. Source: spec "Packages",
+    /// "Release now".
+    ///
+    /// # Errors
+    /// Those of [`Orders::create`]; `no_instance`, `several_instances`.
+    pub async fn release_package(
+        &self,
+        caller: Caller,
+        workspace: &str,
+        package: PackageId,
+        asked: ReleasePackage,
+    ) -> Result<Order, ServiceError> {
+        let ReleasePackage { instance, title } = asked;
+        let mut release = self
+            .planner
+            .release_of(workspace, package, instance)
+            .await?;
+        if let Some(title) = title {
+            release.title = title;
+        }
+        let create = CreateOrder {
+            release,
+            plan_digest: None,
+            run: true,
+        };
+        self.create(caller, workspace, create).await
     }
 
     async fn keep_spec<T: Serialize + Sync>(&self, spec: &T) -> Result<Digest, ServiceError> {

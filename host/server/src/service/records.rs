@@ -361,6 +361,16 @@ pub(crate) fn position_of(prefix: &Prefix, cursor: &str) -> Result<Key, ServiceE
     Key::new(key).map_err(|_| invalid())
 }
 
+/// A cursor of one list as that of another over rows that differ in their prefix alone: where two lists show the same rows, each
+/// takes its own cursors only.
+pub(crate) fn recast(cursor: &str, from: &Prefix, to: &Prefix) -> Result<String, ServiceError> {
+    let key = position_of(from, cursor)?;
+    let mut bytes = to.as_bytes().to_vec();
+    bytes.extend_from_slice(&key.as_bytes()[from.as_bytes().len()..]);
+    let key = Key::new(bytes).map_err(|error| ServiceError::internal("read a cursor", error))?;
+    Ok(cursor_of(to, &key))
+}
+
 fn row<R: Record>(record: &R) -> Result<(Key, Vec<u8>), ServiceError> {
     let value = encode(record);
     if value.len() > RECORD_MAX_BYTES {

@@ -121,7 +121,7 @@ pub(crate) fn new_order_running(mut order: Order, plan: &Plan) -> (OrderId, Txn)
     order.counts = progress.counts(plan);
     order.started_at = Some(at);
     let mut txn = new_order(&order, plan).put(rows::active(order.id), "");
-    if let Some((key, value)) = rows::told(&order, OrderState::NotStarted, at) {
+    if let Some((key, value)) = rows::told(&order, OrderState::NotStarted, order.state, at) {
         txn = txn.put(key, value);
     }
     for node in delta.rows {

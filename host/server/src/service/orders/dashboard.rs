@@ -1,6 +1,6 @@
 //! What dashboards show: orders by state, and where an order is by application, group and server, with durations.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use windlass_domain::{
@@ -30,7 +30,7 @@ pub struct OrderCounts {
 pub struct Span {
     /// When its first step started; absent: it was not begun.
     pub started_at: Option<Timestamp>,
-    /// When its last step ended; absent: something is under way or was not reached.
+    /// When its last step ended; absent: something is under way or has yet to be reached, or it was not begun.
     pub finished_at: Option<Timestamp>,
     /// From its start to its end, or to now, in milliseconds.
     pub duration_ms: u64,
@@ -62,8 +62,12 @@ pub struct OrderProgress {
 /// Where an application of an order is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct ApplicationProgress {
+    /// Its node: what actions name. Absent: it stands at none, or at several (in a blue-green release at one for each cell).
+    pub node: Option<NodeId>,
     /// Its name; empty for commands on servers.
     pub application: String,
+    /// Its state.
+    pub state: NodeState,
     /// Its service instance.
     pub instance: Option<InstanceId>,
     /// The version that is released.
@@ -84,7 +88,7 @@ pub struct GroupProgress {
     pub node: NodeId,
     /// Its name.
     pub name: String,
-    /// Its state.
+    /// Its state. What failed and was then ended is `failed`; what was not reached before the order was over is `cancelled`.
     pub state: NodeState,
     /// When its first server began and its last ended.
     #[serde(flatten)]
@@ -102,7 +106,7 @@ pub struct ServerProgress {
     pub server: ServerId,
     /// Its name.
     pub name: String,
-    /// The state of its turn.
+    /// The state of its turn, likewise.
     pub state: NodeState,
     /// The step that is under way, failed, or ended last.
     pub step: Option<String>,
@@ -116,8 +120,12 @@ pub struct ServerProgress {
 }
 
 impl Span {
-    fn over(spans: impl Iterator<Item = Self>, now: Timestamp) -> Self {
-        let spans: Vec<Self> = spans.collect();
+    /// From the first beginning to the last end. What was not begun in an order that is over is not waited for.
+    fn over(spans: impl Iterator<Item = Self>, order: &Order, now: Timestamp) -> Self {
+        let is_over = order.finished_at.is_some();
+        let spans: Vec<Self> = spans
+            .filter(|span| !is_over || span.started_at.is_some())
+            .collect();
         let started_at = spans.iter().filter_map(|span| span.started_at).min();
         let all_ended = spans.iter().all(|span| span.finished_at.is_some());
         let finished_at = spans.iter().filter_map(|span| span.finished_at).max();
@@ -152,6 +160,7 @@ impl Orders {
 
 fn shown(order: &Order, plan: &Plan, progress: &Progress, now: Timestamp) -> OrderProgress {
     let mut applications: Vec<(Option<u32>, ApplicationProgress)> = Vec::new();
+    let mut nodes: Vec<BTreeSet<NodeIndex>> = Vec::new();
     for (node, planned) in (0u32..).zip(&plan.nodes) {
         let NodeKind::Unit { unit } = planned.kind else {
             continue;
@@ -163,6 +172,8 @@ fn shown(order: &Order, plan: &Plan, progress: &Progress, now: Timestamp) -> Ord
         let at = at.unwrap_or_else(|| {
             let part = plan.part_of(unit);
             let application = ApplicationProgress {
+                node: None,
+                state: NodeState::NotStarted,
                 application: part.map_or_else(String::new, |part| part.key.clone()),
                 instance: part.map(|part| part.instance),
                 version: part.and_then(|part| Some(part.package.as_ref()?.version.clone())),
@@ -171,29 +182,43 @@ fn shown(order: &Order, plan: &Plan, progress: &Progress, now: Timestamp) -> Ord
                 groups: Vec::new(),
             };
             applications.push((unit.part, application));
+            nodes.push(BTreeSet::new());
             applications.len() - 1
         });
         let application = &mut applications[at].1;
-        let group = group_of(plan, node);
-        let server = server(plan, progress, node, now);
+        nodes[at].extend(around(plan, node, Level::Application));
+        let group = around(plan, node, Level::Group).unwrap_or(node);
+        let server = server(order, plan, progress, node, now);
         *application.servers.entry(server.state).or_default() += 1;
         match application.groups.last_mut() {
             Some(last) if last.node == plan.id_of(group) => last.servers.push(server),
             Some(_) | None => application.groups.push(GroupProgress {
                 node: plan.id_of(group),
                 name: plan.nodes[group as usize].name.clone(),
-                state: progress.state(group),
+                state: progress.told_state(plan, group),
                 span: Span::default(),
                 servers: vec![server],
             }),
         }
     }
     let mut servers = BTreeMap::new();
-    for (_, application) in &mut applications {
+    for ((_, application), nodes) in applications.iter_mut().zip(nodes) {
         for group in &mut application.groups {
-            group.span = Span::over(group.servers.iter().map(|server| server.span), now);
+            group.span = Span::over(group.servers.iter().map(|server| server.span), order, now);
         }
-        application.span = Span::over(application.groups.iter().map(|group| group.span), now);
+        let groups = application.groups.iter().map(|group| group.span);
+        application.span = Span::over(groups, order, now);
+        let states: Vec<NodeState> = if nodes.is_empty() {
+            application.servers.keys().copied().collect()
+        } else {
+            let states = nodes.iter().map(|node| progress.told_state(plan, *node));
+            states.collect()
+        };
+        application.state = whole(&states);
+        application.node = match nodes.iter().collect::<Vec<_>>().as_slice() {
+            [only] => Some(plan.id_of(**only)),
+            _ => None,
+        };
         for (state, count) in &application.servers {
             *servers.entry(*state).or_default() += count;
         }
@@ -213,20 +238,58 @@ fn shown(order: &Order, plan: &Plan, progress: &Progress, now: Timestamp) -> Ord
     }
 }
 
-fn server(plan: &Plan, progress: &Progress, unit: NodeIndex, now: Timestamp) -> ServerProgress {
+/// What several states come to: the one that most needs to be seen.
+fn whole(states: &[NodeState]) -> NodeState {
+    const FIRST: [NodeState; 7] = [
+        NodeState::Failed,
+        NodeState::Unknown,
+        NodeState::Drifted,
+        NodeState::AwaitingConfirmation,
+        NodeState::Cancelling,
+        NodeState::Running,
+        NodeState::Locked,
+    ];
+    let any = |state: &NodeState| states.contains(state);
+    if let Some(found) = FIRST.iter().find(|state| any(state)) {
+        *found
+    } else if states.iter().all(|state| *state == NodeState::NotStarted) {
+        NodeState::NotStarted
+    } else if any(&NodeState::NotStarted) {
+        NodeState::Running
+    } else if any(&NodeState::Succeeded) {
+        NodeState::Succeeded
+    } else if any(&NodeState::Ignored) {
+        NodeState::Ignored
+    } else {
+        NodeState::Cancelled
+    }
+}
+
+fn server(
+    order: &Order,
+    plan: &Plan,
+    progress: &Progress,
+    unit: NodeIndex,
+    now: Timestamp,
+) -> ServerProgress {
     let steps = progress.children(unit);
     let rows = || steps.iter().map(|step| progress.node(*step));
-    let state = progress.state(unit);
+    let state = progress.told_state(plan, unit);
     let (mut step, mut done) = (None, 0);
     for index in steps {
         let at = progress.state(*index);
         done += u32::from(at.is_settled());
-        if at != NodeState::NotStarted && at != NodeState::Cancelled {
+        let was_begun = at != NodeState::Cancelled || progress.node(*index).attempt > 0;
+        if at != NodeState::NotStarted && was_begun {
             step = Some(plan.nodes[*index as usize].name.clone());
         }
     }
     let planned = windlass_domain::dispatch::unit_of(plan, unit).map(|(_, _, unit)| unit);
+    let started_at = rows().filter_map(|row| row.started_at).min();
     let ended = rows().filter_map(|row| row.finished_at).max();
+    let ended = ended.filter(|_| state.is_settled() || state.needs_mending());
+    // Nothing goes on in an order that is over.
+    let finished_at = ended.or(order.finished_at.filter(|_| started_at.is_some()));
     ServerProgress {
         node: plan.id_of(unit),
         server: planned.map_or_else(
@@ -238,22 +301,12 @@ fn server(plan: &Plan, progress: &Progress, unit: NodeIndex, now: Timestamp) -> 
         step,
         steps_done: done,
         steps_total: u32::try_from(steps.len()).unwrap_or(u32::MAX),
-        span: Span::of(
-            rows().filter_map(|row| row.started_at).min(),
-            ended.filter(|_| state.is_settled() || state.needs_mending()),
-            now,
-        ),
+        span: Span::of(started_at, finished_at, now),
     }
 }
 
-/// The group around a unit; the unit itself where there is none.
-fn group_of(plan: &Plan, unit: NodeIndex) -> NodeIndex {
-    let mut at = unit;
-    while let Some(parent) = plan.nodes[at as usize].parent {
-        if plan.nodes[parent as usize].level == Level::Group {
-            return parent;
-        }
-        at = parent;
-    }
-    unit
+/// The innermost node of a level around a unit.
+fn around(plan: &Plan, unit: NodeIndex, level: Level) -> Option<NodeIndex> {
+    let parent = |at: &NodeIndex| plan.nodes[*at as usize].parent;
+    std::iter::successors(parent(&unit), parent).find(|at| plan.nodes[*at as usize].level == level)
 }

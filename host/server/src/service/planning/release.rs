@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use windlass_domain::{
+    application::Application,
     expand::{PartInput, PlanInput, ServerInput},
     flow,
-    id::ServerId,
+    id::{InstanceId, PackageId, ServerId},
     instance::{Binding, ServiceInstance},
     order::{ReleaseSpec, ShiftTarget, Target},
     package::Package,
@@ -18,6 +19,7 @@ use windlass_domain::{
     server::Server,
     stages::stages,
     template::TemplateKind,
+    text,
     value::{Environment, Value},
     workspace::Workspace,
 };
@@ -37,6 +39,9 @@ use super::{
     server_environment,
 };
 use crate::service::chosen;
+
+/// Longest title of an order, in bytes: as many as characters are allowed.
+const TITLE_MAX_BYTES: usize = 50;
 
 /// Phases of a release, in order.
 const RELEASE_PHASES: [Phase; 7] = [
@@ -65,6 +70,84 @@ struct Chosen {
 }
 
 impl Planner {
+    /// A specification that names a package for each service instance that has one of its own: what an order is made from
+    /// says what it releases, whatever the instance has later.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`] of a service instance.
+    pub async fn with_packages(
+        &self,
+        workspace: &str,
+        mut spec: ReleaseSpec,
+    ) -> Result<ReleaseSpec, ServiceError> {
+        let unnamed = spec.targets.iter_mut().take(MAX_TARGETS);
+        for target in unnamed.filter(|target| target.package.is_none()) {
+            let instances = &self.parts.instances;
+            let (instance, _) = instances.get(workspace, target.instance).await?;
+            target.package = instance.package;
+        }
+        Ok(spec)
+    }
+
+    /// What a package's release with all settings by default is: on the service instance that is named, or on the only one of
+    /// its application.
+    ///
+    /// # Errors
+    /// `no_instance`, `several_instances`; [`ServiceError::NotFound`] of the package.
+    pub async fn release_of(
+        &self,
+        workspace: &str,
+        package: PackageId,
+        instance: Option<InstanceId>,
+    ) -> Result<ReleaseSpec, ServiceError> {
+        let (package, _) = self.parts.packages.get(workspace, package).await?;
+        let (app, _) = self.parts.apps.get(&package.app.to_string()).await?;
+        let instance = match instance {
+            Some(instance) => instance,
+            None => self.only_instance(workspace, &app).await?,
+        };
+        let mut title = format!("{} {}", app.name, package.version);
+        text::cut(&mut title, TITLE_MAX_BYTES);
+        let targets = vec![Target::new(instance, package.id)];
+        Ok(ReleaseSpec::new(title, targets))
+    }
+
+    async fn only_instance(
+        &self,
+        workspace: &str,
+        app: &Application,
+    ) -> Result<InstanceId, ServiceError> {
+        let all = self.parts.instances.of_app(workspace, app.id).await?;
+        match all.as_slice() {
+            [only] => Ok(only.id),
+            [] => Err(ServiceError::conflict(
+                "no_instance",
+                format!(
+                    "the application `{}` has no service instance in the workspace `{workspace}`",
+                    app.name
+                ),
+                "make a service instance of it, and bind servers to it",
+            )),
+            several => {
+                let names: Vec<String> = several
+                    .iter()
+                    .take(20)
+                    .map(|instance| format!("{} ({})", instance.name, instance.id))
+                    .collect();
+                Err(ServiceError::conflict(
+                    "several_instances",
+                    format!(
+                        "the application `{}` has {} service instances in the workspace `{workspace}`: {}",
+                        app.name,
+                        several.len(),
+                        names.join(", ")
+                    ),
+                    "name one of them as `instance`",
+                ))
+            }
+        }
+    }
+
     /// Plans a release. Nothing is written.
     ///
     /// # Errors
@@ -325,10 +408,21 @@ impl Planner {
             .instances
             .get(workspace.name.as_str(), target.instance)
             .await?;
+        let Some(wanted) = target.package else {
+            return Err(invalid(
+                "package_missing",
+                field("package"),
+                format!(
+                    "the service instance `{}` has no package of its own, and the order names none for it",
+                    instance.name
+                ),
+                "name a package, or give the service instance one",
+            ));
+        };
         let (package, _) = self
             .parts
             .packages
-            .get(workspace.name.as_str(), target.package)
+            .get(workspace.name.as_str(), wanted)
             .await?;
         let (app, _) = self.parts.apps.get(&instance.app.to_string()).await?;
         if package.app != instance.app {
@@ -336,8 +430,8 @@ impl Planner {
                 "package_of_other_application",
                 field("package"),
                 format!(
-                    "the package {} is not one of the application `{}`",
-                    target.package, app.name
+                    "the package {wanted} is not one of the application `{}`",
+                    app.name
                 ),
                 "choose a package of the instance's application",
             ));
