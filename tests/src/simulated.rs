@@ -674,6 +674,7 @@ pub async fn new_order(blobs: &Blobs, plan: &Plan, purpose: Purpose) -> Order {
         lock_owner: id,
         last_event: 0,
         rolled_back_by: None,
+        rollback_asked: None,
         server_count: u32::try_from(plan.units.len()).unwrap_or(u32::MAX),
         created_by: "test".to_owned(),
         created_at: at,

@@ -397,6 +397,7 @@ fn next(story: Story, plan: &Plan, progress: &Progress, state: OrderState) -> Op
         Story::RolledBackInStep3 if waits(second) && !shifted => Some(shift),
         Story::RolledBackInStep3 if waits(third) => Some(Action::RollBack {
             reason: "bad".to_owned(),
+            parameters: None,
         }),
         Story::Step2Again if progress.node(second).rollback == Some(StageRollback::Done) => {
             Some(Action::RunAgain { node: second })

@@ -257,7 +257,7 @@ async fn people_are_told_while_others_run() {
     assert_eq!(moments, ["started", "blocked", "succeeded"], "{told:?}");
 
     // Two gates in a row, and another application under way.
-    let template = json!({ "name": "two looks", "kind": "restart", "visibility": "workspace", "steps": [
+    let template = json!({ "name": "two-looks", "kind": "restart", "visibility": "workspace", "steps": [
         { "step": "drain" }, { "step": "stop_installed" }, { "step": "start_installed" }, { "step": "check_installed" },
         { "step": "confirm", "message": "the first look" }, { "step": "confirm", "message": "the second look" },
         { "step": "restore" } ] });

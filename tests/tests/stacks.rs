@@ -92,8 +92,6 @@ async fn every_stack_is_released_and_rolled_back_on_its_real_runtime() {
         "one nginx served all releases"
     );
 
-    what_is_complete_is_not_made_again(&host, &apps).await;
-
     // A Java program had the time for its shutdown hook.
     let java = host.agents[0]
         .data
@@ -116,6 +114,7 @@ async fn every_stack_is_released_and_rolled_back_on_its_real_runtime() {
             .all(|node| node["server_name"] != "agent-4" || node["name"] != "stop"),
         "a site is not stopped for a release"
     );
+    what_is_complete_is_not_made_again(&host, &apps).await;
 }
 
 /// Dependencies of a release that is released again as it is stay, since the application runs from them; what is left of an

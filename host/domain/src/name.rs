@@ -318,6 +318,26 @@ pub fn check_env_key(key: &str) -> Result<(), InvalidValue> {
 /// Names of environment variables that start so are the platform's own.
 pub const RESERVED_ENV_PREFIX: &str = "WINDLASS_";
 
+/// Checks the name of an OS user.
+///
+/// # Errors
+/// [`InvalidValue`].
+pub fn check_os_user(user: &str) -> Result<(), InvalidValue> {
+    let is_user = !user.is_empty()
+        && user.len() <= 32
+        && !user.starts_with('-')
+        && user
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    if is_user {
+        Ok(())
+    } else {
+        Err(InvalidValue::rule(format!(
+            "{user:?} is not the name of an OS user: give 1 to 32 letters, digits, `-`, `_` and `.`, not beginning with `-`"
+        )))
+    }
+}
+
 /// Checks a variable that a person gives: its key, that the key is none of the platform's own, and that an operating system
 /// can hand the value over (no zero byte). `value` is `None` for a reference to a secret.
 ///

@@ -8,7 +8,7 @@ use crate::{
     digest::Digest,
     id::{InstanceId, ServerId, TemplateId},
     limits::Limits,
-    name::{InvalidValue, check_length},
+    name::{InvalidValue, check_length, check_os_user},
     server::ReleaseState,
     task::FilesRef,
 };
@@ -123,19 +123,7 @@ impl StaticFiles {
                 ),
             ));
         }
-        let user = &self.user;
-        let is_user = !user.is_empty()
-            && user.len() <= 32
-            && user
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
-            && !user.starts_with('-');
-        if !is_user {
-            return Err(wrong(
-                "user",
-                format!("`{user}` is not the name of an OS user"),
-            ));
-        }
+        check_os_user(&self.user).map_err(|error| ("user", error))?;
         if !(1..=MAX_ARCHIVE_BYTES).contains(&self.max_bytes) {
             let limit = if self.max_bytes == 0 {
                 1
@@ -240,6 +228,8 @@ pub struct Standing {
     pub installed: bool,
     /// Whether its agent is connected.
     pub online: bool,
+    /// Whether it has no weight in a pool of its service instance: a release can leave it so (gray traffic).
+    pub without_traffic: bool,
 }
 
 impl Operation {
@@ -280,7 +270,9 @@ impl Operation {
             (Self::Restart, ReleaseState::Offline) => {
                 Some("it is offline: bring it online instead")
             }
-            (Self::Online { .. }, ReleaseState::Released) => Some("it is online already"),
+            (Self::Online { .. }, ReleaseState::Released) if !server.without_traffic => {
+                Some("it is online already")
+            }
             (Self::Offline, ReleaseState::Offline) => Some("it is offline already"),
             (
                 Self::Restart
@@ -394,6 +386,7 @@ mod tests {
                             state: *state,
                             installed,
                             online: true,
+                            without_traffic: false,
                         };
                         let away = Standing {
                             online: false,
@@ -409,5 +402,13 @@ mod tests {
                 assert_eq!(found, expect, "{operation:?}, installed: {installed}");
             }
         }
+        // What a release left without traffic is brought online.
+        let gray = Standing {
+            state: S::Released,
+            installed: true,
+            online: true,
+            without_traffic: true,
+        };
+        assert_eq!(Operation::Online { initial_weight: 5 }.refuses(gray), None);
     }
 }

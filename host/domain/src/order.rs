@@ -296,6 +296,33 @@ pub struct PlanRevision {
     pub difference: String,
 }
 
+/// How a person wants an order rolled back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RollbackAsked {
+    /// Why.
+    pub reason: String,
+    /// Parameters of the strategy that stand above the order's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parameters: Option<serde_json::Value>,
+}
+
+impl RollbackAsked {
+    /// The largest [`RollbackAsked::parameters`] as JSON, in bytes: they stand in the order's header.
+    pub const MAX_PARAMETER_BYTES: usize = 4096;
+
+    /// The order's parameters with those above them.
+    #[must_use]
+    pub fn over(&self, mut own: serde_json::Value) -> serde_json::Value {
+        if let (Some(own), Some(above)) = (
+            own.as_object_mut(),
+            self.parameters.as_ref().and_then(|given| given.as_object()),
+        ) {
+            own.extend(above.clone());
+        }
+        own
+    }
+}
+
 /// An order's header.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Order {
@@ -334,6 +361,9 @@ pub struct Order {
     pub last_event: u64,
     /// The order that rolls it back.
     pub rolled_back_by: Option<OrderId>,
+    /// How a person wanted it rolled back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback_asked: Option<RollbackAsked>,
     /// Servers it works on.
     pub server_count: u32,
     /// Who made it.
@@ -420,7 +450,7 @@ pub enum Action {
     /// Confirm everything that waits for a person in this node: gates, and judges that hold. What comes to wait later is not
     /// confirmed by it.
     Confirm {
-        /// The gate or judge itself, or a node around; absent: the whole order.
+        /// The gate or judge itself, or a node around; of a group, what follows it as well; absent: the whole order.
         node: Option<u32>,
     },
     /// Try again what failed, drifted or is unknown in this node.
@@ -455,23 +485,27 @@ pub enum Action {
     RollBack {
         /// Why; at most 500 characters.
         reason: String,
+        /// Parameters of the strategy that stand above the order's own in the rollback, for example
+        /// `{"grouping": "one-per-group"}`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parameters: Option<serde_json::Value>,
     },
-    /// Bring back what one stage changed that is not done: what is under way in it is ended, then a rollback order runs. Again
-    /// when that failed.
+    /// Bring back what one application changed, or a stage that is not done: what is under way in it is ended, then a rollback
+    /// order runs. Again when that failed.
     RollBackStage {
-        /// The stage.
+        /// The stage, or an application that stands in none.
         node: u32,
         /// Why; at most 500 characters.
         reason: String,
     },
-    /// Run a stage again that was rolled back.
+    /// Run a stage or application again that was rolled back.
     RunAgain {
-        /// The stage.
+        /// The stage or application.
         node: u32,
     },
-    /// Go on without a stage that was rolled back.
+    /// Go on without a stage or application that was rolled back.
     GoOn {
-        /// The stage.
+        /// The stage or application.
         node: u32,
     },
     /// Set weights of servers that this order has released; those that failed stay at 0. Possible until the order ends.

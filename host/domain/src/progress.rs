@@ -477,7 +477,7 @@ pub struct Progress {
     pub(crate) subtree_end: Vec<NodeIndex>,
     /// The nodes that are units.
     pub(crate) unit_nodes: Vec<NodeIndex>,
-    /// The nodes that are stages.
+    /// The nodes that can be rolled back by themselves: stages, and applications that neither stand in one nor hold one.
     pub(crate) stage_nodes: Vec<NodeIndex>,
     /// The states of all units.
     pub(crate) units: Tally,
@@ -553,11 +553,7 @@ impl Progress {
                 .filter(|(_, node)| matches!(node.kind, NodeKind::Unit { .. }))
                 .map(|(index, _)| index)
                 .collect(),
-            stage_nodes: (0u32..)
-                .zip(&plan.nodes)
-                .filter(|(_, node)| node.level == Level::Stage)
-                .map(|(index, _)| index)
-                .collect(),
+            stage_nodes: Vec::new(),
             units: Tally::default(),
             allowed_failures: 0,
             busy_leaves: 0,
@@ -607,6 +603,24 @@ impl Progress {
                     progress.subtree_end[parent].max(progress.subtree_end[index]);
             }
         }
+        let of_level = |level: Level| {
+            let nodes = (0u32..).zip(&plan.nodes);
+            nodes
+                .filter(move |(_, node)| node.level == level)
+                .map(|(index, _)| index)
+        };
+        let ends = &progress.subtree_end;
+        let holds =
+            |outer: NodeIndex, inner: NodeIndex| (outer..ends[outer as usize]).contains(&inner);
+        let mut stages: Vec<NodeIndex> = of_level(Level::Stage).collect();
+        let applications: Vec<NodeIndex> = of_level(Level::Application)
+            .filter(|node| {
+                let mut stages = stages.iter();
+                !stages.any(|stage| holds(*stage, *node) || holds(*node, *stage))
+            })
+            .collect();
+        stages.extend(applications);
+        progress.stage_nodes = stages;
         for index in (0u32..).take(count) {
             progress.refresh_live(plan, index);
         }

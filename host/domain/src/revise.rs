@@ -12,7 +12,7 @@ mod sequence;
 mod tests;
 mod tree;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -443,15 +443,38 @@ impl Draft<'_> {
         let application = units
             .first()
             .map_or_else(String::new, |(_, unit)| self.application_of(*unit));
+        let followers = self.followers(node);
         let difference = format!(
-            "deleted the group `{name}` of {application}: {} unassigned",
-            listed(&names)
+            "deleted the group `{name}` of {application}: {} unassigned{}",
+            listed(&names),
+            self.with_followers(&followers)
         );
         for (_, unit) in units {
             self.leave_out(unit, format!("unassigned: its group `{name}` was deleted"));
         }
-        self.tree.remove(node as usize);
+        for node in followers.into_iter().chain([node]) {
+            self.tree.remove(node as usize);
+        }
         Ok(difference)
+    }
+
+    /// What follows a group and was not reached: it goes with it.
+    fn followers(&self, group: NodeIndex) -> Vec<NodeIndex> {
+        let followers = self.progress.followers(self.original, group);
+        followers
+            .into_iter()
+            .take_while(|node| !self.is_touched(*node))
+            .collect()
+    }
+
+    fn with_followers(&self, followers: &[NodeIndex]) -> String {
+        let names: Vec<String> = followers.iter().map(|node| self.name(*node)).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        if names.is_empty() {
+            String::new()
+        } else {
+            format!("; without {}", listed(&names))
+        }
     }
 
     fn move_servers(&mut self, servers: &[ServerId], to: NodeId) -> Result<String, BadEdit> {
@@ -514,15 +537,34 @@ impl Draft<'_> {
             moved.push(at);
             names.push(name);
         }
+        // Groups that are empty without them go, and what follows those.
+        let groups: BTreeSet<NodeIndex> = moved
+            .iter()
+            .filter_map(|at| self.original.nodes[*at as usize].parent)
+            .filter(|group| self.original.nodes[*group as usize].level == Level::Group)
+            .filter(|group| {
+                let mut units = self.units_in(*group).into_iter();
+                units.all(|(at, _)| moved.contains(&at))
+            })
+            .collect();
+        let followers: Vec<NodeIndex> = groups
+            .into_iter()
+            .flat_map(|group| self.followers(group))
+            .collect();
         for at in moved {
             self.tree.move_to(at as usize, node as usize);
         }
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        Ok(format!(
-            "moved {} of {application} to the group `{}`",
+        let difference = format!(
+            "moved {} of {application} to the group `{}`{}",
             listed(&names),
-            planned.name
-        ))
+            planned.name,
+            self.with_followers(&followers)
+        );
+        for node in followers {
+            self.tree.remove(node as usize);
+        }
+        Ok(difference)
     }
 }
 

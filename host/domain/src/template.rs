@@ -12,11 +12,12 @@ use crate::{
     expand::{MAX_STEP_BYTES, MAX_TIMEOUT_MS},
     flow::{self, FlowStep},
     id::TemplateId,
-    name::{TemplateName, WorkspaceName, check_env_key},
+    name::{TemplateName, WorkspaceName, check_os_user, check_variable},
     operation::Operation,
     plan::ScriptStep,
     plugin::Phase,
     time::Timestamp,
+    value::Value,
 };
 
 /// A template has at most so many steps.
@@ -401,13 +402,34 @@ fn check_script(script: &ScriptStep) -> Result<(), String> {
     if script.script.text.trim().is_empty() {
         return of("it has no text");
     }
-    if script
-        .script
-        .interpreter
+    let interpreter = &script.script.interpreter;
+    if !interpreter
         .first()
-        .is_none_or(String::is_empty)
+        .is_some_and(|program| program.starts_with('/'))
     {
-        return of("it has no interpreter: give one, `[\"/bin/sh\", \"-eu\"]` for example");
+        return of(
+            "it has no interpreter: give the path of one, `[\"/bin/sh\", \"-eu\"]` for example",
+        );
+    }
+    if interpreter.iter().any(|word| word.contains('\0')) {
+        return of("its interpreter holds a NUL character");
+    }
+    if script.script.text.contains('\0') {
+        return of("its text holds a NUL character");
+    }
+    if let Some(user) = &script.run_as
+        && let Err(error) = check_os_user(user)
+    {
+        return of(&error.message);
+    }
+    if let Some(directory) = &script.script.working_dir
+        && (directory.is_empty()
+            || directory.chars().any(char::is_control)
+            || directory.split('/').any(|name| name == ".."))
+    {
+        return of(&format!(
+            "its working directory {directory:?} is none: give a path without `..` and control characters, or leave it out"
+        ));
     }
     let bytes = serde_json::to_vec(script).map_or(usize::MAX, |bytes| bytes.len());
     if bytes > MAX_STEP_BYTES {
@@ -421,12 +443,13 @@ fn check_script(script: &ScriptStep) -> Result<(), String> {
             script.timeout_ms
         ));
     }
-    for key in script.env.keys() {
-        if let Err(error) = check_env_key(key) {
+    for (key, value) in &script.env {
+        let text = match value {
+            Value::Plain(text) => Some(text.as_str()),
+            Value::SecretRef(_) => None,
+        };
+        if let Err(error) = check_variable(key, text) {
             return of(&error.message);
-        }
-        if key.starts_with(crate::name::RESERVED_ENV_PREFIX) {
-            return of(&format!("the variable `{key}` is the platform's own"));
         }
     }
     Ok(())

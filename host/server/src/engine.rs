@@ -458,6 +458,14 @@ impl Engine {
             // The actor says so.
             return Ok(());
         };
+        // What cannot be unlocked takes no lock: the actor says why.
+        let rows = rows::read_nodes(&*shared.store, id)
+            .await
+            .map_err(|source| ActError::Row { id, source })?;
+        let progress = Progress::of_rows(&plan, order.control, order.stalled, rows);
+        if progress.node(node).locked.is_none() || progress.state(node).is_settled() {
+            return Ok(());
+        }
         match initialise::lock_node(shared, &plan, node, order.lock_owner).await {
             Ok(None) => Ok(()),
             Ok(Some((server, holder))) => Err(ActError::Held { server, holder }),

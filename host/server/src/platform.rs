@@ -339,6 +339,7 @@ pub async fn start_with(
         front_ports: config.front_ports.clone(),
     });
     let templates = Templates::new(store.clone());
+    let pools = Arc::new(AllPools::new(traffic.clone(), load_balancers.clone()));
     let planner = Planner::new(PlannerParts {
         store: store.clone(),
         blobs: blobs.clone(),
@@ -350,13 +351,14 @@ pub async fn start_with(
         instances: instances.clone(),
         servers: servers.clone(),
         templates: templates.clone(),
+        pools: pools.clone(),
     });
     let engine = Engine::new(EngineParts {
         store: store.clone(),
         blobs: blobs.clone(),
         agents: sessions,
         planning: Arc::new(planner.clone()),
-        pools: Arc::new(AllPools::new(traffic.clone(), load_balancers.clone())),
+        pools,
     });
     let orders = Orders::new(engine.clone(), planner);
     let diagnoses = Diagnoses::new(DiagnosesParts {

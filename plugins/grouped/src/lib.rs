@@ -126,9 +126,14 @@ impl DeploymentStrategy for Grouped {
     }
 }
 
+/// Applications to be released, by stage. Those that only take part in moving traffic are left as they are: this strategy
+/// moves that of servers that it releases alone.
 fn by_stage(applications: &[Application]) -> BTreeMap<u32, Vec<&Application>> {
     let mut stages: BTreeMap<u32, Vec<&Application>> = BTreeMap::new();
-    for application in applications {
+    let released = applications
+        .iter()
+        .filter(|application| application.role != "shift-only");
+    for application in released {
         stages
             .entry(application.stage)
             .or_default()

@@ -5,7 +5,7 @@
 
 use crate::{
     order::{Control, OrderState},
-    plan::{NodeIndex, Plan},
+    plan::{NodeIndex, NodeKind, Plan},
 };
 
 use super::{NodeState, Progress};
@@ -62,6 +62,27 @@ impl Progress {
     /// Whether a unit's turn was ended after something in it had failed.
     pub(super) fn ended_broken(&self, unit: NodeIndex) -> bool {
         self.state(unit) == NodeState::Cancelled && self.tallies[unit as usize].troubled() > 0
+    }
+
+    /// What follows a group up to the next one: gates that ask about its servers, pauses after them, judgements of them.
+    #[must_use]
+    pub fn followers(&self, plan: &Plan, group: NodeIndex) -> Vec<NodeIndex> {
+        let kind = |node: NodeIndex| &plan.nodes[node as usize].kind;
+        let parent = plan.nodes[group as usize].parent;
+        let Some(parent) = parent.filter(|parent| matches!(kind(*parent), NodeKind::Sequence))
+        else {
+            return Vec::new();
+        };
+        let siblings = self.children(parent).iter().copied();
+        siblings
+            .skip_while(|node| *node <= group)
+            .take_while(|node| {
+                matches!(
+                    kind(*node),
+                    NodeKind::Gate { .. } | NodeKind::Pause { .. } | NodeKind::Judge { .. }
+                )
+            })
+            .collect()
     }
 
     /// The state that the order comes to once what is under way is done, as far as it is known: a failure that stops it, or a

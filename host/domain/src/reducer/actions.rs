@@ -46,8 +46,17 @@ impl Turn<'_> {
                 self.expect_active("confirm")?;
                 let node = node.unwrap_or(0);
                 self.known(node)?;
-                let waiting =
-                    self.leaves_in(node, |state| state == NodeState::AwaitingConfirmation);
+                let waits = |state| state == NodeState::AwaitingConfirmation;
+                let mut waiting = self.leaves_in(node, waits);
+                if self.plan.nodes[node as usize].level == Level::Group {
+                    // The gate that asks about a group's servers follows it.
+                    let followers = self.progress.followers(self.plan, node);
+                    waiting.extend(
+                        followers
+                            .into_iter()
+                            .filter(|leaf| waits(self.progress.state(*leaf))),
+                    );
+                }
                 if waiting.is_empty() {
                     return Err(Refused::Nothing {
                         action: "confirm",
@@ -55,7 +64,6 @@ impl Turn<'_> {
                         on: "waits for confirmation",
                     });
                 }
-                let mut waiting = waiting;
                 self.delta.again = waiting.len() > TURN_BUDGET;
                 waiting.truncate(TURN_BUDGET);
                 self.progress.stalled = false;

@@ -45,6 +45,15 @@ impl Turn<'_> {
             Event::InitialisationFailed { .. } => {
                 self.expect_control(Control::Initialising, "initialisation failed")?;
                 self.progress.control = Control::NotStarted;
+                // Whoever runs it next says anew what: nothing of what was asked for stays.
+                let opened: Vec<NodeIndex> = (0u32..)
+                    .zip(&self.progress.nodes)
+                    .filter(|(_, row)| row.opened)
+                    .map(|(node, _)| node)
+                    .collect();
+                for node in opened {
+                    self.change(node, |row| row.opened = false);
+                }
                 Ok(())
             }
             Event::UnitAdmitted(node) => {

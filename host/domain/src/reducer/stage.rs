@@ -1,8 +1,9 @@
-//! The rollback of one stage: it is ended, its rollback order runs, and a person runs it again or goes on without it.
+//! The rollback of one stage, or of one application that stands in none: it is ended, its rollback order runs, and a person
+//! runs it again or goes on without it. Here a stage is either.
 //!
 //! Its shifts of traffic are taken back first, then what it released is brought back.
 //!
-//! Source: spec "Blue-green release", "Step rollback". What the rollback order does is planned elsewhere; here stands when it
+//! Source: spec "Blue-green release", "Step rollback"; "Release orders", "Actions". What the rollback order does is planned elsewhere; here stands when it
 //! is due and what its end means. While a stage is rolled back nothing starts in it, and the order as a whole is neither
 //! ended nor rolled back.
 
@@ -44,14 +45,24 @@ impl Turn<'_> {
             Some(_) => false,
             None => {
                 let state = self.progress.state(node);
-                !row.cancel && !state.is_settled() && state != NodeState::NotStarted
+                let begun = state != NodeState::NotStarted;
+                match planned.level {
+                    // What is done of an application can still be brought back, as long as the order goes on.
+                    Level::Application => begun,
+                    Level::Order
+                    | Level::Group
+                    | Level::Stage
+                    | Level::Server
+                    | Level::Step
+                    | Level::Plain => begun && !row.cancel && !state.is_settled(),
+                }
             }
         };
         if !open {
             return Err(Refused::Nothing {
                 action: "roll back",
                 node,
-                on: "has begun and is not done, or whose rollback failed",
+                on: "has begun and is not done (an application may be), or whose rollback failed",
             });
         }
         self.progress.stalled = false;
@@ -97,7 +108,10 @@ impl Turn<'_> {
             self.budget -= 1;
             self.change(index, |row| *row = again);
         }
-        self.change(node, |row| row.rollback = None);
+        self.change(node, |row| {
+            row.rollback = None;
+            row.cancel = false;
+        });
         self.schedule_all();
         Ok(())
     }
@@ -214,14 +228,14 @@ impl Turn<'_> {
         self.expect_active(action)?;
         self.known(node)?;
         let level = self.plan.nodes[node as usize].level;
-        if level == Level::Stage && self.progress.stage_of(node) == node {
+        if self.progress.stage_of(node) == node && node != 0 {
             return Ok(());
         }
         Err(Refused::WrongLevel {
             action,
             node,
             level,
-            choose: "a stage",
+            choose: "a stage, or an application that stands in none",
         })
     }
 

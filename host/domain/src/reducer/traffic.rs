@@ -6,7 +6,7 @@
 
 use crate::{
     order::Control,
-    plan::NodeIndex,
+    plan::{Level, NodeIndex},
     plugin::UnitState,
     progress::{EditState, NodeState, ServerWeight, TrafficChange, TrafficEdit},
     share::MAX_WEIGHT,
@@ -121,12 +121,13 @@ impl Turn<'_> {
             }
         }
         self.expect_no_stage_rollback()?;
-        // It belongs to the stage that is under way.
+        // It belongs to the stage that is under way; applications are under way side by side.
         let is_under_way = |stage: &NodeIndex| {
             let state = self.progress.state(*stage);
             !state.is_settled() && state != NodeState::NotStarted
         };
         let stages = self.progress.stage_nodes.iter().copied();
+        let stages = stages.filter(|node| self.plan.nodes[*node as usize].level == Level::Stage);
         let scope = stages
             .map(|stage| self.progress.stage_of(stage))
             .find(is_under_way)

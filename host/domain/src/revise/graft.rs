@@ -16,6 +16,8 @@ pub struct Graft {
     pub application: String,
     /// The plan: one application, these servers.
     pub plan: Plan,
+    /// What depends on what in the order: the first on the second.
+    pub dependencies: Vec<(String, String)>,
 }
 
 impl Draft<'_> {
@@ -47,15 +49,63 @@ impl Draft<'_> {
         }
     }
 
-    /// The node that an application's groups go below: a new one at the end of the order where it has none.
-    fn place_of(&mut self, application: &str, node: Option<NodeIndex>) -> usize {
-        node.map_or_else(
-            || {
-                self.tree
-                    .add(0, Level::Application, application, NodeKind::Sequence)
-            },
-            |node| node as usize,
-        )
+    /// The node that an application's groups go below. Where it has none: a new one in front of the first application that
+    /// depends on it, or at the end of the order.
+    fn place_of(&mut self, graft: &Graft, node: Option<NodeIndex>) -> Result<usize, BadEdit> {
+        if let Some(node) = node {
+            return Ok(node as usize);
+        }
+        let dependant = self.first_dependant(graft)?;
+        let new = self.tree.add(
+            0,
+            Level::Application,
+            &graft.application,
+            NodeKind::Sequence,
+        );
+        if let Some(dependant) = dependant {
+            self.tree.put_before(new, dependant as usize);
+        }
+        Ok(new)
+    }
+
+    /// What stands in a sequence around the first application that depends on the graft's, itself or by others.
+    fn first_dependant(&self, graft: &Graft) -> Result<Option<NodeIndex>, BadEdit> {
+        let mut dependants = BTreeSet::from([graft.application.as_str()]);
+        loop {
+            let known = dependants.len();
+            for (application, on) in &graft.dependencies {
+                if dependants.contains(on.as_str()) {
+                    dependants.insert(application);
+                }
+            }
+            if dependants.len() == known {
+                break;
+            }
+        }
+        dependants.remove(graft.application.as_str());
+        let mut first: Option<NodeIndex> = None;
+        for dependant in dependants {
+            let Ok((_, Some(node))) = self.application(dependant) else {
+                continue;
+            };
+            if self.is_touched(node) {
+                return Err(BadEdit::BreaksDependency {
+                    application: dependant.to_owned(),
+                    on: graft.application.clone(),
+                });
+            }
+            first = Some(first.map_or(node, |first| first.min(node)));
+        }
+        let parent = |node: &NodeIndex| self.original.nodes[*node as usize].parent;
+        let in_sequence = |node: &NodeIndex| {
+            parent(node).is_some_and(|parent| {
+                matches!(
+                    self.original.nodes[parent as usize].kind,
+                    NodeKind::Sequence
+                )
+            })
+        };
+        Ok(first.and_then(|first| std::iter::successors(Some(first), parent).find(in_sequence)))
     }
 
     pub(super) fn regroup(&mut self, graft: &Graft) -> Result<String, BadEdit> {
@@ -107,7 +157,7 @@ impl Draft<'_> {
                     && crate::dispatch::unit_of(self.original, *index).is_none()
             })
             .collect();
-        let place = self.place_of(&graft.application, node);
+        let place = self.place_of(graft, node)?;
         self.insert(part, place, graft);
         for at in between.into_iter().chain(taken) {
             self.tree.remove(at as usize);
@@ -166,7 +216,7 @@ impl Draft<'_> {
                 .map(|unit| unit.server_name.as_str())
                 .collect();
             said.push(format!("took in {}", listed(&names)));
-            let place = self.place_of(application, node);
+            let place = self.place_of(graft, node)?;
             self.insert(part, place, graft);
         }
         let mut left = Vec::new();

@@ -273,6 +273,7 @@ fn graft(numbers: &[u128]) -> Box<Graft> {
     Box::new(Graft {
         application: "shop".to_owned(),
         plan: expand(input, &of(nodes)).unwrap(),
+        dependencies: Vec::new(),
     })
 }
 
@@ -500,7 +501,7 @@ fn servers_stay_where_a_shift_of_traffic_counts_on_them() {
 }
 
 #[test]
-fn an_application_without_groups_comes_back_at_the_end() {
+fn an_application_without_groups_comes_back() {
     let plan = plan();
     let mut revised = plan.clone();
     let mut progress = fresh(&plan);
@@ -519,6 +520,40 @@ fn an_application_without_groups_comes_back_at_the_end() {
         "{}",
         shape(&again)
     );
+    // It comes back in front of what depends on it, as long as that has not begun.
+    let mut needed = graft(&[2]);
+    needed.dependencies = vec![("bank".to_owned(), "shop".to_owned())];
+    let again = good(&revised, &progress, &Edit::Regroup(needed.clone()));
+    assert!(
+        shape(&again).contains("shop\n    new 2\n      web-2\n  bank\n    only\n      web-4"),
+        "{}",
+        shape(&again)
+    );
+    assert!(matches!(
+        bad(&revised, &begun(&revised), &Edit::Regroup(needed)),
+        BadEdit::BreaksDependency { .. }
+    ));
+}
+
+#[test]
+fn a_gate_goes_with_its_group() {
+    let plan = plan();
+    let deleted = Edit::DeleteGroup {
+        node: id(&plan, "one"),
+    };
+    let moved = Edit::MoveServers {
+        servers: vec![server_id(1)],
+        to: id(&plan, "two"),
+    };
+    for edit in [deleted, moved] {
+        let revised = good(&plan, &fresh(&plan), &edit);
+        assert!(!shape(&revised).contains("confirm"), "{}", shape(&revised));
+        let difference = revise(&plan, &fresh(&plan), &edit).unwrap().difference;
+        assert!(
+            difference.ends_with("; without confirm one"),
+            "{difference}"
+        );
+    }
 }
 
 #[test]

@@ -66,6 +66,18 @@ impl Tree {
         index
     }
 
+    /// Puts a node in front of one of its siblings.
+    pub(super) fn put_before(&mut self, item: usize, sibling: usize) {
+        self.detach(item);
+        let Some(parent) = self.items[sibling].parent else {
+            return;
+        };
+        let children = &mut self.items[parent].children;
+        let at = children.iter().position(|child| *child == sibling);
+        children.insert(at.unwrap_or(children.len()), item);
+        self.items[item].parent = Some(parent);
+    }
+
     fn detach(&mut self, item: usize) -> Option<usize> {
         let parent = self.items[item].parent.take()?;
         self.items[parent].children.retain(|child| *child != item);

@@ -19,7 +19,7 @@ use axum::{
 };
 use futures_util::FutureExt as _;
 use sha2::{Digest as _, Sha256};
-use windlass_domain::{Digest, id::TokenId};
+use windlass_domain::{Digest, id::TokenId, order::Order};
 use windlass_runtime::{CallContext, on_behalf_of};
 use windlass_store::Txn;
 
@@ -36,7 +36,7 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 const IDEMPOTENCY_REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 /// Ends of the paths at which a POST makes a resource.
-const MAKING: [&str; 9] = [
+const MAKING: [&str; 17] = [
     "/workspaces",
     "/cells",
     "/apps",
@@ -46,6 +46,14 @@ const MAKING: [&str; 9] = [
     "/pools",
     "/orders",
     "/tokens",
+    "/certificates",
+    "/diagnoses",
+    "/groups",
+    "/invocations",
+    "/listeners",
+    "/load-balancers",
+    "/notification-channels",
+    "/process-templates",
 ];
 /// Longest request id that is taken over from the caller.
 const REQUEST_ID_MAX_CHARS: usize = 100;
@@ -244,7 +252,7 @@ async fn once(
     let path = request.uri().path().to_owned();
     let with = match api.idempotency.begin(token, key, digest).await? {
         Begun::New(with) => with,
-        Begun::Answered(stored) => return Ok(again(&method, &path, stored)),
+        Begun::Answered(stored) => return again(api, &method, &path, stored).await,
     };
     request.extensions_mut().insert(Caller { with, ..caller });
     let response = next.run(request).await;
@@ -252,7 +260,7 @@ async fn once(
     if !response.status().is_success()
         && let Some(stored) = api.idempotency.lookup(token, key, digest).await?
     {
-        return Ok(again(&method, &path, stored));
+        return again(api, &method, &path, stored).await;
     }
     if !response.status().is_success() || response.extensions().get::<ShownOnce>().is_some() {
         return Ok(response);
@@ -293,7 +301,17 @@ async fn keep(
 }
 
 /// The answer of a request that was carried out before.
-fn again(method: &Method, path: &str, stored: Stored) -> Response {
+async fn again(
+    api: &Api,
+    method: &Method,
+    path: &str,
+    mut stored: Stored,
+) -> Result<Response, Problem> {
+    if let (None, Some(resource)) = (&stored.answer, &stored.resource)
+        && let Some(order) = api.orders.of_record(resource).await?
+    {
+        stored.answer = Some(order_now(method, path, &order));
+    }
     let answer = stored.answer.unwrap_or_else(|| {
         // The server died between the change and its answer, or the answer is not kept: made again from the resource.
         let body = stored.resource.unwrap_or(serde_json::Value::Null);
@@ -329,5 +347,23 @@ fn again(method: &Method, path: &str, stored: Stored) -> Response {
         }
     }
     headers.insert(IDEMPOTENCY_REPLAYED, HeaderValue::from_static("true"));
-    response
+    Ok(response)
+}
+
+/// The answer to a request that made an order, or changed one, with the order as it is now.
+fn order_now(method: &Method, path: &str, order: &Order) -> Answer {
+    let makes = method == Method::POST
+        && ["/orders", "/operations", "/release"]
+            .iter()
+            .any(|last| path.ends_with(last));
+    Answer {
+        status: if makes {
+            StatusCode::CREATED.as_u16()
+        } else {
+            StatusCode::OK.as_u16()
+        },
+        location: makes.then(|| format!("/v1/workspaces/{}/orders/{}", order.workspace, order.id)),
+        etag: None,
+        body: serde_json::to_value(order).unwrap_or_default(),
+    }
 }

@@ -35,7 +35,7 @@ use windlass_domain::{
     id::{OrderId, ServerId},
     inbox::InboxEntry,
     manifest::Manifest,
-    order::{Control, Happened, Order, OrderEvent, OrderState},
+    order::{Action, Control, Happened, Order, OrderEvent, OrderState, RollbackAsked},
     plan::{Indices, Level, NodeIndex, NodeKind, Plan, StepTemplate},
     prepared,
     progress::{NodeProgress, NodeState, Progress, StageRollback},
@@ -503,6 +503,12 @@ impl Actor {
         self.order.stalled = self.progress.stalled;
         match event {
             Event::RollbackStarted(order) => self.order.rolled_back_by = Some(*order),
+            Event::Act(Action::RollBack { reason, parameters }) => {
+                self.order.rollback_asked = Some(RollbackAsked {
+                    reason: reason.clone(),
+                    parameters: parameters.clone(),
+                });
+            }
             Event::RollbackImpossible(reason) | Event::InitialisationFailed { reason } => {
                 self.order.state_reason.clone_from(reason);
                 text::cut_message(&mut self.order.state_reason);
@@ -862,7 +868,7 @@ impl Actor {
     fn stage_rollbacks(&self) -> impl Iterator<Item = (&str, &NodeProgress)> {
         let nodes = (0u32..).zip(&self.plan.nodes);
         nodes
-            .filter(|(_, planned)| planned.level == Level::Stage)
+            .filter(|(_, planned)| matches!(planned.level, Level::Stage | Level::Application))
             .map(|(node, planned)| (planned.name.as_str(), self.progress.node(node)))
     }
 

@@ -233,6 +233,7 @@ impl Invocations {
             lock_owner: id,
             last_event: 0,
             rolled_back_by: None,
+            rollback_asked: None,
             server_count: count,
             created_by: caller.name.clone(),
             created_at: at,

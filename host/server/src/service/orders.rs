@@ -19,7 +19,7 @@ use windlass_domain::{
     id::{InstanceId, OrderId, PackageId, ServerId},
     order::{
         Action, Control, Order, OrderEvent, OrderState, PlanRevision, Purpose, ReleaseSpec,
-        StackChange,
+        RollbackAsked, StackChange,
     },
     plan::{Level, NodeId, NodeIndex, NodeKind, Plan},
     progress::{Counts, Drift, NodeProgress, NodeState, PoolWeight, Progress, StageRollback},
@@ -304,6 +304,7 @@ impl Orders {
             lock_owner: id,
             last_event: 0,
             rolled_back_by: None,
+            rollback_asked: None,
             server_count: u32::try_from(plan.units.len()).unwrap_or(u32::MAX),
             created_by: caller.name.clone(),
             created_at: at,
@@ -426,12 +427,21 @@ impl Orders {
                     return Err(drifted(&drift));
                 }
             }
-            Action::RollBack { reason } if order.state.is_terminal() => {
-                return self.roll_back_ended(caller, order, reason).await;
+            Action::RollBack { reason, parameters } if order.state.is_terminal() => {
+                let asked = RollbackAsked {
+                    reason: reason.clone(),
+                    parameters: parameters.clone(),
+                };
+                return self.roll_back_ended(caller, order, asked).await;
             }
-            Action::RollBack { .. } if order.control == Control::Active => {
+            Action::RollBack { reason, parameters } if order.control == Control::Active => {
                 // Refused before anything is ended for it.
                 let (_, plan, progress) = self.progress(workspace, id).await?;
+                let asked = RollbackAsked {
+                    reason: reason.clone(),
+                    parameters: parameters.clone(),
+                };
+                self.planner.check_rollback(&order, &plan, &asked).await?;
                 self.planner
                     .can_roll_back(&order, &plan, &progress)
                     .await
@@ -464,8 +474,8 @@ impl Orders {
     async fn roll_back_ended(
         &self,
         caller: Caller,
-        order: Order,
-        reason: &str,
+        mut order: Order,
+        asked: RollbackAsked,
     ) -> Result<Order, ServiceError> {
         let conflict = |code, message: String, mend: &str| ServiceError::Conflict {
             code,
@@ -497,9 +507,12 @@ impl Orders {
                 "release the wanted version instead",
             ));
         }
+        self.planner.check_rollback(&order, &plan, &asked).await?;
+        let reason = asked.reason.clone();
+        order.rollback_asked = Some(asked);
         let planned = self
             .planner
-            .rollback(&order, &plan, &progress, reason, &caller.name)
+            .rollback(&order, &plan, &progress, &reason, &caller.name)
             .await
             .map_err(no_rollback)?;
         let with = caller.answered(shown(&planned.order));
@@ -653,8 +666,39 @@ impl Orders {
 }
 
 /// An order as its idempotency record keeps it.
+/// What an idempotency record keeps of an order: which it is. Its header after an action is the actor's to know, and is read
+/// when the answer has to be made again.
 fn shown(order: &Order) -> serde_json::Value {
-    serde_json::to_value(order).unwrap_or_default()
+    serde_json::to_value(OrderNow {
+        order_now: order.id,
+    })
+    .unwrap_or_default()
+}
+
+/// An order in an idempotency record.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OrderNow {
+    order_now: OrderId,
+}
+
+impl Orders {
+    /// The order that an idempotency record stands for, as it is now; `None`: the record stands for something else, or the
+    /// order is gone.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn of_record(
+        &self,
+        resource: &serde_json::Value,
+    ) -> Result<Option<Order>, ServiceError> {
+        let Ok(OrderNow { order_now }) = OrderNow::deserialize(resource) else {
+            return Ok(None);
+        };
+        let found = rows::read_order(&*self.engine.shared.store, order_now).await;
+        let found = found.map_err(|error| failed("read an order", error))?;
+        Ok(found.map(|(order, _)| order))
+    }
 }
 
 fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
@@ -783,7 +827,7 @@ fn no_rollback(why: NoRollback) -> ServiceError {
 /// A person's reason is kept in rows, events and the header of a rollback order.
 fn check_reason(action: &Action) -> Result<(), ServiceError> {
     let (Action::Lock { reason, .. }
-    | Action::RollBack { reason }
+    | Action::RollBack { reason, .. }
     | Action::RollBackStage { reason, .. }) = action
     else {
         return Ok(());

@@ -69,7 +69,7 @@ use super::{
     templates::Templates,
     workspaces::Workspaces,
 };
-use crate::engine::{Agents, rows};
+use crate::engine::{Agents, rows, traffic::TrafficPools};
 pub(super) use faults::plugin_failed;
 
 /// Applications of one order.
@@ -103,6 +103,8 @@ pub struct PlannerParts {
     pub servers: Servers,
     /// Process templates.
     pub templates: Templates,
+    /// Weights.
+    pub pools: Arc<dyn TrafficPools>,
 }
 
 impl Planner {
@@ -112,6 +114,27 @@ impl Planner {
         Self {
             parts: Arc::new(parts),
         }
+    }
+
+    /// A service instance that a request names.
+    async fn instance(
+        &self,
+        workspace: &Workspace,
+        id: InstanceId,
+        field: String,
+    ) -> Result<ServiceInstance, ServiceError> {
+        let ws = workspace.name.as_str();
+        let found = self.parts.instances.get(ws, id).await;
+        let (instance, _) = found.map_err(|error| match error {
+            ServiceError::NotFound { .. } => invalid(
+                "instance_unknown",
+                field,
+                format!("there is no service instance {id} in the workspace `{ws}`"),
+                "give ids of service instances of this workspace",
+            ),
+            other => other,
+        })?;
+        Ok(instance)
     }
 
     /// The tech stack of an instance, which its parameters fit; in the version that is named, or in its own.

@@ -421,6 +421,7 @@ mod tests {
             lock_owner: id,
             last_event: 1,
             rolled_back_by: None,
+            rollback_asked: None,
             server_count: 1,
             created_by: "anna".to_owned(),
             created_at: Timestamp::from_unix_ms(0),

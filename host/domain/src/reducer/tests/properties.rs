@@ -306,6 +306,7 @@ fn random_action(world: &World, node: NodeIndex, dice: u8) -> Action {
         _ if dice >= 240 => Action::Cancel { node: None },
         _ if dice >= 220 => Action::RollBack {
             reason: "bad".to_owned(),
+            parameters: None,
         },
         _ => Action::Confirm { node: None },
     }

@@ -110,6 +110,7 @@ fn a_failed_rollback_ends_as_failed() {
         world
             .act(Action::RollBack {
                 reason: "bad".to_owned(),
+                parameters: None,
             })
             .unwrap();
         assert_eq!(world.due(), [Effect::StartRollback]);
@@ -895,6 +896,7 @@ fn a_rollback_leaves_shifts_to_its_own_plan() {
     world
         .act(Action::RollBack {
             reason: "bad".to_owned(),
+            parameters: None,
         })
         .unwrap();
     assert_eq!(world.due(), [Effect::StartRollback]);

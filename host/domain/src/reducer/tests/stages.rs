@@ -135,6 +135,7 @@ fn a_stage_is_rolled_back_and_run_again() {
         Action::Cancel { node: None },
         Action::RollBack {
             reason: "bad".to_owned(),
+            parameters: None,
         },
         roll_back(SECOND),
     ] {
@@ -237,6 +238,7 @@ fn there_is_no_way_back_from_a_stage_that_says_so() {
     let refused = world
         .act(Action::RollBack {
             reason: "bad".to_owned(),
+            parameters: None,
         })
         .unwrap_err();
     assert!(

@@ -146,6 +146,7 @@ fn actions(node: NodeIndex) -> Vec<Action> {
             Action::Lock { .. } => vec![Action::Unlock { node }],
             Action::Unlock { .. } => vec![Action::RollBack {
                 reason: "bad".to_owned(),
+                parameters: None,
             }],
             Action::RollBack { .. } => vec![Action::RollBackStage {
                 node,

@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use windlass_domain::{
-    id::OrderId,
+    dispatch,
+    id::{InstanceId, OrderId},
     order::{Action, Control, Ending, Order, OrderState, Purpose},
-    plan::{NodeIndex, Plan},
+    plan::{NodeIndex, NodeKind, Plan},
     progress::{Progress, StageRollback},
     reducer::{self, Effect, Event},
 };
@@ -29,10 +30,10 @@ pub(super) async fn start_rollback(job: &Job) {
         return;
     };
     let shared = &job.engine.shared;
-    let reason = if job.order.state_reason.is_empty() {
-        "asked for"
-    } else {
-        &job.order.state_reason
+    let reason = match &job.order.rollback_asked {
+        Some(asked) if !asked.reason.is_empty() => &asked.reason,
+        Some(_) | None if job.order.state_reason.is_empty() => "asked for",
+        Some(_) | None => &job.order.state_reason,
     };
     let plan = || {
         shared
@@ -154,6 +155,17 @@ pub(super) async fn finish(job: &Job) {
     }
 }
 
+/// Whether what the order did to a service instance was rolled back by itself.
+fn was_rolled_back(plan: &Plan, progress: &Progress, instance: InstanceId) -> bool {
+    (0u32..).zip(&plan.nodes).any(|(node, planned)| {
+        matches!(planned.kind, NodeKind::Unit { .. })
+            && dispatch::unit_of(plan, node)
+                .and_then(|(_, _, unit)| plan.part_of(unit))
+                .is_some_and(|part| part.instance == instance)
+            && progress.node(progress.stage_of(node)).rollback == Some(StageRollback::Done)
+    })
+}
+
 async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let shared = &job.engine.shared;
     let order = &job.order;
@@ -188,7 +200,12 @@ async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + 
         }
     }
     if order.control == Control::Ended(Ending::Succeeded) && !order.tech_stacks.is_empty() {
-        shared.planning.keep_tech_stacks(order).await?;
+        let mut kept = order.clone();
+        if let View::Whole(progress) = &job.view {
+            kept.tech_stacks
+                .retain(|change| !was_rolled_back(&job.plan, progress, change.instance));
+        }
+        shared.planning.keep_tech_stacks(&kept).await?;
     }
     // Without its active row the order is never taken up again: every seat has to be given back before.
     if let View::Whole(progress) = &job.view {

@@ -195,7 +195,7 @@ fn shown(order: &Order, plan: &Plan, progress: &Progress, now: Timestamp) -> Ord
             Some(_) | None => application.groups.push(GroupProgress {
                 node: plan.id_of(group),
                 name: plan.nodes[group as usize].name.clone(),
-                state: progress.told_state(plan, group),
+                state: group_state(plan, progress, group),
                 span: Span::default(),
                 servers: vec![server],
             }),
@@ -302,6 +302,18 @@ fn server(
         steps_done: done,
         steps_total: u32::try_from(steps.len()).unwrap_or(u32::MAX),
         span: Span::of(started_at, finished_at, now),
+    }
+}
+
+/// The state of a group as it is told: one that a gate asks about waits for that.
+fn group_state(plan: &Plan, progress: &Progress, group: NodeIndex) -> NodeState {
+    let state = progress.told_state(plan, group);
+    let waits =
+        |node: &NodeIndex| progress.told_state(plan, *node) == NodeState::AwaitingConfirmation;
+    if state == NodeState::Succeeded && progress.followers(plan, group).iter().any(waits) {
+        NodeState::AwaitingConfirmation
+    } else {
+        state
     }
 }
 

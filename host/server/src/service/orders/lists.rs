@@ -237,6 +237,7 @@ mod tests {
             lock_owner: id,
             last_event: 1,
             rolled_back_by: None,
+            rollback_asked: None,
             server_count: 1,
             created_by: if number.is_multiple_of(7) {
                 "Berta"

@@ -16,9 +16,9 @@ use windlass_domain::{
 
 use super::{
     Planner, ServiceError,
-    reads::{members_subject, read_members},
+    reads::{back_ends_subject, members_subject, read_back_ends, read_members},
 };
-use crate::service::orders::bad_edit;
+use crate::service::{load_balancers::behind, orders::bad_edit};
 
 impl Planner {
     /// A change as it was asked for, with all that it takes to make it.
@@ -70,13 +70,22 @@ impl Planner {
                     None => Vec::new(),
                 };
                 let now: BTreeSet<ServerId> = bound.iter().map(|(server, _)| server.id).collect();
-                let reads: BTreeMap<_, _> =
+                let mut reads: BTreeMap<_, _> =
                     [(members_subject(&application, &cells), read_members(&bound))].into();
+                // Who is bound stands behind the application's pools.
+                let (store, pools) = (&*self.parts.store, part.pools.iter().copied().collect());
+                for (pool, members) in behind(store, &order.workspace, pools).await? {
+                    reads.insert(back_ends_subject(&pool), read_back_ends(&members));
+                }
                 let came: BTreeSet<ServerId> = now.difference(&known).copied().collect();
                 let gone = known.difference(&now).copied().collect();
                 let came = if came.is_empty() {
                     None
                 } else {
+                    let spec = ReleaseSpec {
+                        parameters: without_groups(spec.parameters),
+                        ..spec
+                    };
                     let graft = (application.clone(), &came);
                     Some(self.graft(order, spec, target, graft).await?)
                 };
@@ -150,6 +159,8 @@ impl Planner {
         target: Target,
         (application, servers): (String, &BTreeSet<ServerId>),
     ) -> Result<Box<Graft>, ServiceError> {
+        let dependencies = spec.dependencies.pairs();
+        let dependencies = dependencies.map_err(super::dependencies_invalid)?;
         let spec = ReleaseSpec {
             targets: vec![target],
             shift_only: Vec::new(),
@@ -160,8 +171,22 @@ impl Planner {
         let plan = self
             .plan_servers(&order.workspace, &spec, Some(servers))
             .await?;
-        Ok(Box::new(Graft { application, plan }))
+        Ok(Box::new(Graft {
+            application,
+            plan,
+            dependencies,
+        }))
     }
+}
+
+/// The order's parameters without explicit groups: what came stands in none of them, and is grouped as by default.
+fn without_groups(mut parameters: serde_json::Value) -> serde_json::Value {
+    if let Some(fields) = parameters.as_object_mut()
+        && fields.get("grouping").is_some_and(|by| by == "explicit")
+    {
+        fields.retain(|name, _| name != "grouping" && name != "groups");
+    }
+    parameters
 }
 
 /// Which plans can be changed in which way.

@@ -205,7 +205,9 @@ impl Planner {
     ) -> Result<Chosen, ServiceError> {
         let field = |name: &str| format!("/targets/{index}/{name}");
         let ws = workspace.name.as_str();
-        let (instance, _) = self.parts.instances.get(ws, target.instance).await?;
+        let instance = self
+            .instance(workspace, target.instance, field("instance"))
+            .await?;
         let (app, _) = self.parts.apps.get(&instance.app.to_string()).await?;
         let key = app.name.to_string();
         check_cells(workspace, &target.cells, &field("cells"))?;
@@ -278,6 +280,9 @@ impl Planner {
                 state,
                 installed: installed.is_some(),
                 online: self.parts.agents.is_online(server.id),
+                without_traffic: self
+                    .is_without_traffic(&instance, &spec.operation, server.id)
+                    .await?,
             };
             let refused = spec.operation.refuses(standing);
             let refused = refused.or_else(|| lacks_steps(&spec.operation, installed.as_ref()?));
@@ -297,6 +302,28 @@ impl Planner {
             key,
             servers,
         })
+    }
+
+    /// Whether a server has no weight in a pool of its service instance; asked only where it decides something.
+    async fn is_without_traffic(
+        &self,
+        instance: &ServiceInstance,
+        operation: &Operation,
+        server: ServerId,
+    ) -> Result<bool, ServiceError> {
+        if !matches!(operation, Operation::Online { .. }) {
+            return Ok(false);
+        }
+        for pool in &instance.pools {
+            let weight = self.parts.pools.weight(*pool, server).await;
+            let weight = weight.map_err(|error| ServiceError::Unavailable {
+                message: error.to_string(),
+            })?;
+            if weight == 0 {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     async fn operation_part(

@@ -162,10 +162,19 @@ impl Planner {
             }
         }
         for subject in subjects {
-            if let Some(id) = template_of(subject)
-                && let Some(template) = self.parts.templates.find(id).await?
-            {
-                now.insert(subject.clone(), read_template(&template));
+            let Some(id) = template_of(subject) else {
+                continue;
+            };
+            match self.parts.templates.find(id).await? {
+                Some(template) => {
+                    now.insert(subject.clone(), read_template(&template));
+                }
+                // The plan holds its steps: that nobody else can use it any more is no drift.
+                None => now.extend(
+                    plan.reads
+                        .get(subject)
+                        .map(|read| (subject.clone(), read.clone())),
+                ),
             }
         }
         self.current_back_ends(plan, &wanted, &mut now).await?;

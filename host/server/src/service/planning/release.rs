@@ -37,6 +37,7 @@ use super::{
         read_package, read_plugin, read_server, server_subject,
     },
     server_environment,
+    templates::expect_traffic,
 };
 use crate::service::chosen;
 
@@ -103,7 +104,21 @@ impl Planner {
         let (package, _) = self.parts.packages.get(workspace, package).await?;
         let (app, _) = self.parts.apps.get(&package.app.to_string()).await?;
         let instance = match instance {
-            Some(instance) => instance,
+            Some(instance) => {
+                let (named, _) = self.parts.instances.get(workspace, instance).await?;
+                if named.app != app.id {
+                    return Err(invalid(
+                        "package_of_other_application",
+                        "/instance".to_owned(),
+                        format!(
+                            "the package {} is not one of the application that `{}` runs",
+                            package.id, named.name
+                        ),
+                        "name a service instance of the package's application",
+                    ));
+                }
+                instance
+            }
             None => self.only_instance(workspace, &app).await?,
         };
         let mut title = format!("{} {}", app.name, package.version);
@@ -300,6 +315,7 @@ impl Planner {
             reads,
         };
         let plan = expanded(&strategy, input, &answer)?;
+        expect_traffic(&plan, &flow)?;
         if spec.lanes.is_empty() {
             return Ok(plan);
         }
@@ -323,10 +339,8 @@ impl Planner {
         reads: &mut BTreeMap<String, Read>,
     ) -> Result<(PartInput, StrategyApp), ServiceError> {
         let field = format!("/shift_only/{index}/instance");
-        let (instance, _) = self
-            .parts
-            .instances
-            .get(workspace.name.as_str(), target.instance)
+        let instance = self
+            .instance(workspace, target.instance, field.clone())
             .await?;
         let (app, _) = self.parts.apps.get(&instance.app.to_string()).await?;
         let key = app.name.to_string();
@@ -403,10 +417,8 @@ impl Planner {
         target: &Target,
     ) -> Result<Chosen, ServiceError> {
         let field = |name: &str| format!("/targets/{index}/{name}");
-        let (instance, _) = self
-            .parts
-            .instances
-            .get(workspace.name.as_str(), target.instance)
+        let instance = self
+            .instance(workspace, target.instance, field("instance"))
             .await?;
         let Some(wanted) = target.package else {
             return Err(invalid(

@@ -18,7 +18,9 @@ use windlass_domain::{
     flow,
     id::{OrderId, ServerId},
     manifest::{Manifest, PluginRef},
-    order::{Control, Ending, Order, OrderState, PlanRevision, Purpose, StackChange},
+    order::{
+        Control, Ending, Order, OrderState, PlanRevision, Purpose, RollbackAsked, StackChange,
+    },
     plan::{NodeIndex, NodeKind, Part, Plan, StepTemplate, TrafficAction, Unit},
     plugin::{
         AppRole, LifecyclePlan, OnFailure, Phase, RollbackRequest, StackStep, StrategyApp,
@@ -32,11 +34,12 @@ use windlass_domain::{
 };
 
 use self::traffic::Traffic;
-use super::{Planner, cell_names};
+use super::{Planner, ServiceError, cell_names};
 use crate::{
     clock,
     engine::{self, NoRollback, PlannedRollback, rows},
     ids,
+    service::chosen,
 };
 
 impl Planner {
@@ -74,6 +77,53 @@ impl Planner {
             return Err(nothing());
         }
         Ok(())
+    }
+
+    /// Refuses parameters of a rollback that the order's strategy would not take.
+    ///
+    /// # Errors
+    /// `parameters_invalid`, `out_of_limit`.
+    pub async fn check_rollback(
+        &self,
+        order: &Order,
+        plan: &Plan,
+        asked: &RollbackAsked,
+    ) -> Result<(), ServiceError> {
+        let Some(parameters) = &asked.parameters else {
+            return Ok(());
+        };
+        let bytes = serde_json::to_vec(parameters).map_or(usize::MAX, |json| json.len());
+        if bytes > RollbackAsked::MAX_PARAMETER_BYTES {
+            return Err(ServiceError::Limit {
+                code: "out_of_limit",
+                field: "/parameters".to_owned(),
+                message: format!(
+                    "the parameters of a rollback have {bytes} bytes as JSON, at most {} are allowed",
+                    RollbackAsked::MAX_PARAMETER_BYTES
+                ),
+                limit: RollbackAsked::MAX_PARAMETER_BYTES as u64,
+                current: bytes as u64,
+                mend: "give those alone that differ from the order's own".to_owned(),
+            });
+        }
+        if !parameters.is_object() {
+            return Err(ServiceError::invalid(
+                "parameters_invalid",
+                "/parameters",
+                "the parameters of a rollback are an object",
+                "give the strategy's parameters that are to stand above the order's own",
+            ));
+        }
+        let Some(strategy) = &plan.strategy else {
+            return Ok(());
+        };
+        let unavailable = |message: String| ServiceError::Unavailable { message };
+        let spec = self.spec(order).await.map_err(unavailable)?;
+        let plugin = self.parts.plugins.pinned(strategy.digest).await;
+        let plugin = plugin.map_err(|error| unavailable(error.to_string()))?;
+        plugin
+            .validate_parameters(&asked.over(spec.parameters))
+            .map_err(|faults| chosen::parameters_invalid("/parameters", strategy, &faults))
     }
 
     /// Likewise of one stage, or of all of it. `None`: there is nothing to bring back.
@@ -191,6 +241,7 @@ impl Planner {
             lock_owner: if active { order.lock_owner } else { id },
             last_event: 0,
             rolled_back_by: None,
+            rollback_asked: None,
             server_count: u32::try_from(rollback.units.len()).unwrap_or(u32::MAX),
             created_by: by.to_owned(),
             created_at: at,
@@ -215,10 +266,13 @@ impl Planner {
         progress: &Progress,
         stage: Option<NodeIndex>,
     ) -> Result<Found, NoRollback> {
+        // The header shows the last revisions alone.
+        let revisions = rows::read_revisions(&*self.parts.store, order)
+            .await
+            .map_err(NoRollback::not_now)?;
         let is_own = |manifest: &Manifest| {
             let digest = manifest.plan;
-            order
-                .revisions
+            revisions
                 .iter()
                 .any(|revision| Some(revision.digest) == digest)
         };
@@ -393,7 +447,10 @@ impl Planner {
             stage_of.get(application).copied().unwrap_or(1)
         };
         let request = StrategyRequest {
-            parameters: spec.parameters,
+            parameters: match &order.rollback_asked {
+                Some(asked) => asked.over(spec.parameters),
+                None => spec.parameters,
+            },
             limits: plan.limits.clone(),
             cells: cells.map_err(NoRollback::NotNow)?,
             applications: parts

@@ -1,6 +1,6 @@
 //! What the engine asks while an order runs: drift, servers, members, judgements, rollbacks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map::Entry};
 
 use async_trait::async_trait;
 use windlass_domain::{
@@ -9,6 +9,7 @@ use windlass_domain::{
     plan::{NodeIndex, NodeKind, Plan, Read},
     plugin::{JudgeRequest, Judgement, Observation},
     progress::{NodeState, Progress},
+    server::ReleaseState,
 };
 
 use super::{Planner, cell_of};
@@ -39,6 +40,7 @@ impl Planning for Planner {
             }
         }
         let placed = plan.placed();
+        let mut states = BTreeMap::new();
         for unit in placed
             .iter()
             .filter_map(|unit| plan.units.get(*unit as usize))
@@ -46,6 +48,24 @@ impl Planning for Planner {
             // Server work waits for each server by itself.
             if unit.part.is_some() && !self.parts.agents.is_online(unit.server) {
                 problems.push(format!("{} is not connected", unit.server_name));
+            }
+            // Source: spec "Release orders", "Before running". What brings back takes each server as it is.
+            let released = plan.part_of(unit).filter(|part| part.package.is_some());
+            let Some(part) = released.filter(|_| !plan.brings_back) else {
+                continue;
+            };
+            let states = match states.entry(part.instance) {
+                Entry::Occupied(read) => read.into_mut(),
+                Entry::Vacant(unread) => {
+                    let read = self.states(part.instance).await;
+                    unread.insert(read.map_err(|error| error.to_string())?)
+                }
+            };
+            if states.of(unit.server, true) == ReleaseState::Offline {
+                problems.push(format!(
+                    "{} is offline: bring it online first, unbind it, or take its group out of the order",
+                    unit.server_name
+                ));
             }
         }
         Ok(problems)

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use windlass_domain::{
     flow::FlowStep,
     id::TemplateId,
-    plan::Read,
+    plan::{Plan, Read},
+    plugin::RestoreWeight,
     template::{self, TemplateKind},
     workspace::Workspace,
 };
@@ -15,6 +16,35 @@ use super::{
     faults::invalid,
     reads::{read_template, template_subject},
 };
+
+/// A flow that moves no traffic cannot give the weights that a strategy plans: gray traffic would get all of it.
+///
+/// # Errors
+/// `template_moves_no_traffic`.
+pub(super) fn expect_traffic(plan: &Plan, flow: &[FlowStep]) -> Result<(), ServiceError> {
+    if flow.contains(&FlowStep::Drain) || flow.contains(&FlowStep::Restore) {
+        return Ok(());
+    }
+    let wanting = plan.units.iter().find(|unit| {
+        let has_pools = plan
+            .part_of(unit)
+            .is_some_and(|part| !part.pools.is_empty());
+        has_pools && unit.restore != RestoreWeight::Remembered
+    });
+    match wanting {
+        None => Ok(()),
+        Some(unit) => Err(invalid(
+            "template_moves_no_traffic",
+            "/template".to_owned(),
+            format!(
+                "the process template has neither `drain` nor `restore`, and the strategy plans another weight for {}: it would \
+                 keep the one that it has",
+                unit.server_name
+            ),
+            "use a template that moves traffic, or leave gray traffic and the weight override out",
+        )),
+    }
+}
 
 impl Planner {
     /// The flow of a template; `None` where none was asked for. It is read: a change of its steps is drift.
