@@ -5,7 +5,7 @@
 
 use serde_json::{Value, json};
 use windlass_tests::{
-    host::{Setup, TestHost, text},
+    host::{Setup, TestHost, items, text},
     scene::{Scene, act, group_of, nodes, nodes_when, refusal, step, unit},
 };
 
@@ -24,9 +24,13 @@ async fn people_are_told_what_they_cannot_do() {
     an_order_that_was_not_run(&host, &shop).await;
     an_application_by_itself(&host, &shop, &side).await;
     an_order_is_rolled_back_once(&host, &shop).await;
+    an_application_is_rolled_back(&host, &shop, &side).await;
+    a_rollback_is_grouped_as_asked(&host, &shop).await;
+    a_group_is_confirmed(&host, &shop).await;
     weights_change_one_after_the_other(&host, &shop).await;
     a_step_is_left_out(&host, &shop).await;
     an_order_is_initialised_again(&mut host, &shop).await;
+    an_order_that_was_ended_holds_no_server(&mut host, &shop).await;
 }
 
 async fn run(host: &TestHost, mut order: Value) -> String {
@@ -63,7 +67,7 @@ async fn an_order_that_was_not_run(host: &TestHost, shop: &Scene) {
         check_refused(host, &order, action, "wrong_state").await;
     }
     for action in [
-        json!({ "action": "lock", "node": server, "reason": "no" }),
+        json!({ "action": "lock", "node": leaf, "reason": "no" }),
         json!({ "action": "unlock", "node": leaf }),
         json!({ "action": "run_node", "node": leaf }),
     ] {
@@ -380,10 +384,219 @@ async fn an_order_is_initialised_again(host: &mut TestHost, shop: &Scene) {
     assert!(reason.contains("agent-2 is not connected"), "{reason}");
     host.start_agent(1, &[]);
     host.wait_online().await;
+    // What was asked for before is forgotten: one group is run, and no other.
+    let group = group_of(&nodes(host, &order).await, "agent-1")["node"].clone();
+    act(
+        host,
+        &order,
+        &json!({ "action": "run_node", "node": group }),
+    )
+    .await
+    .expect("it is initialised again");
+    let waiting = host.order_in(&order, &["awaiting_confirmation"]).await;
+    assert_eq!(waiting["counts"]["succeeded"], 1, "{waiting}");
+    assert_eq!(waiting["counts"]["waiting"], 1, "{waiting}");
     act(host, &order, &json!({ "action": "run" }))
         .await
-        .expect("it is initialised again");
+        .expect("all of it");
     let ended = host.order_ended(&order).await;
     assert_eq!(ended["state"], "succeeded", "{ended}");
     shop.check_serves(host, 1).await;
+}
+
+/// Cancelled while it waits for an agent, an order takes no locks any more when that is back.
+async fn an_order_that_was_ended_holds_no_server(host: &mut TestHost, shop: &Scene) {
+    shop.forget();
+    host.kill_agent(1);
+    let order = run(host, shop.order("ended early", 0)).await;
+    host.order_in(&order, &["initialising"]).await;
+    act(host, &order, &json!({ "action": "cancel" }))
+        .await
+        .expect("cancelled");
+    assert_eq!(host.order_ended(&order).await["state"], "cancelled");
+    host.start_agent(1, &[]);
+    host.wait_online().await;
+    shop.release(host, 0).await;
+}
+
+/// One application of two goes back while the other is under way; it is released again, and goes back for good.
+async fn an_application_is_rolled_back(host: &TestHost, shop: &Scene, side: &Scene) {
+    let mut order = shop.order("two applications", 1);
+    order["targets"] = json!([
+        { "instance": shop.instance, "package": shop.packages[1] },
+        { "instance": side.instance, "package": side.packages[0] },
+    ]);
+    shop.put("hold");
+    side.forget();
+    let order = run(host, order).await;
+    let seen = nodes(host, &order).await;
+    let of = |name: &str| {
+        let found = seen
+            .iter()
+            .find(|node| node["level"] == "application" && node["name"] == name);
+        found.expect("an application")["node"].clone()
+    };
+    let side_is = async |state: &str| {
+        nodes_when(host, &order, "the application's state", |nodes| {
+            nodes
+                .iter()
+                .any(|node| node["node"] == of("side") && node["state"] == state)
+        })
+        .await
+    };
+    side_is("succeeded").await;
+    let back = json!({ "action": "roll_back_stage", "node": of("side"), "reason": "side by side" });
+    let group = group_of(&seen, "agent-3")["node"].clone();
+    let of_group = json!({ "action": "roll_back_stage", "node": group, "reason": "no" });
+    check_refused(host, &order, of_group, "wrong_level").await;
+    let blank = json!({ "action": "roll_back_stage", "node": of("side"), "reason": " " });
+    check_refused(host, &order, blank, "reason_missing").await;
+    for next in ["run_again", "go_on"] {
+        act(host, &order, &back).await.expect("it goes back");
+        side_is("awaiting_confirmation").await;
+        assert_eq!(side.installed_on(&host.agents[2]).as_deref(), Some("2.0.0"));
+        side.check_serves(host, 1).await;
+        act(host, &order, &json!({ "action": next, "node": of("side") }))
+            .await
+            .expect("a decision");
+        if next == "run_again" {
+            side_is("succeeded").await;
+            side.check_serves(host, 0).await;
+        }
+    }
+    side_is("ignored").await;
+    check_refused(
+        host,
+        &order,
+        json!({ "action": "go_on", "node": of("side") }),
+        "nothing_to_do",
+    )
+    .await;
+    shop.take("hold");
+    let ended = host.order_ended(&order).await;
+    assert_eq!(ended["state"], "succeeded", "{ended}");
+    shop.check_serves(host, 1).await;
+    side.check_serves(host, 1).await;
+    let rollbacks = host.ws("orders?purpose=rollback&page_size=50");
+    let rollbacks = items(&host.api.get(&rollbacks).await.expect("orders"));
+    let of_it = rollbacks
+        .iter()
+        .filter(|rollback| rollback["purpose"]["of"] == order.as_str());
+    assert_eq!(of_it.count(), 2, "each is an order of its own");
+    shop.release(host, 0).await;
+    shop.forget();
+}
+
+/// A rollback takes a reason and a grouping, of an order that has ended and of one that runs.
+async fn a_rollback_is_grouped_as_asked(host: &TestHost, shop: &Scene) {
+    for ends_first in [true, false] {
+        let mut order = shop.order("grouped", 1);
+        order["limits"] = json!({ "max_unavailable": "100%", "min_healthy_members": 0 });
+        if !ends_first {
+            order["parameters"]["gray_traffic"] = true.into();
+        }
+        let order = run(host, order).await;
+        let back = |parameters: Value| json!({ "action": "roll_back", "reason": "grouped otherwise", "parameters": parameters });
+        if ends_first {
+            assert_eq!(host.order_ended(&order).await["state"], "succeeded");
+        } else {
+            host.order_in(&order, &["awaiting_confirmation"]).await;
+            act(host, &order, &json!({ "action": "confirm" }))
+                .await
+                .expect("confirmed");
+            nodes_when(host, &order, "the second group waits", |nodes| {
+                let gates = nodes.iter().filter(|node| node["kind"] == "gate");
+                gates
+                    .last()
+                    .is_some_and(|gate| gate["state"] == "awaiting_confirmation")
+            })
+            .await;
+        }
+        for (parameters, code) in [
+            (json!({ "grouping": "nonsense" }), "parameters_invalid"),
+            (json!([]), "parameters_invalid"),
+            (json!({ "groups": "x".repeat(5000) }), "out_of_limit"),
+        ] {
+            check_refused(host, &order, back(parameters), code).await;
+        }
+        let made = act(host, &order, &back(json!({ "grouping": "all-in-one" })))
+            .await
+            .expect("rolled back");
+        let rollback = if ends_first {
+            text(&made["id"])
+        } else {
+            let ended = host.order_ended(&order).await;
+            assert_eq!(ended["state"], "rolled_back", "{ended}");
+            text(&ended["rolled_back_by"])
+        };
+        let ended = host.order_ended(&rollback).await;
+        assert_eq!(ended["state"], "succeeded", "{ended}");
+        assert_eq!(ended["purpose"]["reason"], "grouped otherwise", "{ended}");
+        let seen = nodes(host, &rollback).await;
+        let groups = seen.iter().filter(|node| node["level"] == "group").count();
+        assert_eq!(groups, 1, "both at once: {seen:?}");
+        for agent in &host.agents[..2] {
+            assert_eq!(shop.installed_on(agent).as_deref(), Some("1.0.0"));
+        }
+        shop.forget();
+    }
+    let mut full = shop.order("full traffic", 0);
+    full["parameters"]["weight_override"] = 100.into();
+    full["limits"] = json!({ "min_healthy_members": 0 });
+    let full = run(host, full).await;
+    assert_eq!(host.order_ended(&full).await["state"], "succeeded");
+    shop.forget();
+}
+
+/// The gate that asks about a group is confirmed by the group, whose progress says that it waits.
+async fn a_group_is_confirmed(host: &TestHost, shop: &Scene) {
+    let mut order = shop.order("a group", 1);
+    order["parameters"]["gray_traffic"] = true.into();
+    order["limits"] = json!({ "min_healthy_members": 0 });
+    let order = run(host, order).await;
+    for waits in 0..2 {
+        let path = host.ws(&format!("orders/{order}/progress"));
+        let group = windlass_tests::host::eventually("the group waits", || async {
+            let progress = host.api.get(&path).await.expect("progress");
+            let group = progress["applications"][0]["groups"][waits].clone();
+            if group["state"] == "awaiting_confirmation" {
+                Ok(group)
+            } else {
+                Err(progress.to_string())
+            }
+        })
+        .await;
+        let confirm = json!({ "action": "confirm", "node": group["node"] });
+        act(host, &order, &confirm).await.expect("confirmed");
+        check_refused(
+            host,
+            &order,
+            confirm,
+            if waits == 0 {
+                "nothing_to_do"
+            } else {
+                "order_ended"
+            },
+        )
+        .await;
+    }
+    assert_eq!(host.order_ended(&order).await["state"], "succeeded");
+    // Released without traffic, they are brought online.
+    let online = json!({
+        "title": "bring online", "operation": { "kind": "online", "initial_weight": 100 },
+        "parameters": { "grouping": "one-per-group" }, "targets": [{ "instance": shop.instance }],
+        "limits": { "min_healthy_members": 0 }, "run": true,
+    });
+    let made = host.api.post(&host.ws("operations"), &online).await;
+    let made = text(&made.expect("an operation")["id"]);
+    assert_eq!(host.order_ended(&made).await["state"], "succeeded");
+    shop.check_serves(host, 1).await;
+    let (status, code, told) = refusal(host.api.post(&host.ws("operations"), &online).await);
+    assert_eq!(
+        (status, code.as_str()),
+        (409, "no_server_qualifies"),
+        "{told}"
+    );
+    shop.release(host, 0).await;
+    shop.forget();
 }

@@ -31,6 +31,7 @@ async fn an_order_that_failed_does_no_harm_to_later_ones() {
     a_rollback_waits_for_what_passes(&host, &scene).await;
     an_odd_archive_harms_nobody(&host, &scene).await;
     progress_says_what_broke(&host, &scene).await;
+    a_server_that_is_away_keeps_no_other_from_going_back(&mut host, &scene).await;
     reasons_have_a_length(&host, &scene).await;
     host.stop().await;
 }
@@ -150,6 +151,54 @@ async fn an_odd_archive_harms_nobody(host: &TestHost, scene: &Scene) {
     scene.check_serves(host, 1).await;
 }
 
+/// A rollback that was ended before it was done is made again, and one server's agent that is away holds up that server alone.
+async fn a_server_that_is_away_keeps_no_other_from_going_back(host: &mut TestHost, scene: &Scene) {
+    scene.forget();
+    let order = run(host, scene.order("to go back", 0)).await;
+    assert_eq!(host.order_ended(&order).await["state"], "succeeded");
+    host.kill_agent(1);
+    let back = json!({ "action": "roll_back", "reason": "second thoughts" });
+    let locked = async |rollback: &str| {
+        let blocked = host.order_in(rollback, &["blocked"]).await;
+        let reason = text(&blocked["state_reason"]);
+        assert!(
+            reason.contains("agent-2 is not connected: unlock it"),
+            "{reason}"
+        );
+        assert_eq!(blocked["counts"]["succeeded"], 1, "{blocked}");
+        assert_eq!(
+            scene.installed_on(&host.agents[0]).as_deref(),
+            Some("2.0.0")
+        );
+    };
+    let first = act(host, &order, &back).await.expect("a rollback");
+    let first = text(&first["id"]);
+    locked(&first).await;
+    act(host, &first, &json!({ "action": "cancel" }))
+        .await
+        .expect("it is ended");
+    host.order_ended(&first).await;
+    // What is back already is left alone.
+    let second = act(host, &order, &back).await.expect("another rollback");
+    let second = text(&second["id"]);
+    let waiting = host.order_in(&second, &["blocked"]).await;
+    assert_eq!(waiting["server_count"], 1, "{waiting}");
+    host.start_agent(1, &[]);
+    host.wait_online().await;
+    let seen = nodes(host, &second).await;
+    let server = seen.iter().find(|node| node["level"] == "server");
+    let unlock = json!({ "action": "unlock", "node": server.expect("a server")["node"] });
+    act(host, &second, &unlock).await.expect("unlocked");
+    assert_eq!(host.order_ended(&second).await["state"], "succeeded");
+    let refused = roll_back(host, &order).await;
+    assert_eq!(
+        (refused.0, refused.1.as_str()),
+        (409, "already_rolled_back"),
+        "{refused:?}"
+    );
+    scene.check_serves(host, 1).await;
+}
+
 async fn progress_says_what_broke(host: &TestHost, scene: &Scene) {
     scene.put("fail-agent-1");
     let order = run(host, scene.order("to be ended", 1)).await;
@@ -202,6 +251,7 @@ async fn progress_says_what_broke(host: &TestHost, scene: &Scene) {
     assert!(text(&application["finished_at"]) <= text(&ended["finished_at"]));
 
     // A step that was under way when a person ended the order is named.
+    scene.forget();
     scene.put("hold");
     let order = run(host, scene.order("to be cut off", 1)).await;
     scene.wait_begun(1).await;

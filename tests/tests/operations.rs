@@ -383,6 +383,19 @@ async fn a_server_goes_offline_and_comes_back_with_its_weight(host: &TestHost, s
     assert_eq!(scene.weight(host, first).await, 0);
     assert_eq!(state_of(host, first).await, "offline");
     assert_eq!(state_of(host, second).await, "released");
+    // A release does not put it on line by the way, nor leaves it without traffic.
+    let mut release = scene.order("over it", 0);
+    release["run"] = true.into();
+    let release = host.order(&release).await.expect("an order");
+    let refused_so = host.order_in(&release, &["not_started"]).await;
+    let reason = text(&refused_so["state_reason"]);
+    assert!(
+        reason.contains("agent-1 is offline: bring it online first"),
+        "{reason}"
+    );
+    act(host, &release, &json!({ "action": "cancel" }))
+        .await
+        .expect("cancelled");
     for (asked, says) in [
         (
             on(scene, "again", offline.clone(), &[0]),
@@ -641,7 +654,7 @@ async fn operations_are_listed(host: &TestHost) {
             .iter()
             .all(|order| order["purpose"]["kind"] == "operation")
     );
-    assert_eq!(list("release").await.len(), 1);
+    assert_eq!(list("release").await.len(), 2);
     assert_eq!(list("rollback").await.len(), 0);
     let counts = host
         .api

@@ -150,6 +150,24 @@ async fn a_package_is_released_at_once(host: &TestHost, scene: &Scene) {
     let named = json!({ "instance": another });
     let (status, code, detail) = refusal(host.api.post(&second, &named).await);
     assert_eq!((status, code.as_str()), (422, "no_servers"), "{detail}");
+    let idle = overview(host, "?search=idle").await[0]["app"].clone();
+    let idle = json!({ "name": "idle", "app": idle, "parameters": { "program": "run.sh" } });
+    let idle = host.api.post(&host.ws("service-instances"), &idle).await;
+    let named = json!({ "instance": idle.expect("an instance")["id"] });
+    let other = host.api.post(&second, &named).await.expect_err("refused");
+    let told = other.to_string();
+    assert!(
+        told.contains("package_of_other_application") && told.contains("\"instance\""),
+        "{told}"
+    );
+    let unknown = json!({ "title": "nobody's", "targets": [
+        { "instance": "svc_00000000000000000000000000000000", "package": scene.packages[0] }] });
+    let (status, code, detail) = refusal(host.order(&unknown).await);
+    assert_eq!(
+        (status, code.as_str()),
+        (422, "instance_unknown"),
+        "{detail}"
+    );
     let first = release(&scene.packages[0]);
     let named = json!({ "instance": scene.instance, "title": "back" });
     let made = host.api.post(&first, &named).await.expect("an order");

@@ -141,6 +141,14 @@ async fn templates_are_kept(host: &TestHost) -> String {
     assert_eq!(deleted(format!("{path}?confirm=gone")).await.0, 204);
     assert_eq!(refusal(host.api.get(&path).await).0, 404);
 
+    let with = |pointer: &str, value: Value| {
+        let mut step = script("a script", "true");
+        match step.pointer_mut(pointer) {
+            Some(found) => *found = value,
+            None => step[pointer.trim_start_matches('/')] = value,
+        }
+        step
+    };
     for (kind, steps, field, says) in [
         ("restart", json!([]), "steps", "1 to 50 steps"),
         (
@@ -172,6 +180,36 @@ async fn templates_are_kept(host: &TestHost) -> String {
             json!([script("", "true")]),
             "/steps/0",
             "a script has a name",
+        ),
+        (
+            "static_files",
+            json!([with("/run_as", json!("a b\n"))]),
+            "/steps/0",
+            "is not the name of an OS user",
+        ),
+        (
+            "static_files",
+            json!([with("/env", json!({ "A": { "plain": "x\0y" } }))]),
+            "/steps/0",
+            "zero byte",
+        ),
+        (
+            "static_files",
+            json!([with("/script/interpreter", json!(["sh"]))]),
+            "/steps/0",
+            "give the path of one",
+        ),
+        (
+            "static_files",
+            json!([with("/script/interpreter", json!(["/bin/sh\0"]))]),
+            "/steps/0",
+            "NUL",
+        ),
+        (
+            "static_files",
+            json!([with("/script/working_dir", json!("../../x"))]),
+            "/steps/0",
+            "working directory",
         ),
         (
             "static_files",
@@ -294,6 +332,35 @@ async fn a_release_follows_its_template(host: &TestHost, scene: &Scene, other: &
             "restore",
         ])
     );
+    // One that moves no traffic cannot give the weights that a strategy plans.
+    let steps = phases(&[
+        "fetch",
+        "unpack",
+        "phase configure",
+        "stop_installed",
+        "activate",
+        "phase start",
+        "phase check",
+    ]);
+    let bare = json!({ "name": "bare", "kind": "release", "steps": steps });
+    let answer = host.api.post(&host.ws("process-templates"), &bare).await;
+    let bare = answer.expect("a template");
+    for parameters in [
+        json!({ "grouping": "one-per-group", "gray_traffic": true }),
+        json!({ "grouping": "one-per-group", "weight_override": 40 }),
+    ] {
+        let mut order = scene.order("bare", 0);
+        order["template"] = bare["id"].clone();
+        order["parameters"] = parameters;
+        let (status, code, says) = refusal(host.order(&order).await);
+        assert_eq!(
+            (status, code.as_str()),
+            (422, "template_moves_no_traffic"),
+            "{says}"
+        );
+        order["parameters"] = json!({ "grouping": "one-per-group" });
+        host.order(&order).await.expect("weights stay as they are");
+    }
 }
 
 async fn an_operation_follows_its_template(host: &TestHost, scene: &Scene, template: &str) {
@@ -352,6 +419,29 @@ async fn a_template_that_changed_is_drift(host: &TestHost, scene: &Scene) {
     let (_, code, says) = refusal(act(host, &waiting, &json!({ "action": "run" })).await);
     assert_eq!(code, "plan_drifted", "{says}");
     assert_eq!((starts(scene), left(scene)), before, "nothing was touched");
+    // Deleted, it drifts nothing: the plan holds its steps.
+    let gone = create(host, "test", &{
+        let mut template = steps("gone");
+        template["name"] = "gone".into();
+        template
+    })
+    .await;
+    let mut of_gone = asked.clone();
+    of_gone["template"] = gone["id"].clone();
+    let of_gone = make(host, &of_gone).await;
+    let delete = host.ws(&format!(
+        "process-templates/{}?confirm=gone",
+        text(&gone["id"])
+    ));
+    let answer = host
+        .api
+        .request(Method::DELETE, &delete, Bytes::new(), &[])
+        .await;
+    assert_eq!(answer.expect("an answer").status, 204);
+    act(host, &of_gone, &json!({ "action": "run" }))
+        .await
+        .expect("it runs");
+    assert_eq!(host.order_ended(&of_gone).await["state"], "succeeded");
     // As it was, it is run as it was.
     host.api
         .put(&path, &steps("before"))

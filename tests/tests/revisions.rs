@@ -87,6 +87,8 @@ async fn people_change_the_plan_of_an_order() {
     a_server_that_left_is_free_for_others(&host, &shop).await;
     lanes_and_stages(&host, &shop, &bank).await;
     some_plans_are_not_changed(&host, &shop, &bank).await;
+    what_goes_with_a_group(&host, &shop, &bank).await;
+    an_order_of_many_revisions_is_rolled_back(&host, &shop).await;
     a_change_survives_the_death_of_the_server(&mut host, &shop).await;
 }
 
@@ -184,6 +186,12 @@ async fn a_running_order_is_regrouped(host: &TestHost, shop: &Scene) {
     check_refused(host, &order, &none, 422, "plugin_not_available").await;
     let judged = json!({ "edit": "regroup", "application": "shop", "strategy": "canary" });
     check_refused(host, &order, &judged, 409, "foreign_judge").await;
+    let staged = json!({ "edit": "regroup", "application": "shop", "strategy": "blue-green" });
+    let (_, code, told) = refusal(edit(host, &order, &staged).await);
+    assert!(
+        ["foreign_traffic", "plugin_refused"].contains(&code.as_str()),
+        "{code}: {told}"
+    );
     let anew = json!({
         "edit": "regroup", "application": "shop",
         "parameters": { "grouping": "one-per-group", "gray_traffic": true }
@@ -653,6 +661,116 @@ async fn some_plans_are_not_changed(host: &TestHost, shop: &Scene, bank: &Scene)
     check_history(host, &order).await;
 }
 
+/// Gates, dependencies, explicit groups and locks, where groups are deleted and made anew.
+async fn what_goes_with_a_group(host: &TestHost, shop: &Scene, bank: &Scene) {
+    // Gray traffic: a gate behind each group asks about its servers.
+    let mut gray = shop.order("gray", 1);
+    gray["parameters"] = json!({ "grouping": "one-per-group", "gray_traffic": true });
+    let gray = host.order(&gray).await.expect("an order");
+    let gates = async |order: &str| {
+        let seen = nodes(host, order).await;
+        seen.iter().filter(|node| node["kind"] == "gate").count()
+    };
+    assert_eq!(gates(&gray).await, 3);
+    let group = |seen: &[Value], server: &str| group_of(seen, server)["node"].clone();
+    let seen = nodes(host, &gray).await;
+    let delete = json!({ "edit": "delete_group", "node": group(&seen, "agent-2") });
+    let header = edit(host, &gray, &delete).await.expect("deleted");
+    assert_eq!(gates(&gray).await, 2, "{header}");
+    let three = id(&shop.servers, "agent-3");
+    let moved =
+        json!({ "edit": "move_servers", "servers": [three], "to": group(&seen, "agent-1") });
+    let header = edit(host, &gray, &moved).await.expect("moved");
+    assert_eq!(gates(&gray).await, 1, "{header}");
+    let last = header["revisions"].as_array().expect("revisions").last();
+    let difference = text(&last.expect("a revision")["difference"]);
+    assert!(difference.contains("without confirm"), "{difference}");
+
+    // What others depend on comes back in front of them.
+    let mut order = both(shop, bank, "depends");
+    order["dependencies"] = "shop>bank".into();
+    let order = host.order(&order).await.expect("an order");
+    let seen = nodes(host, &order).await;
+    let delete = json!({ "edit": "delete_group", "node": group(&seen, "agent-4") });
+    edit(host, &order, &delete).await.expect("deleted");
+    let anew = json!({ "edit": "regroup", "application": "bank", "parameters": { "grouping": "one-per-group" } });
+    edit(host, &order, &anew).await.expect("grouped anew");
+    let seen = nodes(host, &order).await;
+    let applications: Vec<&str> = seen
+        .iter()
+        .filter(|node| node["level"] == "application")
+        .filter_map(|node| node["name"].as_str())
+        .collect();
+    assert_eq!(applications, ["bank", "shop"]);
+
+    // Servers come into an order of explicit groups.
+    shop.unbind(host, &[&three]).await;
+    let mut explicit = shop.order("explicit", 1);
+    let (one, two) = (id(&shop.servers, "agent-1"), id(&shop.servers, "agent-2"));
+    explicit["parameters"] = json!({ "grouping": "explicit",
+        "groups": [{ "name": "one", "servers": [one] }, { "name": "two", "servers": [two] }] });
+    let explicit = host.order(&explicit).await.expect("an order");
+    shop.bind(host, &[&three], json!({})).await;
+    let sync = json!({ "edit": "sync_servers", "application": "shop" });
+    let header = edit(host, &explicit, &sync).await.expect("synced");
+    assert_eq!(header["server_count"], 3, "{header}");
+
+    // A person's lock stays where its servers go.
+    shop.put("hold");
+    let locked = run(host, shop.order("locked", 1)).await;
+    shop.wait_begun(1).await;
+    let seen = nodes(host, &locked).await;
+    let lock =
+        json!({ "action": "lock", "node": group(&seen, "agent-3"), "reason": "not tonight" });
+    act(host, &locked, &lock).await.expect("locked");
+    let anew = json!({ "edit": "regroup", "application": "shop", "parameters": { "grouping": "one-per-group" } });
+    edit(host, &locked, &anew).await.expect("grouped anew");
+    let seen = nodes(host, &locked).await;
+    let of = |server: &str| group_of(&seen, server).clone();
+    assert!(
+        text(&of("agent-3")["message"]).contains("not tonight"),
+        "{}",
+        of("agent-3")
+    );
+    assert_eq!(of("agent-2")["state"], "not_started");
+    let names: std::collections::BTreeSet<String> = ["agent-1", "agent-2", "agent-3"]
+        .iter()
+        .map(|server| text(&of(server)["name"]))
+        .collect();
+    assert_eq!(names.len(), 3, "each has a name of its own: {names:?}");
+    for order in [gray, order, explicit, locked] {
+        act(host, &order, &json!({ "action": "cancel", "node": null }))
+            .await
+            .expect("cancelled");
+        host.order_ended(&order).await;
+    }
+    shop.take("hold");
+    shop.forget();
+}
+
+/// The header shows the last revisions alone; what was released under an earlier one is the order's all the same.
+async fn an_order_of_many_revisions_is_rolled_back(host: &TestHost, shop: &Scene) {
+    shop.release(host, 0).await;
+    shop.forget();
+    shop.put("hold-agent-2");
+    let order = run(host, shop.order("many revisions", 1)).await;
+    shop.wait_begun(2).await;
+    let anew = json!({ "edit": "regroup", "application": "shop", "parameters": { "grouping": "one-per-group" } });
+    for _ in 0..9 {
+        edit(host, &order, &anew).await.expect("grouped anew");
+    }
+    shop.take("hold-agent-2");
+    assert_eq!(host.order_ended(&order).await["state"], "succeeded");
+    let back = json!({ "action": "roll_back", "reason": "try it" });
+    let back = act(host, &order, &back).await.expect("rolled back");
+    assert_eq!(
+        host.order_ended(&text(&back["id"])).await["state"],
+        "succeeded"
+    );
+    shop.check_serves(host, 0).await;
+    shop.forget();
+}
+
 /// The server dies between the plan's blob and the commit, and between the commit and the answer.
 async fn a_change_survives_the_death_of_the_server(host: &mut TestHost, shop: &Scene) {
     shop.put("hold");
@@ -693,7 +811,8 @@ async fn a_change_survives_the_death_of_the_server(host: &mut TestHost, shop: &S
     let headers = [("idempotency-key", "moved")];
     let list = path(host, &order, "");
     let answer = ask(&host.api, Method::POST, &list, Some(&asked), &headers).await;
-    accepted(&answer, 200);
+    let header = accepted(&answer, 200);
+    assert_eq!(header["revisions"].as_array().expect("revisions").len(), 2);
     assert_eq!(revisions(host, &order).await.len(), 2);
     host.wait_online().await;
     shop.take("hold");

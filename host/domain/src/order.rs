@@ -468,7 +468,7 @@ pub enum Action {
         /// The node; absent or 0: the whole order.
         node: Option<u32>,
     },
-    /// Start nothing more in this group or application; servers under way go on.
+    /// Start nothing more in this group, application or server; servers under way go on.
     Lock {
         /// The node.
         node: u32,

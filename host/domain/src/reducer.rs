@@ -50,7 +50,7 @@ use crate::{
         Admission, Drift, EditState, NodeProgress, NodeState, PoolWeight, Progress, StageRollback,
     },
     task::TaskResult,
-    text,
+    text::{self, code},
     time::Timestamp,
 };
 
@@ -280,7 +280,7 @@ pub enum Refused {
         last: NodeIndex,
     },
     /// The order's control flow does not allow it now.
-    #[error("`{action}` is not possible while the order is {state:?}")]
+    #[error("`{action}` is not possible while the order is {}", code(state))]
     WrongState {
         /// What was asked.
         action: &'static str,
@@ -288,7 +288,10 @@ pub enum Refused {
         state: OrderState,
     },
     /// The node is of another level.
-    #[error("`{action}` does not apply to node {node}, which is a {level:?}: choose {choose}")]
+    #[error(
+        "`{action}` does not apply to node {node}, whose level is {}: choose {choose}",
+        code(level)
+    )]
     WrongLevel {
         /// What was asked.
         action: &'static str,

@@ -22,6 +22,7 @@ use crate::{
     plan::{LeftOut, Level, NodeId, NodeIndex, NodeKind, Plan, Read},
     progress::{Admission, NodeState, Progress},
     reducer::Refused,
+    text::code,
 };
 
 pub use graft::Graft;
@@ -128,7 +129,7 @@ pub struct Revised {
 pub enum BadEdit {
     #[error("the plan has no node {node}")]
     NoSuchNode { node: NodeId },
-    #[error("node {node} (`{name}`) is a {level:?}, and not a group")]
+    #[error("node {node} (`{name}`) is no group: its level is {}", code(level))]
     NotAGroup {
         node: NodeId,
         name: String,
@@ -175,6 +176,10 @@ pub enum BadEdit {
         "the strategy `{strategy}` judges, and the order's own is another: only the order's own strategy can judge in it"
     )]
     ForeignJudge { strategy: String },
+    #[error(
+        "the strategy `{strategy}` moves traffic by itself, and the order's own is another: what takes that back again is the order's own strategy's"
+    )]
+    ForeignTraffic { strategy: String },
     #[error(
         "the plan moves traffic of `{of}` at node {node} (`{name}`), and counts on where each server stands then: wait until that is done, or make a new order"
     )]

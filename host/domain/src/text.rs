@@ -11,6 +11,18 @@ pub const REASON_MAX_CHARS: usize = 500;
 /// What stands where a text was cut.
 const CUT: &str = "…";
 
+/// The name of a unit variant as JSON has it: `awaiting_confirmation` of `AwaitingConfirmation`.
+pub(crate) fn code(value: impl std::fmt::Debug) -> String {
+    let mut code = String::new();
+    for c in format!("{value:?}").chars() {
+        if c.is_ascii_uppercase() && !code.is_empty() {
+            code.push('_');
+        }
+        code.push(c.to_ascii_lowercase());
+    }
+    code
+}
+
 /// Cuts a text to [`MESSAGE_MAX_BYTES`].
 pub fn cut_message(text: &mut String) {
     cut(text, MESSAGE_MAX_BYTES);
@@ -31,6 +43,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_variant_is_told_as_in_json() {
+        for state in crate::progress::NodeState::ALL {
+            assert_eq!(serde_json::json!(code(state)), serde_json::json!(state));
+        }
+    }
 
     proptest! {
         #[test]

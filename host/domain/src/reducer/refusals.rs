@@ -106,12 +106,12 @@ impl Turn<'_> {
             | Control::Ended(_) => return Err(self.wrong_state(action)),
         }
         let level = self.plan.nodes[node as usize].level;
-        if !matches!(level, Level::Group | Level::Application) {
+        if !matches!(level, Level::Group | Level::Application | Level::Server) {
             return Err(Refused::WrongLevel {
                 action,
                 node,
                 level,
-                choose: "a group or an application",
+                choose: "a group, an application or a server",
             });
         }
         if self.progress.state(node).is_settled() {

@@ -294,6 +294,22 @@ impl Draft<'_> {
                     .map_or_else(String::new, |strategy| strategy.name.clone()),
             });
         }
+        let moves = graft.plan.nodes.iter().any(|node| {
+            node.level == Level::Stage
+                || matches!(
+                    node.kind,
+                    NodeKind::Traffic(TrafficAction::Set { .. } | TrafficAction::Share { .. })
+                )
+        });
+        if moves && graft.plan.strategy != self.original.strategy {
+            return Err(BadEdit::ForeignTraffic {
+                strategy: graft
+                    .plan
+                    .strategy
+                    .as_ref()
+                    .map_or_else(String::new, |strategy| strategy.name.clone()),
+            });
+        }
         Ok(())
     }
 
@@ -383,7 +399,17 @@ impl Draft<'_> {
                 | NodeKind::Pause { .. }
                 | NodeKind::Judge { .. }) => other.clone(),
             };
-            places[index] = self.tree.add(parent, node.level, &node.name, kind);
+            let name = match node.level {
+                Level::Group => self.tree.name_below(application, &node.name),
+                Level::Order
+                | Level::Application
+                | Level::Stage
+                | Level::Server
+                | Level::Step
+                | Level::Plain => node.name.clone(),
+            };
+            places[index] = self.tree.add(parent, node.level, &name, kind);
+            self.tree.roll_back_as(places[index], node.rollback);
         }
     }
 }

@@ -250,7 +250,7 @@ fn servers_move_to_another_group() {
         (to(&[4], "two"), "in no group of `shop`"),
         (to(&[2, 2], "one"), "named twice"),
         (to(&[], "one"), "no server is named"),
-        (to(&[2], "shop"), "is a Application, and not a group"),
+        (to(&[2], "shop"), "is no group: its level is application"),
     ] {
         let error = bad(&plan, &progress, &edit).to_string();
         assert!(error.contains(expect), "{expect}: {error}");

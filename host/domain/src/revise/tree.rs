@@ -1,5 +1,7 @@
 //! A plan's tree in a form that can be edited: nodes with lists of children, which are put in depth-first order at the end.
 
+use std::collections::BTreeSet;
+
 use crate::{
     plan::{Level, Node, NodeId, NodeIndex, NodeKind, Plan},
     plugin::RollbackScope,
@@ -64,6 +66,29 @@ impl Tree {
         self.next_id = self.next_id.saturating_add(1);
         self.items[parent].children.push(index);
         index
+    }
+
+    /// What can be rolled back once a node has begun.
+    pub(super) fn roll_back_as(&mut self, item: usize, rollback: RollbackScope) {
+        self.items[item].rollback = rollback;
+    }
+
+    /// A name that no group below a node has: people tell groups by their names.
+    pub(super) fn name_below(&self, item: usize, wanted: &str) -> String {
+        let mut taken = BTreeSet::new();
+        let mut open = vec![item];
+        while let Some(item) = open.pop() {
+            let item = &self.items[item];
+            if item.level == Level::Group {
+                taken.insert(item.name.as_str());
+            }
+            open.extend(&item.children);
+        }
+        let others = (2..).map(|count: u32| format!("{wanted} ({count})"));
+        std::iter::once(wanted.to_owned())
+            .chain(others)
+            .find(|name| !taken.contains(name.as_str()))
+            .unwrap_or_else(|| wanted.to_owned())
     }
 
     /// Puts a node in front of one of its siblings.

@@ -4,7 +4,10 @@
 //!
 //! Owns the rows `lock/{server}`. A lock names the first order of a line, so that a rollback works under the locks of the
 //! order it rolls back. A group of which a server is held by another order is locked in this one, with that order's title.
-//! Taking locks again does no harm: those that are ours already are kept.
+//! Taking locks again does no harm: those that are ours already are kept. A lock of an order that has ended is free, whatever
+//! kept that order from giving it back.
+//!
+//! What brings servers back does not wait for one that is away: that one alone is locked, until somebody unlocks it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,13 +16,14 @@ use std::{
 
 use windlass_domain::{
     id::{OrderId, ServerId},
+    order::Control,
     plan::{Level, NodeIndex, NodeKind, Plan, Unit},
     reducer::Event,
 };
 use windlass_store::{CommitError, Txn};
 
 use super::{
-    Shared,
+    ActError, Shared,
     executor::Job,
     rows::{self, ServerLock},
 };
@@ -46,27 +50,87 @@ pub(crate) async fn initialise(job: &Job) {
     let shared = &job.engine.shared;
     // Agents that lost their session, as all do when the server starts, come back within moments: wait for them.
     let deadline = tokio::time::Instant::now() + CONNECT_WITHIN;
-    loop {
+    let away = loop {
+        if !is_awaited(job).await {
+            return;
+        }
+        let in_time = tokio::time::Instant::now() < deadline;
         let reason = match shared.planning.check_servers(&job.plan).await {
-            Ok(problems) if problems.is_empty() => break,
+            Ok(problems) if problems.is_empty() => {
+                let away = away_from(shared, &job.plan);
+                if away.is_empty() || !in_time {
+                    break away;
+                }
+                String::new()
+            }
             Ok(problems) => told(&problems),
             Err(reason) => reason,
         };
-        if tokio::time::Instant::now() >= deadline {
+        if !in_time {
             return fail(job, reason).await;
         }
         tokio::time::sleep(LOOK_EVERY).await;
-    }
-    match lock_servers(shared, &servers(&job.plan), job.order.lock_owner).await {
+    };
+    let owner = job.order.lock_owner;
+    match lock_servers(shared, &servers(&job.plan), owner).await {
         Ok(held) => {
-            let locked = groups_of(shared, &job.plan, &held).await;
-            answer(job, Event::Initialised { locked }).await;
+            let mut locked = groups_of(shared, &job.plan, &held).await;
+            locked.extend(away);
+            let told = job.tell(Event::Initialised { locked }, Txn::new()).await;
+            // It was ended meanwhile: whoever ended it gave back the locks that were there then.
+            if let Err(ActError::Refused(_) | ActError::NoSuchOrder(_)) = told
+                && let Err(error) = unlock_of_ended(shared, owner).await
+            {
+                tracing::error!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "locks could not be given back");
+            }
         }
         Err(error) => {
             tracing::error!(order.id = %job.order.id, error = &error as &dyn std::error::Error, "servers could not be locked");
             fail(job, "servers could not be locked: try again".to_owned()).await;
         }
     }
+}
+
+/// Whether the order still waits to be initialised: it can be ended meanwhile.
+async fn is_awaited(job: &Job) -> bool {
+    match rows::read_order(&*job.engine.shared.store, job.order.id).await {
+        Ok(Some((order, _))) => {
+            matches!(order.control, Control::NotStarted | Control::Initialising)
+        }
+        Ok(None) => false,
+        // It is found out when it is told.
+        Err(_) => true,
+    }
+}
+
+/// The servers of a plan that brings back whose agents are not connected: their turns, each with the reason that locks it.
+fn away_from(shared: &Shared, plan: &Plan) -> Vec<(NodeIndex, String)> {
+    if !plan.brings_back {
+        return Vec::new();
+    }
+    units_of(plan)
+        .filter(|(_, unit)| unit.part.is_some() && !shared.agents.is_online(unit.server))
+        .map(|(node, unit)| {
+            let reason = format!(
+                "{} is not connected: unlock it when it is back, or cancel it",
+                unit.server_name
+            );
+            (node, reason)
+        })
+        .collect()
+}
+
+async fn unlock_of_ended(shared: &Shared, owner: OrderId) -> Result<(), LockError> {
+    if has_ended(shared, owner).await? {
+        unlock_all(shared, owner).await?;
+    }
+    Ok(())
+}
+
+/// Whether an order is over, or gone.
+async fn has_ended(shared: &Shared, order: OrderId) -> Result<bool, LockError> {
+    let found = rows::read_order(&*shared.store, order).await?;
+    Ok(found.is_none_or(|(order, _)| order.state.is_terminal()))
 }
 
 /// Problems for people: the first of them.
@@ -124,6 +188,8 @@ pub(super) async fn lock_servers(
 ) -> Result<BTreeMap<ServerId, OrderId>, LockError> {
     let store = &*shared.store;
     let mut held = BTreeMap::new();
+    // Only what has ended is remembered: that stays so.
+    let mut ended: BTreeSet<OrderId> = BTreeSet::new();
     let servers: Vec<ServerId> = servers.iter().copied().collect();
     for chunk in servers.chunks(CHUNK) {
         // Another order may take one between the look and the commit: look again.
@@ -133,7 +199,17 @@ pub(super) async fn lock_servers(
                 let key = rows::lock(*server);
                 match rows::read::<ServerLock>(store, &key, "a server's lock").await? {
                     Some((lock, _)) if lock.owner == owner => drop(held.remove(server)),
-                    Some((lock, _)) => drop(held.insert(*server, lock.owner)),
+                    Some((lock, revision)) => {
+                        if ended.contains(&lock.owner) || has_ended(shared, lock.owner).await? {
+                            ended.insert(lock.owner);
+                            held.remove(server);
+                            txn = txn
+                                .revision_is(key.clone(), revision)
+                                .put(key, rows::encode(&ServerLock { owner }));
+                        } else {
+                            held.insert(*server, lock.owner);
+                        }
+                    }
                     None => {
                         held.remove(server);
                         txn = txn
@@ -202,7 +278,8 @@ pub(super) async fn unlock_servers(
         let mut txn = Txn::new();
         for server in chunk {
             let key = rows::lock(*server);
-            // Only its owner deletes a lock, so nothing can change between the look and the commit.
+            // Nobody else deletes the lock of an order that goes on; that of one that has ended may be another's by the commit,
+            // which is then tried again.
             if let Some((lock, revision)) =
                 rows::read::<ServerLock>(store, &key, "a server's lock").await?
                 && lock.owner == owner
@@ -248,7 +325,7 @@ pub(super) async fn groups_of(
 }
 
 /// The group around a server; the server itself where there is none.
-fn group_of(plan: &Plan, unit: NodeIndex) -> NodeIndex {
+pub(super) fn group_of(plan: &Plan, unit: NodeIndex) -> NodeIndex {
     let mut at = Some(unit);
     while let Some(index) = at {
         let node = &plan.nodes[index as usize];

@@ -470,6 +470,15 @@ impl Orders {
         Ok(self.get(workspace, id).await?.0)
     }
 
+    /// Whether a rollback goes on, or has succeeded. One that failed or was ended can be made again.
+    async fn is_back_or_on_the_way(&self, rollback: OrderId) -> Result<bool, ServiceError> {
+        let found = rows::read_order(&*self.engine.shared.store, rollback).await;
+        let found = found.map_err(|error| failed("read an order", error))?;
+        Ok(found.is_some_and(|(order, _)| {
+            !order.state.is_terminal() || order.state == OrderState::Succeeded
+        }))
+    }
+
     /// Makes and runs a rollback of an order that has ended; answers the new order.
     async fn roll_back_ended(
         &self,
@@ -489,7 +498,9 @@ impl Orders {
                 "release the wanted version instead",
             ));
         }
-        if let Some(by) = order.rolled_back_by {
+        if let Some(by) = order.rolled_back_by
+            && self.is_back_or_on_the_way(by).await?
+        {
             return Err(conflict(
                 "already_rolled_back",
                 format!("the order was rolled back by {by}"),
@@ -761,7 +772,16 @@ fn view(plan: &Plan, progress: &Progress, node: NodeIndex) -> NodeView {
 
 fn check_title(title: &str) -> Result<(), ServiceError> {
     windlass_domain::name::check_length("the title", title, 1, 50)
-        .map_err(|error| ServiceError::of_value(("title", error)))
+        .map_err(|error| ServiceError::of_value(("title", error)))?;
+    if title.trim().is_empty() || title.chars().any(char::is_control) {
+        return Err(ServiceError::invalid(
+            "invalid_value",
+            "title",
+            "the title is blank, or holds a control character",
+            "give a title of 1 to 50 characters that can be read",
+        ));
+    }
+    Ok(())
 }
 
 fn drifted(drift: &[Drift]) -> ServiceError {
@@ -833,6 +853,14 @@ fn check_reason(action: &Action) -> Result<(), ServiceError> {
         return Ok(());
     };
     let length = reason.chars().count();
+    if reason.trim().is_empty() && !matches!(action, Action::Lock { .. }) {
+        return Err(ServiceError::invalid(
+            "reason_missing",
+            "reason",
+            "a rollback has a reason, and this one is blank",
+            "say why: it stands in both orders",
+        ));
+    }
     if length <= REASON_MAX_CHARS {
         return Ok(());
     }

@@ -6,7 +6,10 @@
 //! taken before, and those of servers that went are given back behind; what a crash leaves locked is given back when the
 //! order ends.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use tokio::sync::oneshot;
 use windlass_domain::{
@@ -50,10 +53,16 @@ impl Actor {
             with,
             reply,
         } = asked;
+        let groups_anew = matches!(edit, Edit::Regroup(_));
         let made = match self.draft(edit, of).await {
             Ok((revised, digest)) => {
                 let locked = self.lock_servers_of(&revised.plan).await;
-                locked.map(|locked| (revised, digest, locked))
+                locked.map(|mut locked| {
+                    if groups_anew {
+                        locked.extend(self.locks_kept(&revised.plan, &locked));
+                    }
+                    (revised, digest, locked)
+                })
             }
             Err(refused) => Err(refused),
         };
@@ -183,6 +192,28 @@ impl Actor {
             }
             Some(_) | None => Ok(groups),
         }
+    }
+
+    /// The new groups with servers whose group was locked, beside those that are `locked` anyway: grouping anew unlocks nobody.
+    fn locks_kept(&self, plan: &Plan, locked: &[(NodeIndex, String)]) -> Vec<(NodeIndex, String)> {
+        let lock_of = |unit: NodeIndex| {
+            let group = initialise::group_of(&self.plan, unit);
+            self.progress.node(group).locked.clone()
+        };
+        let before: BTreeMap<ServerId, String> = initialise::units_of(&self.plan)
+            .filter_map(|(node, unit)| Some((unit.server, lock_of(node)?)))
+            .collect();
+        let progress = self.progress.carried(&self.plan, plan);
+        let mut kept: BTreeMap<NodeIndex, String> = BTreeMap::new();
+        for (node, unit) in initialise::units_of(plan) {
+            let group = initialise::group_of(plan, node);
+            let is_locked = progress.node(group).locked.is_some()
+                || locked.iter().any(|(node, _)| *node == group);
+            if let Some(reason) = before.get(&unit.server).filter(|_| !is_locked) {
+                kept.entry(group).or_insert_with(|| reason.clone());
+            }
+        }
+        kept.into_iter().collect()
     }
 
     /// Gives back the locks of servers that this order works on no more.

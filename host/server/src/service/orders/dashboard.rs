@@ -108,7 +108,7 @@ pub struct ServerProgress {
     pub name: String,
     /// The state of its turn, likewise.
     pub state: NodeState,
-    /// The step that is under way, failed, or ended last.
+    /// The step that failed or was ended early; else the one that is under way, or ended last.
     pub step: Option<String>,
     /// Steps that are settled.
     pub steps_done: u32,
@@ -275,15 +275,22 @@ fn server(
     let steps = progress.children(unit);
     let rows = || steps.iter().map(|step| progress.node(*step));
     let state = progress.told_state(plan, unit);
-    let (mut step, mut done) = (None, 0);
-    for index in steps {
-        let at = progress.state(*index);
-        done += u32::from(at.is_settled());
-        let was_begun = at != NodeState::Cancelled || progress.node(*index).attempt > 0;
-        if at != NodeState::NotStarted && was_begun {
-            step = Some(plan.nodes[*index as usize].name.clone());
-        }
-    }
+    let done = steps
+        .iter()
+        .filter(|step| progress.state(**step).is_settled());
+    let done = u32::try_from(done.count()).unwrap_or(u32::MAX);
+    let begun = |step: &&NodeIndex| {
+        let state = progress.state(**step);
+        state != NodeState::NotStarted
+            && (state != NodeState::Cancelled || progress.node(**step).attempt > 0)
+    };
+    // Where its turn ended early, it may have got its weight back behind the step that it ended at.
+    let ended_at = steps.iter().filter(begun).find(|step| {
+        let state = progress.state(**step);
+        state.needs_mending() || state == NodeState::Cancelled
+    });
+    let step = ended_at.or(steps.iter().rfind(begun));
+    let step = step.map(|step| plan.nodes[*step as usize].name.clone());
     let planned = windlass_domain::dispatch::unit_of(plan, unit).map(|(_, _, unit)| unit);
     let started_at = rows().filter_map(|row| row.started_at).min();
     let ended = rows().filter_map(|row| row.finished_at).max();

@@ -216,6 +216,10 @@ pub(in crate::service) fn bad_edit(bad: &BadEdit) -> ServiceError {
             "foreign_judge",
             "choose a strategy that does not judge, or the order's own",
         ),
+        BadEdit::ForeignTraffic { .. } => conflict(
+            "foreign_traffic",
+            "choose a strategy that moves no traffic by itself, or the order's own",
+        ),
         BadEdit::TrafficMoves { .. } => conflict(
             "traffic_moves",
             "wait until the traffic was moved, or make a new order",

@@ -7,10 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use windlass_domain::{
     id::ServerId,
-    order::{Order, Purpose, ReleaseSpec, Target},
+    instance::Binding,
+    order::{Control, Order, Purpose, ReleaseSpec, Target},
     plan::{NodeKind, Part, Plan},
     progress::Progress,
     revise::{BadEdit, Edit, Graft, PlanEdit, is_touched},
+    server::Server,
     stages::Dependencies,
 };
 
@@ -79,6 +81,9 @@ impl Planner {
                 }
                 let came: BTreeSet<ServerId> = now.difference(&known).copied().collect();
                 let gone = known.difference(&now).copied().collect();
+                if order.control == Control::Active {
+                    self.expect_online(&bound, &came)?;
+                }
                 let came = if came.is_empty() {
                     None
                 } else {
@@ -110,6 +115,26 @@ impl Planner {
                 }
             }
         })
+    }
+
+    /// What an order's initialisation checks, for servers that come in later.
+    fn expect_online(
+        &self,
+        bound: &[(Server, Binding)],
+        came: &BTreeSet<ServerId>,
+    ) -> Result<(), ServiceError> {
+        let mut came = bound.iter().filter(|(server, _)| came.contains(&server.id));
+        match came.find(|(server, _)| !self.parts.agents.is_online(server.id)) {
+            None => Ok(()),
+            Some((server, _)) => Err(ServiceError::conflict(
+                "server_not_connected",
+                format!(
+                    "{} was bound, and its agent is not connected: it cannot take part now",
+                    server.name
+                ),
+                "start its agent, or unbind it",
+            )),
+        }
     }
 
     async fn release_spec(&self, order: &Order) -> Result<ReleaseSpec, ServiceError> {

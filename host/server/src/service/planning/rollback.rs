@@ -276,6 +276,7 @@ impl Planner {
                 .iter()
                 .any(|revision| Some(revision.digest) == digest)
         };
+        let brought_back = self.plans_of_rollback(order).await?;
         let mut left_out = Vec::new();
         let mut groups: BTreeMap<(u32, Digest, u32), PartInput> = BTreeMap::new();
         let mut states = Vec::new();
@@ -308,6 +309,15 @@ impl Planner {
                 .manifest(&rows::installed_before(part.instance, unit.server))
                 .await
                 .map_err(NoRollback::not_now)?;
+            // An earlier rollback, which was ended or failed elsewhere, has brought it back.
+            if order.state.is_terminal()
+                && let Some(current) = &current
+                && current
+                    .plan
+                    .is_some_and(|plan| brought_back.contains(&plan))
+            {
+                continue;
+            }
             // While an order runs nobody else works on its servers.
             if order.state.is_terminal()
                 && let Some(current) = &current
@@ -420,6 +430,24 @@ impl Planner {
             units,
             left_out,
         })
+    }
+
+    /// The plans by which an earlier rollback of the order, which did not succeed, brought servers back.
+    async fn plans_of_rollback(&self, order: &Order) -> Result<BTreeSet<Digest>, NoRollback> {
+        let Some(earlier) = order.rolled_back_by else {
+            return Ok(BTreeSet::new());
+        };
+        let store = &*self.parts.store;
+        let found = rows::read_order(store, earlier).await;
+        let Some((earlier, _)) = found.map_err(NoRollback::not_now)? else {
+            return Ok(BTreeSet::new());
+        };
+        let revisions = rows::read_revisions(store, &earlier).await;
+        let revisions = revisions.map_err(NoRollback::not_now)?;
+        Ok(revisions
+            .into_iter()
+            .map(|revision| revision.digest)
+            .collect())
     }
 
     /// The strategy's plan of a rollback; within, why there is none.

@@ -45,8 +45,9 @@ impl Planning for Planner {
             .iter()
             .filter_map(|unit| plan.units.get(*unit as usize))
         {
-            // Server work waits for each server by itself.
-            if unit.part.is_some() && !self.parts.agents.is_online(unit.server) {
+            // Server work waits for each server by itself, and what brings back for none.
+            if unit.part.is_some() && !plan.brings_back && !self.parts.agents.is_online(unit.server)
+            {
                 problems.push(format!("{} is not connected", unit.server_name));
             }
             // Source: spec "Release orders", "Before running". What brings back takes each server as it is.
