@@ -27,6 +27,7 @@ async fn people_are_told_what_they_cannot_do() {
     an_application_is_rolled_back(&host, &shop, &side).await;
     a_rollback_is_grouped_as_asked(&host, &shop).await;
     a_group_is_confirmed(&host, &shop).await;
+    an_application_is_locked_and_a_group_ignored(&host, &shop).await;
     weights_change_one_after_the_other(&host, &shop).await;
     a_step_is_left_out(&host, &shop).await;
     an_order_is_initialised_again(&mut host, &shop).await;
@@ -222,7 +223,6 @@ async fn weights_change_one_after_the_other(host: &TestHost, shop: &Scene) {
     // The pool refuses for a while: the first change is still being made when the second is asked for.
     shop.fault(host, &json!({ "refuse_set": true })).await;
     let (first, second) = tokio::join!(host.api.post(&weights, &body), async {
-        nodes_when(host, &order, "the change is being made", |_| true).await;
         let shown = windlass_tests::host::eventually("a second change is refused", || async {
             match host.api.post(&weights, &body).await {
                 Err(windlass::api::client::ClientError::Refused { problem, .. })
@@ -505,9 +505,9 @@ async fn a_rollback_is_grouped_as_asked(host: &TestHost, shop: &Scene) {
                 .await
                 .expect("confirmed");
             nodes_when(host, &order, "the second group waits", |nodes| {
-                let gates = nodes.iter().filter(|node| node["kind"] == "gate");
+                let mut gates = nodes.iter().filter(|node| node["kind"] == "gate");
                 gates
-                    .last()
+                    .next_back()
                     .is_some_and(|gate| gate["state"] == "awaiting_confirmation")
             })
             .await;
@@ -597,6 +597,64 @@ async fn a_group_is_confirmed(host: &TestHost, shop: &Scene) {
         (409, "no_server_qualifies"),
         "{told}"
     );
+    shop.release(host, 0).await;
+    shop.forget();
+}
+
+async fn an_application_is_locked_and_a_group_ignored(host: &TestHost, shop: &Scene) {
+    shop.put("fail-agent-1");
+    shop.put("hold-agent-2");
+    let order = host
+        .order(&shop.order("locked", 1))
+        .await
+        .expect("an order");
+    let seen = nodes(host, &order).await;
+    let application = seen.iter().find(|node| node["level"] == "application");
+    let application = application.expect("the application")["node"].clone();
+    let on = |action: &str, node: &Value| json!({ "action": action, "node": node });
+    act(host, &order, &on("lock", &application))
+        .await
+        .expect("locked");
+    act(host, &order, &json!({ "action": "run" }))
+        .await
+        .expect("it runs");
+    let blocked = host.order_in(&order, &["blocked"]).await;
+    let reason = text(&blocked["state_reason"]);
+    assert!(
+        reason.contains("shop is locked: locked by a person"),
+        "{reason}"
+    );
+    assert!(shop.begun().is_empty(), "nothing starts");
+    act(host, &order, &on("unlock", &application))
+        .await
+        .expect("unlocked");
+    check_refused(host, &order, on("unlock", &application), "nothing_to_do").await;
+    nodes_when(host, &order, "the first server fails", |nodes| {
+        unit(nodes, "agent-1")["state"] == "failed"
+    })
+    .await;
+    let group = group_of(&seen, "agent-1")["node"].clone();
+    act(host, &order, &on("ignore", &group))
+        .await
+        .expect("ignored");
+    shop.wait_begun(2).await;
+    // Whatever has begun is not grouped anew.
+    let edits = host.ws(&format!("orders/{order}/revisions"));
+    let anew = json!({ "edit": "regroup", "application": "shop" });
+    let (status, code, detail) = refusal(host.api.post(&edits, &anew).await);
+    assert_eq!(
+        (status, code.as_str()),
+        (409, "nothing_to_regroup"),
+        "{detail}"
+    );
+    shop.take("hold-agent-2");
+    let ended = host.order_ended(&order).await;
+    assert_eq!(
+        (&ended["counts"]["ignored"], &ended["counts"]["succeeded"]),
+        (&json!(1), &json!(1)),
+        "{ended}"
+    );
+    shop.take("fail-agent-1");
     shop.release(host, 0).await;
     shop.forget();
 }

@@ -154,7 +154,10 @@ async fn an_odd_archive_harms_nobody(host: &TestHost, scene: &Scene) {
 /// A rollback that was ended before it was done is made again, and one server's agent that is away holds up that server alone.
 async fn a_server_that_is_away_keeps_no_other_from_going_back(host: &mut TestHost, scene: &Scene) {
     scene.forget();
-    let order = run(host, scene.order("to go back", 0)).await;
+    let mut order = scene.order("to go back", 0);
+    // A server that is away serves nobody: whoever wants to go on without it has to allow it.
+    order["limits"] = json!({ "max_unavailable": "100%", "min_healthy_members": 0 });
+    let order = run(host, order).await;
     assert_eq!(host.order_ended(&order).await["state"], "succeeded");
     host.kill_agent(1);
     let back = json!({ "action": "roll_back", "reason": "second thoughts" });

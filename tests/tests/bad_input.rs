@@ -686,16 +686,16 @@ async fn an_order_that_cannot_be_is_refused_with_its_field() {
         ),
         (
             changed("/targets/0/instance", json!(format!("svc_{hex}"))),
-            404,
-            "not_found",
-            Value::Null,
+            422,
+            "instance_unknown",
+            json!("/targets/0/instance"),
             hex,
         ),
         (
             changed("/targets/0/package", json!(format!("pkg_{hex}"))),
-            404,
-            "not_found",
-            Value::Null,
+            422,
+            "package_unknown",
+            json!("/targets/0/package"),
             hex,
         ),
         (

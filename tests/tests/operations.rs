@@ -31,6 +31,7 @@ async fn people_operate_an_application() {
     a_failure_is_retried_and_nothing_else_runs_again(&host, &scene).await;
     the_server_dies_in_an_operation_and_nothing_runs_twice(&mut host, &scene).await;
     a_cancelled_restart_leaves_the_rest_alone(&host, &scene).await;
+    an_operation_is_edited(&host, &scene).await;
     servers_are_prepared_again(&host, &scene).await;
     operations_are_listed(&host).await;
 }
@@ -614,6 +615,45 @@ async fn a_cancelled_restart_leaves_the_rest_alone(host: &TestHost, scene: &Scen
     check_serves(host, scene).await;
 }
 
+/// Its groups are people's to delete and to move between; what it is made of, and the way back, are not.
+async fn an_operation_is_edited(host: &TestHost, scene: &Scene) {
+    let before = starts(scene);
+    let order = make(
+        host,
+        &operation(scene, "edited", json!({ "kind": "restart" })),
+    )
+    .await;
+    let seen = nodes(host, &order).await;
+    let edits = host.ws(&format!("orders/{order}/revisions"));
+    for edit in ["regroup", "sync_servers"] {
+        let edit = json!({ "edit": edit, "application": "scene" });
+        let (status, code, detail) = refusal(host.api.post(&edits, &edit).await);
+        assert_eq!((status, code.as_str()), (409, "wrong_purpose"), "{detail}");
+    }
+    for action in [
+        json!({ "action": "roll_back", "reason": "no" }),
+        json!({ "action": "roll_back_stage", "node": 1, "reason": "no" }),
+    ] {
+        let (status, code, detail) = refusal(act(host, &order, &action).await);
+        assert_eq!(
+            (status, code.as_str()),
+            (409, "operation_not_rolled_back"),
+            "{detail}"
+        );
+    }
+    let group = windlass_tests::scene::group_of(&seen, "agent-2")["node"].clone();
+    let delete = json!({ "edit": "delete_group", "node": group });
+    let header = host.api.post(&edits, &delete).await.expect("deleted");
+    assert_eq!(header["server_count"], 1, "{header}");
+    act(host, &order, &json!({ "action": "run" }))
+        .await
+        .expect("it runs");
+    assert_eq!(host.order_ended(&order).await["state"], "succeeded");
+    assert_eq!(starts(scene)["agent-1"], before["agent-1"] + 1);
+    assert_eq!(starts(scene)["agent-2"], before["agent-2"]);
+    check_serves(host, scene).await;
+}
+
 async fn servers_are_prepared_again(host: &TestHost, scene: &Scene) {
     let mut parameters = windlass_tests::scene::parameters();
     parameters["prepare_script"] = json!("echo \"$WINDLASS_SERVER\" >> \"$SCENE/prepared\"");
@@ -661,7 +701,7 @@ async fn operations_are_listed(host: &TestHost) {
         .get(&host.ws("order-counts"))
         .await
         .expect("counts");
-    assert_eq!(counts["total"].as_u64(), Some(operations.len() as u64 + 1));
+    assert_eq!(counts["total"].as_u64(), Some(operations.len() as u64 + 2));
     let id = text(&operations[0]["id"]);
     let progress = host
         .api

@@ -136,6 +136,9 @@ async fn weights_are_set_by_hand_and_canaries_wait_for_figures() {
 
 async fn what_is_missing_is_said(host: &TestHost, scene: &Scene, side: &Scene) {
     let blue_green = |parameters: Value| order(scene, "blue-green", parameters, 1);
+    let idle = json!({ "name": "idle", "tech_stack": { "name": "binary", "version": "*" } });
+    let idle = host.api.post("/v1/apps", &idle).await;
+    let idle = idle.expect("an application")["id"].clone();
     let mut only_blue = blue_green(json!({}));
     only_blue["targets"][0]["cells"] = json!(["cell-a"]);
     let mut twice = blue_green(json!({}));
@@ -154,16 +157,149 @@ async fn what_is_missing_is_said(host: &TestHost, scene: &Scene, side: &Scene) {
             "`scene` has no server in the cell cell-b",
         ),
         (twice, "target_twice", "`scene` stands in this order twice"),
-        (unknown, "body_invalid", "package"),
+        (unknown, "unknown_field", "package"),
+        (
+            {
+                let mut order = blue_green(json!({}));
+                let instances = host.ws("service-instances");
+                let nobody =
+                    json!({ "name": "nobody", "app": idle, "parameters": { "program": "run.sh" } });
+                let nobody = host.api.post(&instances, &nobody).await;
+                let nobody = nobody.expect("an instance");
+                order["shift_only"] = json!([{ "instance": nobody["id"] }]);
+                order
+            },
+            "nothing_to_shift",
+            "nothing of `idle` is installed",
+        ),
+        (
+            {
+                let mut order = blue_green(json!({}));
+                order["shift_only"] = vec![json!({ "instance": side.instance }); 101].into();
+                order
+            },
+            "targets_out_of_range",
+            "names 101",
+        ),
     ] {
         let (status, found, detail) = refusal(host.order(&order).await);
-        assert!((400..=502).contains(&status), "{status} {found}: {detail}");
-        assert!(
-            found == code || code == "body_invalid",
-            "{found} instead of {code}: {detail}"
-        );
+        assert_eq!((status, found.as_str()), (422, code), "{detail}");
         assert!(detail.contains(says), "{found}: {detail}");
     }
+    // A strategy that moves no traffic of others leaves them as they are.
+    let mut grouped = order(scene, "grouped", json!({ "grouping": "one-per-group" }), 1);
+    grouped["shift_only"] = json!([{ "instance": side.instance }]);
+    grouped.as_object_mut().expect("an order").remove("run");
+    let shown = host.api.post(&host.ws("orders/preview"), &grouped).await;
+    assert_eq!(shown.expect("a preview")["server_count"], 4);
+}
+
+/// Waits until the rollback of a step has come this far.
+async fn step_back(host: &TestHost, order: &str, step: &str, state: &str) {
+    nodes_when(host, order, "the step's rollback", |nodes| {
+        named(nodes, step).is_some_and(|stage| stage["rollback"]["state"] == state)
+    })
+    .await;
+}
+
+/// Retry, ignore, cancel, run again, and rollback of each step: waiting, while it runs, and again when it failed.
+#[tokio::test]
+async fn people_act_on_each_step() {
+    let (host, scene, side) = ready().await;
+    scene.forget();
+    scene.put("fail-agent-2");
+    let id = host
+        .order(&blue_green(&scene, &side, 1))
+        .await
+        .expect("an order");
+    let shown = waits(&host, &id, "confirm 1 cut traffic").await;
+    let stage = |name: &str| named(&shown, name).expect("the stage")["node"].clone();
+    let on = async |action: &str, step: &str| {
+        let action = json!({ "action": action, "node": stage(step), "reason": "try it" });
+        let mut action = action;
+        if action["action"] != "roll_back_stage" {
+            action.as_object_mut().expect("an action").remove("reason");
+        }
+        act(&host, &id, &action).await.expect("acted on");
+    };
+    let (cut, green) = ("1 cut traffic", "2 release green");
+    let (switch, blue) = ("3 switch traffic", "4 release blue");
+
+    // The first step back, and again.
+    on("roll_back_stage", cut).await;
+    step_back(&host, &id, cut, "done").await;
+    assert_eq!(weights(&host, &scene).await, [100; 4]);
+    on("run_again", cut).await;
+    waits(&host, &id, "confirm 1 cut traffic").await;
+    assert_eq!(weights(&host, &scene).await, [100, 0, 100, 0]);
+    on("confirm", cut).await;
+
+    // What failed in the second is tried again.
+    host.order_in(&id, &["blocked"]).await;
+    scene.take("fail-agent-2");
+    on("retry", green).await;
+    waits(&host, &id, "confirm 2 release green").await;
+    assert_eq!(
+        versions(&host, &scene),
+        ["1.0.0", "2.0.0", "1.0.0", "2.0.0"]
+    );
+    // Its rollback fails, and is made again.
+    scene.put("fail-agent-2");
+    on("roll_back_stage", green).await;
+    step_back(&host, &id, green, "running").await;
+    let rollbacks = host.ws("orders?purpose=rollback&state=blocked");
+    let rollback = eventually("the rollback order is blocked", || async {
+        let found = items(&host.api.get(&rollbacks).await.expect("orders"));
+        let first = found.first().map(|order| text(&order["id"]));
+        first.ok_or_else(|| "none is".to_owned())
+    })
+    .await;
+    act(&host, &rollback, &json!({ "action": "cancel" }))
+        .await
+        .expect("the rollback is ended");
+    step_back(&host, &id, green, "failed").await;
+    scene.take("fail-agent-2");
+    on("roll_back_stage", green).await;
+    step_back(&host, &id, green, "done").await;
+    assert_eq!(versions(&host, &scene), ["1.0.0"; 4]);
+    // While it runs: what runs is ended first.
+    scene.forget();
+    scene.put("hold");
+    on("run_again", green).await;
+    scene.wait_begun(1).await;
+    on("roll_back_stage", green).await;
+    scene.take("hold");
+    step_back(&host, &id, green, "done").await;
+    assert_eq!(versions(&host, &scene), ["1.0.0"; 4]);
+    assert_eq!(weights(&host, &scene).await, [100, 0, 100, 0]);
+    on("run_again", green).await;
+    waits(&host, &id, "confirm 2 release green").await;
+    on("confirm", green).await;
+
+    // The third back, and again.
+    waits(&host, &id, "confirm 3 switch traffic").await;
+    on("roll_back_stage", switch).await;
+    step_back(&host, &id, switch, "done").await;
+    assert_eq!(weights(&host, &scene).await, [100, 0, 100, 0]);
+    on("run_again", switch).await;
+    waits(&host, &id, "confirm 3 switch traffic").await;
+    assert_eq!(weights(&host, &scene).await, [0, 100, 0, 100]);
+    scene.put("fail-agent-1");
+    on("confirm", switch).await;
+
+    // What failed in the fourth is gone on without; the step is ended, and the next one restores the traffic.
+    host.order_in(&id, &["blocked"]).await;
+    on("ignore", blue).await;
+    waits(&host, &id, "confirm 4 release blue").await;
+    on("cancel", blue).await;
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "succeeded", "{ended}");
+    scene.take("fail-agent-1");
+    assert_eq!(
+        versions(&host, &scene),
+        ["1.0.0", "2.0.0", "2.0.0", "2.0.0"]
+    );
+    assert_eq!(weights(&host, &side).await, [100; 2]);
 }
 
 fn blue_green(scene: &Scene, side: &Scene, package: usize) -> Value {
@@ -498,6 +634,10 @@ async fn a_cancelled_rollback_lets_nothing_bad_in(host: &TestHost, scene: &Scene
         .expect("an order");
     waits(host, &id, "judge 20 %").await;
     assert_eq!(weights(host, scene).await, [75, 100, 100, 100]);
+    // What has a share of the traffic is not grouped anew.
+    let anew = json!({ "edit": "regroup", "application": "scene", "strategy": "canary" });
+    let (_, code, detail) = refusal(post(host, &id, "revisions", &anew).await);
+    assert_eq!(code, "traffic_moved", "{detail}");
     scene.forget();
     scene.put("hold");
     let roll_back = json!({ "action": "roll_back", "reason": "bad" });

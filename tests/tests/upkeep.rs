@@ -66,7 +66,7 @@ async fn a_bound_server_stays(host: &TestHost, scene: &Scene) {
 
 async fn an_environment_that_is_too_large_is_refused(host: &TestHost, scene: &Scene) {
     for (field, expect) in [
-        ("environment", "/environment"),
+        ("environment", "environment"),
         ("", "/targets/0/parameters"),
     ] {
         let mut order = scene.order("large", 1);

@@ -431,11 +431,23 @@ impl Planner {
                 "name a package, or give the service instance one",
             ));
         };
-        let (package, _) = self
+        let package = self
             .parts
             .packages
             .get(workspace.name.as_str(), wanted)
-            .await?;
+            .await;
+        let (package, _) = package.map_err(|error| match error {
+            ServiceError::NotFound { .. } => invalid(
+                "package_unknown",
+                field("package"),
+                format!(
+                    "there is no package {wanted} in the workspace `{}`",
+                    workspace.name
+                ),
+                "give the id of a package of this workspace",
+            ),
+            other => other,
+        })?;
         let (app, _) = self.parts.apps.get(&instance.app.to_string()).await?;
         if package.app != instance.app {
             return Err(invalid(
