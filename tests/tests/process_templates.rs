@@ -8,7 +8,7 @@ use hyper::Method;
 use serde_json::{Value, json};
 use windlass_tests::{
     host::{TestHost, items, text},
-    operated::{check_serves, done, make, operation, ready, refused, starts},
+    operated::{check_serves, done, make, on, operation, ready, refused, starts, state_of},
     scene::{Scene, act, nodes, nodes_when, refusal, unit},
 };
 
@@ -47,6 +47,7 @@ async fn people_replace_the_flow_by_a_template() {
     a_release_follows_its_template(&host, &scene, &kept).await;
     an_operation_follows_its_template(&host, &scene, &kept).await;
     a_template_that_changed_is_drift(&host, &scene).await;
+    each_kind_of_operation_follows_its_template(&host, &scene).await;
 }
 
 async fn create(host: &TestHost, ws: &str, template: &Value) -> Value {
@@ -456,5 +457,85 @@ async fn a_template_that_changed_is_drift(host: &TestHost, scene: &Scene) {
         lines[lines.len() - 2..],
         ["before agent-1", "before agent-2"]
     );
+    check_serves(host, scene).await;
+}
+
+/// Offline, online, static files and initialisation, each with a script of its own between its steps.
+async fn each_kind_of_operation_follows_its_template(host: &TestHost, scene: &Scene) {
+    let first = &scene.servers[0].1;
+    let before = left(scene).len();
+    let mut parameters = windlass_tests::scene::parameters();
+    parameters["prepare_script"] = json!("true");
+    scene
+        .change(host, &json!({ "parameters": parameters }))
+        .await;
+    let user = std::process::Command::new("id").arg("-un").output();
+    let user = String::from_utf8(user.expect("id(1)").stdout).expect("a name");
+    for (kind, operation, front, behind) in [
+        (
+            "offline",
+            json!({ "kind": "offline" }),
+            &["drain", "stop_installed"][..],
+            &[][..],
+        ),
+        (
+            "online",
+            json!({ "kind": "online", "initial_weight": 100 }),
+            &["start_installed", "check_installed"],
+            &["restore"],
+        ),
+        (
+            "initialise",
+            json!({ "kind": "initialise" }),
+            &["phase prepare"],
+            &["phase install"],
+        ),
+    ] {
+        let mut steps = phases(front);
+        steps.push(leave(kind));
+        steps.extend(phases(behind));
+        let template = json!({ "name": format!("own-{kind}"), "kind": kind, "steps": steps });
+        let template = create(host, "test", &template).await;
+        let mut asked = on(scene, kind, operation, &[0]);
+        asked["template"] = template["id"].clone();
+        let ended = done(host, asked).await;
+        assert_eq!(ended["server_count"], 1, "{ended}");
+        let state = state_of(host, first).await;
+        let (expect, weight) = match kind {
+            "offline" => ("offline", 0),
+            _ => ("released", 100),
+        };
+        assert_eq!(
+            (state.as_str(), scene.weight(host, first).await),
+            (expect, weight),
+            "{kind}"
+        );
+    }
+    assert_eq!(
+        left(scene)[before..],
+        ["offline agent-1", "online agent-1", "initialise agent-1"]
+    );
+    // Files that cannot be had leave what comes behind them undone.
+    let mut steps = phases(&["place_files"]);
+    steps.push(leave("static_files"));
+    let template = json!({ "name": "own-files", "kind": "static_files", "steps": steps });
+    let template = create(host, "test", &template).await;
+    let directory = host.path().join("www/site");
+    let mut asked = on(
+        scene,
+        "files",
+        json!({ "kind": "static_files", "url": "http://127.0.0.1:1/x.tar.gz",
+            "directory": format!("{}/", directory.display()), "user": user.trim() }),
+        &[0],
+    );
+    asked["template"] = template["id"].clone();
+    asked["run"] = true.into();
+    let order = make(host, &asked).await;
+    host.order_in(&order, &["blocked"]).await;
+    act(host, &order, &json!({ "action": "ignore", "node": 0 }))
+        .await
+        .expect("gone on without");
+    host.order_ended(&order).await;
+    assert_eq!(left(scene).len(), before + 3, "its script did not run");
     check_serves(host, scene).await;
 }
