@@ -84,7 +84,7 @@ pub fn release_name(plan: &Plan, node: NodeIndex) -> Option<String> {
 }
 
 /// The steps of the unit at this node, in their sequence.
-fn steps_of(plan: &Plan, unit: NodeIndex) -> impl Iterator<Item = &StepTemplate> {
+pub fn steps_of(plan: &Plan, unit: NodeIndex) -> impl Iterator<Item = &StepTemplate> {
     let leaves = plan.nodes.iter().skip(unit as usize + 1);
     let leaves = leaves.take_while(move |leaf| leaf.parent == Some(unit));
     leaves.filter_map(|leaf| match leaf.kind {

@@ -3,6 +3,7 @@
 //! Looks at the plan and the progress, and changes neither.
 
 use crate::{
+    dispatch::steps_of,
     plan::{NodeIndex, NodeKind, Plan, StepTemplate, TrafficAction},
     plugin::{Phase, UnitState},
     progress::{NodeState, Progress, StageRollback},
@@ -47,21 +48,8 @@ pub fn takes_out(plan: &Plan, unit: NodeIndex) -> bool {
 /// anything. (What is released may have nothing to start, such as files that a web server of the machine serves.)
 #[must_use]
 pub fn takes_offline(plan: &Plan, unit: NodeIndex) -> bool {
-    let steps = (unit + 1..)
-        .zip(plan.nodes.iter().skip(unit as usize + 1))
-        .take_while(|(_, node)| node.parent == Some(unit));
-    let steps = steps.filter_map(|(_, node)| match node.kind {
-        NodeKind::Step { step } => plan.steps.get(step as usize),
-        NodeKind::Sequence
-        | NodeKind::Parallel { .. }
-        | NodeKind::Unit { .. }
-        | NodeKind::Traffic(_)
-        | NodeKind::Gate { .. }
-        | NodeKind::Pause { .. }
-        | NodeKind::Judge { .. } => None,
-    });
     let (mut stops, mut starts) = (false, false);
-    for step in steps {
+    for step in steps_of(plan, unit) {
         match step {
             StepTemplate::Activate => starts = true,
             StepTemplate::Stack(step) => {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use windlass_domain::{
-    Digest,
+    Digest, dispatch,
     expand::{self, PartInput, PlanInput, ServerInput},
     flow,
     id::{OrderId, ServerId},
@@ -604,33 +604,19 @@ fn stacks_back(order: &Order, stage: Option<NodeIndex>) -> Vec<StackChange> {
 /// The stack's steps as they were rendered for a unit: those of its leaves, those that prepare a server, which its leaves may
 /// leave out, and how to stop what it installed.
 fn steps_of(plan: &Plan, unit: NodeIndex, part: &Part) -> Vec<StackStep> {
-    let leaves = plan
-        .nodes
-        .iter()
-        .skip(unit as usize + 1)
-        .take_while(|node| node.parent == Some(unit));
-    let rendered = leaves.filter_map(|node| match node.kind {
-        NodeKind::Step { step } => match plan.steps.get(step as usize)? {
-            StepTemplate::Stack(step)
-                if step.phase != Phase::Stop
-                    && (part.prepare.is_empty() || !prepared::prepares(step)) =>
-            {
-                Some(step.clone())
-            }
-            StepTemplate::Stack(_)
-            | StepTemplate::Fetch
-            | StepTemplate::Unpack
-            | StepTemplate::Activate
-            | StepTemplate::PlaceFiles(_)
-            | StepTemplate::Script(_) => None,
-        },
-        NodeKind::Sequence
-        | NodeKind::Parallel { .. }
-        | NodeKind::Unit { .. }
-        | NodeKind::Traffic(_)
-        | NodeKind::Gate { .. }
-        | NodeKind::Pause { .. }
-        | NodeKind::Judge { .. } => None,
+    let rendered = dispatch::steps_of(plan, unit).filter_map(|step| match step {
+        StepTemplate::Stack(step)
+            if step.phase != Phase::Stop
+                && (part.prepare.is_empty() || !prepared::prepares(step)) =>
+        {
+            Some(step.clone())
+        }
+        StepTemplate::Stack(_)
+        | StepTemplate::Fetch
+        | StepTemplate::Unpack
+        | StepTemplate::Activate
+        | StepTemplate::PlaceFiles(_)
+        | StepTemplate::Script(_) => None,
     });
     let kept = part.prepare.iter().chain(&part.stop);
     rendered.chain(kept.cloned()).collect()
