@@ -32,6 +32,7 @@ async fn people_operate_an_application() {
     the_server_dies_in_an_operation_and_nothing_runs_twice(&mut host, &scene).await;
     a_cancelled_restart_leaves_the_rest_alone(&host, &scene).await;
     an_operation_is_edited(&host, &scene).await;
+    an_operation_is_grouped_anew_and_synced(&host, &scene).await;
     servers_are_prepared_again(&host, &scene).await;
     operations_are_listed(&host).await;
 }
@@ -615,7 +616,7 @@ async fn a_cancelled_restart_leaves_the_rest_alone(host: &TestHost, scene: &Scen
     check_serves(host, scene).await;
 }
 
-/// Its groups are people's to delete and to move between; what it is made of, and the way back, are not.
+/// Its groups are people's to change, and servers come and go as in a release; there is no way back.
 async fn an_operation_is_edited(host: &TestHost, scene: &Scene) {
     let before = starts(scene);
     let order = make(
@@ -625,11 +626,13 @@ async fn an_operation_is_edited(host: &TestHost, scene: &Scene) {
     .await;
     let seen = nodes(host, &order).await;
     let edits = host.ws(&format!("orders/{order}/revisions"));
-    for edit in ["regroup", "sync_servers"] {
-        let edit = json!({ "edit": edit, "application": "scene" });
-        let (status, code, detail) = refusal(host.api.post(&edits, &edit).await);
-        assert_eq!((status, code.as_str()), (409, "wrong_purpose"), "{detail}");
-    }
+    let sync = json!({ "edit": "sync_servers", "application": "scene" });
+    let (status, code, detail) = refusal(host.api.post(&edits, &sync).await);
+    assert_eq!(
+        (status, code.as_str()),
+        (409, "nothing_to_sync"),
+        "{detail}"
+    );
     for action in [
         json!({ "action": "roll_back", "reason": "no" }),
         json!({ "action": "roll_back_stage", "node": 1, "reason": "no" }),
@@ -651,6 +654,79 @@ async fn an_operation_is_edited(host: &TestHost, scene: &Scene) {
     assert_eq!(host.order_ended(&order).await["state"], "succeeded");
     assert_eq!(starts(scene)["agent-1"], before["agent-1"] + 1);
     assert_eq!(starts(scene)["agent-2"], before["agent-2"]);
+    check_serves(host, scene).await;
+}
+
+/// Servers come and go while it waits and while it runs; those that do not qualify stand beside it with the reason.
+async fn an_operation_is_grouped_anew_and_synced(host: &TestHost, scene: &Scene) {
+    let third = host.servers().await[2].1.clone();
+    let before = starts(scene);
+    let order = make(
+        host,
+        &operation(scene, "grown", json!({ "kind": "restart" })),
+    )
+    .await;
+    let edits = host.ws(&format!("orders/{order}/revisions"));
+    let left_out = || async {
+        let progress = host.ws(&format!("orders/{order}/progress"));
+        let progress = host.api.get(&progress).await.expect("its progress");
+        let out = progress["left_out"].as_array().cloned().unwrap_or_default();
+        out.iter()
+            .map(|out| (text(&out["server_name"]), text(&out["reason"])))
+            .collect::<Vec<_>>()
+    };
+    let sync = json!({ "edit": "sync_servers", "application": "scene" });
+    scene.bind(host, &[&third], json!({})).await;
+    let header = host.api.post(&edits, &sync).await.expect("synced");
+    assert_eq!(header["server_count"], 2, "{header}");
+    let difference = text(&header["revisions"][1]["difference"]);
+    assert!(
+        difference.contains("agent-3 do(es) not take part"),
+        "{difference}"
+    );
+    let nothing = "nothing is installed on it: release to it first".to_owned();
+    assert_eq!(left_out().await, [("agent-3".to_owned(), nothing)]);
+    act(host, &order, &json!({ "action": "run" }))
+        .await
+        .expect("it runs with the servers that it has now");
+    assert_eq!(host.order_ended(&order).await["state"], "succeeded");
+    assert_eq!(starts(scene)["agent-1"], before["agent-1"] + 1);
+    assert_eq!(starts(scene)["agent-2"], before["agent-2"] + 1);
+
+    // What was installed meanwhile qualifies: it comes in with the next grouping.
+    let order = make(
+        host,
+        &operation(scene, "regrouped", json!({ "kind": "restart" })),
+    )
+    .await;
+    let mut release = scene.order("on the third", 0);
+    release["run"] = true.into();
+    let release = host.order(&release).await.expect("a release");
+    assert_eq!(host.order_ended(&release).await["state"], "succeeded");
+    let before = starts(scene);
+    let edits = host.ws(&format!("orders/{order}/revisions"));
+    let regroup = json!({ "edit": "regroup", "application": "scene",
+                          "parameters": { "grouping": "explicit", "groups": [
+                              { "servers": [third] },
+                              { "servers": [scene.servers[1].1, scene.servers[0].1] } ] } });
+    let header = host.api.post(&edits, &regroup).await.expect("regrouped");
+    assert_eq!(header["server_count"], 3, "{header}");
+    let seen = nodes(host, &order).await;
+    let group = |server: &str| windlass_tests::scene::group_of(&seen, server)["node"].clone();
+    assert_ne!(group("agent-3"), group("agent-1"));
+    assert_eq!(group("agent-2"), group("agent-1"));
+    act(host, &order, &json!({ "action": "run" }))
+        .await
+        .expect("it runs");
+    assert_eq!(host.order_ended(&order).await["state"], "succeeded");
+    for server in ["agent-1", "agent-2", "agent-3"] {
+        assert_eq!(starts(scene)[server], before[server] + 1, "{server}");
+    }
+    // Taken offline by the chosen server: who is bound beside it is nothing to the operation.
+    let mut offline = on(scene, "off", json!({ "kind": "offline" }), &[]);
+    offline["targets"][0]["servers"] = json!([third]);
+    done(host, offline).await;
+    scene.unbind(host, &[&third]).await;
     check_serves(host, scene).await;
 }
 
@@ -694,14 +770,14 @@ async fn operations_are_listed(host: &TestHost) {
             .iter()
             .all(|order| order["purpose"]["kind"] == "operation")
     );
-    assert_eq!(list("release").await.len(), 2);
+    assert_eq!(list("release").await.len(), 3);
     assert_eq!(list("rollback").await.len(), 0);
     let counts = host
         .api
         .get(&host.ws("order-counts"))
         .await
         .expect("counts");
-    assert_eq!(counts["total"].as_u64(), Some(operations.len() as u64 + 2));
+    assert_eq!(counts["total"].as_u64(), Some(operations.len() as u64 + 3));
     let id = text(&operations[0]["id"]);
     let progress = host
         .api

@@ -83,7 +83,7 @@ fn groups(nodes: &[Value]) -> Vec<Vec<String>> {
 async fn people_change_the_plan_of_an_order() {
     let (mut host, shop, bank) = ready().await;
     a_running_order_is_regrouped(&host, &shop).await;
-    servers_come_and_go(&host, &shop).await;
+    servers_come_and_go(&mut host, &shop).await;
     a_server_that_left_is_free_for_others(&host, &shop).await;
     lanes_and_stages(&host, &shop, &bank).await;
     some_plans_are_not_changed(&host, &shop, &bank).await;
@@ -310,7 +310,7 @@ async fn check_history(host: &TestHost, order: &str) {
     refused(&answer, 404, "not_found");
 }
 
-async fn servers_come_and_go(host: &TestHost, shop: &Scene) {
+async fn servers_come_and_go(host: &mut TestHost, shop: &Scene) {
     let three = id(&shop.servers, "agent-3");
     let sync = json!({ "edit": "sync_servers", "application": "shop" });
     // Before it is run: what was planned from is read anew.
@@ -363,6 +363,20 @@ async fn servers_come_and_go(host: &TestHost, shop: &Scene) {
     let difference = text(&header["revisions"][last]["difference"]);
     assert!(difference.contains("forgot 1 unassigned"), "{difference}");
     shop.bind(host, &[&three], json!({})).await;
+    host.kill_agent(2);
+    eventually("the agent is away", || async {
+        let server = host.api.get(&host.ws(&format!("servers/{three}"))).await;
+        let server = server.expect("the server");
+        if server["connection"] == "online" {
+            Err(server.to_string())
+        } else {
+            Ok(())
+        }
+    })
+    .await;
+    check_refused(host, &order, &sync, 409, "server_not_connected").await;
+    host.start_agent(2, &[]);
+    host.wait_online().await;
     let header = edit(host, &order, &sync).await.expect("synced");
     assert_eq!(header["server_count"], 3, "{header}");
     shop.take("hold");

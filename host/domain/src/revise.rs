@@ -100,6 +100,8 @@ pub enum Edit {
         application: String,
         /// Servers that came, planned; `None`: none did.
         came: Option<Box<Graft>>,
+        /// Servers that came and do not qualify, with the reasons.
+        out: Vec<LeftOut>,
         /// Servers that are bound no more.
         gone: Vec<ServerId>,
         /// What is read of the application's servers now.
@@ -260,9 +262,10 @@ pub fn revise(plan: &Plan, progress: &Progress, edit: &Edit) -> Result<Revised, 
         Edit::SyncServers {
             application,
             came,
+            out,
             gone,
             reads,
-        } => draft.sync(application, came.as_deref(), gone, reads)?,
+        } => draft.sync(application, (came.as_deref(), out), gone, reads)?,
         Edit::Sequence {
             lanes,
             dependencies,
@@ -406,18 +409,12 @@ impl Draft<'_> {
         }
     }
 
-    fn leave_out(&mut self, unit: u32, reason: String) {
-        let application = self.application_of(unit);
-        let unit = &self.original.units[unit as usize];
+    /// Notes a server that stands in no group, with the reason of today.
+    fn leave_out(&mut self, out: LeftOut) {
         self.plan
             .left_out
-            .retain(|out| out.server != unit.server || out.application != application);
-        self.plan.left_out.push(LeftOut {
-            application,
-            server: unit.server,
-            server_name: unit.server_name.clone(),
-            reason,
-        });
+            .retain(|known| known.server != out.server || known.application != out.application);
+        self.plan.left_out.push(out);
     }
 
     fn delete_group(&mut self, id: NodeId) -> Result<String, BadEdit> {
@@ -455,7 +452,13 @@ impl Draft<'_> {
             self.with_followers(&followers)
         );
         for (_, unit) in units {
-            self.leave_out(unit, format!("unassigned: its group `{name}` was deleted"));
+            let out = LeftOut {
+                application: self.application_of(unit),
+                server: self.original.units[unit as usize].server,
+                server_name: self.original.units[unit as usize].server_name.clone(),
+                reason: format!("unassigned: its group `{name}` was deleted"),
+            };
+            self.leave_out(out);
         }
         for node in followers.into_iter().chain([node]) {
             self.tree.remove(node as usize);

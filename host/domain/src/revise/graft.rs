@@ -4,12 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     id::ServerId,
-    plan::{Level, NodeIndex, NodeKind, Plan, Read, TrafficAction},
+    manifest::PluginRef,
+    plan::{LeftOut, Level, NodeIndex, NodeKind, Plan, Read, TrafficAction},
 };
 
 use super::{BadEdit, Draft, listed};
 
-/// A plan of some servers of one application, made like any other, to become part of the plan that runs.
+/// A plan of some servers of one application, made like any other, to become part of the plan that runs. Those that turned out
+/// not to qualify stand in its `left_out`.
 #[derive(Debug, Clone)]
 pub struct Graft {
     /// The application's name.
@@ -127,10 +129,12 @@ impl Draft<'_> {
             });
         }
         let servers: BTreeSet<ServerId> = graft.plan.units.iter().map(|unit| unit.server).collect();
+        let out: BTreeSet<ServerId> = graft.plan.left_out.iter().map(|out| out.server).collect();
         let mut taken = Vec::new();
         for (at, unit) in self.units_in(0) {
             let unit = &self.original.units[unit as usize];
-            if unit.part != Some(part) || !servers.contains(&unit.server) {
+            let planned = servers.contains(&unit.server) || out.contains(&unit.server);
+            if unit.part != Some(part) || !planned {
                 continue;
             }
             if self.is_touched(at) {
@@ -162,6 +166,9 @@ impl Draft<'_> {
         for at in between.into_iter().chain(taken) {
             self.tree.remove(at as usize);
         }
+        for out in &graft.plan.left_out {
+            self.leave_out(out.clone());
+        }
         let groups = graft
             .plan
             .nodes
@@ -170,17 +177,18 @@ impl Draft<'_> {
             .map(|node| node.name.as_str())
             .collect::<Vec<_>>();
         Ok(format!(
-            "grouped {} server(s) of {} anew: {}",
+            "grouped {} server(s) of {} anew: {}{}",
             servers.len(),
             graft.application,
-            listed(&groups)
+            listed(&groups),
+            not_taking_part("; ", &graft.plan.left_out)
         ))
     }
 
     pub(super) fn sync(
         &mut self,
         application: &str,
-        came: Option<&Graft>,
+        (came, out): (Option<&Graft>, &[LeftOut]),
         gone: &[ServerId],
         reads: &BTreeMap<String, Read>,
     ) -> Result<String, BadEdit> {
@@ -218,6 +226,12 @@ impl Draft<'_> {
             said.push(format!("took in {}", listed(&names)));
             let place = self.place_of(graft, node)?;
             self.insert(part, place, graft);
+        }
+        for out in out {
+            self.leave_out(out.clone());
+        }
+        if !out.is_empty() {
+            said.push(not_taking_part("", out));
         }
         let mut left = Vec::new();
         let mut stay = Vec::new();
@@ -266,9 +280,8 @@ impl Draft<'_> {
     /// Whether what was planned now fits what was planned then.
     fn check(&self, graft: &Graft) -> Result<(), BadEdit> {
         for (subject, read) in &graft.plan.reads {
-            let common = subject.starts_with("instance of ")
-                || subject.starts_with("package of ")
-                || subject == "cells";
+            let common = ["instance of ", "package of ", "pools of "];
+            let common = subject == "cells" || common.iter().any(|of| subject.starts_with(of));
             if let Some(before) = self.original.reads.get(subject)
                 && common
                 && before.digest != read.digest
@@ -279,6 +292,23 @@ impl Draft<'_> {
                     after: read.shown.clone(),
                 });
             }
+        }
+        let stack_of = |plan: &Plan| {
+            let mut parts = plan.parts.iter();
+            let part = parts.find(|part| part.key == graft.application);
+            part.and_then(|part| part.stack.clone())
+        };
+        let shown =
+            |stack: &PluginRef| format!("{}@{} ({})", stack.name, stack.version, stack.digest);
+        let (before, after) = (stack_of(self.original), stack_of(&graft.plan));
+        if let (Some(before), Some(after)) = (before, after)
+            && before.digest != after.digest
+        {
+            return Err(BadEdit::Drifted {
+                subject: format!("the tech stack of `{}`", graft.application),
+                before: shown(&before),
+                after: shown(&after),
+            });
         }
         let judges = graft
             .plan
@@ -412,4 +442,13 @@ impl Draft<'_> {
             self.tree.roll_back_as(places[index], node.rollback);
         }
     }
+}
+
+/// For people: which servers do not qualify; empty where all do.
+fn not_taking_part(before: &str, out: &[LeftOut]) -> String {
+    if out.is_empty() {
+        return String::new();
+    }
+    let names: Vec<&str> = out.iter().map(|out| out.server_name.as_str()).collect();
+    format!("{before}{} do(es) not take part", listed(&names))
 }

@@ -348,6 +348,7 @@ fn a_plan_does_not_grow_over_its_limit() {
     let grown = Edit::SyncServers {
         application: "shop".to_owned(),
         came: Some(graft(&[7])),
+        out: Vec::new(),
         gone: Vec::new(),
         reads: [("servers of shop".to_owned(), read("now"))].into(),
     };
@@ -367,6 +368,7 @@ fn servers_come_and_go() {
     let sync = |came: &[u128], gone: &[u128]| Edit::SyncServers {
         application: "shop".to_owned(),
         came: (!came.is_empty()).then(|| graft(came)),
+        out: Vec::new(),
         gone: gone.iter().map(|number| server_id(*number)).collect(),
         reads: [("servers of shop".to_owned(), read("now"))].into(),
     };
@@ -469,6 +471,7 @@ fn servers_stay_where_a_shift_of_traffic_counts_on_them() {
     let gone = Edit::SyncServers {
         application: "shop".to_owned(),
         came: None,
+        out: Vec::new(),
         gone: vec![server_id(2)],
         reads: BTreeMap::new(),
     };

@@ -1,4 +1,4 @@
-//! What a change of an order's plan takes: servers that are grouped anew, or that came, are planned like any release, with
+//! What a change of an order's plan takes: servers that are grouped anew, or that came, are planned like any others, with
 //! what the order was made from; the domain puts that plan into the one that runs.
 //!
 //! Whether the change fits what has started by then is not decided here, but where it is made.
@@ -8,8 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use windlass_domain::{
     id::ServerId,
     instance::Binding,
+    operation::OperationSpec,
     order::{Control, Order, Purpose, ReleaseSpec, Target},
-    plan::{NodeKind, Part, Plan},
+    plan::{LeftOut, NodeKind, Part, Plan},
     progress::Progress,
     revise::{BadEdit, Edit, Graft, PlanEdit, is_touched},
     server::Server,
@@ -18,6 +19,7 @@ use windlass_domain::{
 
 use super::{
     Planner, ServiceError,
+    operations::nobody,
     reads::{back_ends_subject, members_subject, read_back_ends, read_members},
 };
 use crate::service::{load_balancers::behind, orders::bad_edit};
@@ -43,60 +45,50 @@ impl Planner {
                 strategy,
                 parameters,
             } => {
-                let (spec, part, target) = self.target(order, plan, &application).await?;
-                let open = open_servers(plan, progress, part);
-                let bound = self.bound_to(part, &target).await?;
-                let servers: BTreeSet<ServerId> = open.intersection(&bound).copied().collect();
-                if servers.is_empty() {
-                    return Err(bad_edit(&BadEdit::NothingToRegroup { application }));
-                }
-                let spec = ReleaseSpec {
-                    strategy,
-                    parameters,
-                    ..spec
-                };
-                let graft = self
-                    .graft(order, spec, target, (application, &servers))
+                let asked = self.asked_of(order, plan, &application).await?;
+                let bound = self.bound_now(&asked).await?;
+                let bound = bound.iter().map(|(server, _)| server.id);
+                let open = open_servers(plan, progress, asked.part);
+                let servers = bound.filter(|server| open.contains(server)).collect();
+                let grafted = self
+                    .graft(order, asked.grouped(strategy, parameters), &servers)
                     .await?;
-                Edit::Regroup(graft)
+                match (grafted.graft, grafted.out.as_slice()) {
+                    (Some(graft), _) => Edit::Regroup(graft),
+                    (None, []) => {
+                        return Err(bad_edit(&BadEdit::NothingToRegroup { application }));
+                    }
+                    (None, out) => return Err(nobody(out)),
+                }
             }
             PlanEdit::SyncServers { application } => {
-                let (spec, part, target) = self.target(order, plan, &application).await?;
-                let standing = standing(plan, part);
-                let out: BTreeSet<ServerId> = left_out(plan, part).collect();
+                let asked = self.asked_of(order, plan, &application).await?;
+                let standing = standing(plan, asked.part);
+                let out: BTreeSet<ServerId> = left_out(plan, asked.part).collect();
                 let known: BTreeSet<ServerId> = standing.union(&out).copied().collect();
-                let (instance, cells) = (part.instance, target.cells.clone());
-                let found = self.parts.instances.find(instance).await?;
-                let bound = match found {
-                    Some(instance) => self.bound(&instance, &cells).await?,
-                    None => Vec::new(),
-                };
+                let bound = self.bound_now(&asked).await?;
                 let now: BTreeSet<ServerId> = bound.iter().map(|(server, _)| server.id).collect();
-                let mut reads: BTreeMap<_, _> =
-                    [(members_subject(&application, &cells), read_members(&bound))].into();
+                let mut reads = BTreeMap::new();
+                if asked.spec.servers().is_empty() {
+                    let subject = members_subject(&application, asked.spec.cells());
+                    reads.insert(subject, read_members(&bound));
+                }
                 // Who is bound stands behind the application's pools.
-                let (store, pools) = (&*self.parts.store, part.pools.iter().copied().collect());
-                for (pool, members) in behind(store, &order.workspace, pools).await? {
+                let pools = asked.part.pools.iter().copied().collect();
+                for (pool, members) in behind(&*self.parts.store, &order.workspace, pools).await? {
                     reads.insert(back_ends_subject(&pool), read_back_ends(&members));
                 }
                 let came: BTreeSet<ServerId> = now.difference(&known).copied().collect();
                 let gone = known.difference(&now).copied().collect();
-                if order.control == Control::Active {
+                let Grafted { graft, out } =
+                    self.graft(order, asked.grouped_by_default(), &came).await?;
+                if order.control == Control::Active && graft.is_some() {
                     self.expect_online(&bound, &came)?;
                 }
-                let came = if came.is_empty() {
-                    None
-                } else {
-                    let spec = ReleaseSpec {
-                        parameters: without_groups(spec.parameters),
-                        ..spec
-                    };
-                    let graft = (application.clone(), &came);
-                    Some(self.graft(order, spec, target, graft).await?)
-                };
                 Edit::SyncServers {
                     application,
-                    came,
+                    came: graft,
+                    out,
                     gone,
                     reads,
                 }
@@ -143,94 +135,174 @@ impl Planner {
             .map_err(|message| ServiceError::Unavailable { message })
     }
 
-    /// What the order releases of an application.
-    async fn target<'a>(
+    /// What the order was made from, of one application.
+    async fn asked_of<'a>(
         &self,
         order: &Order,
         plan: &'a Plan,
         application: &str,
-    ) -> Result<(ReleaseSpec, &'a Part, Target), ServiceError> {
-        let spec = self.release_spec(order).await?;
-        let found = plan.parts.iter().find_map(|part| {
-            let mut targets = spec.targets.iter();
-            let target = targets.find(|target| target.instance == part.instance)?;
-            (part.key == application).then(|| (part, target.clone()))
-        });
-        let (part, target) = found.ok_or_else(|| {
+    ) -> Result<Asked<'a>, ServiceError> {
+        let missing = || {
             bad_edit(&BadEdit::NoSuchApplication {
                 application: application.to_owned(),
             })
-        })?;
-        Ok((spec, part, target))
+        };
+        let mut parts = plan.parts.iter();
+        let part = parts.find(|part| part.key == application);
+        let part = part.ok_or_else(missing)?;
+        let (spec, dependencies) = match order.purpose {
+            Purpose::Release | Purpose::Rollback { .. } | Purpose::Invocation { .. } => {
+                let asked = self.release_spec(order).await?;
+                let dependencies = asked.dependencies.pairs();
+                let mut targets = asked.targets.iter();
+                let target = targets.find(|target| target.instance == part.instance);
+                let target = Target {
+                    // The order stays with the tech stack that it was planned with.
+                    tech_stack_version: part
+                        .stack
+                        .as_ref()
+                        .and_then(|stack| format!("={}", stack.version).parse().ok()),
+                    ..target.ok_or_else(missing)?.clone()
+                };
+                let spec = ReleaseSpec {
+                    targets: vec![target],
+                    shift_only: Vec::new(),
+                    dependencies: Dependencies::default(),
+                    lanes: Vec::new(),
+                    ..asked
+                };
+                (Spec::Release(spec), dependencies)
+            }
+            Purpose::Operation { .. } => {
+                let asked = self.asked::<OperationSpec>(order).await;
+                let mut asked = asked.map_err(|message| ServiceError::Unavailable { message })?;
+                asked
+                    .targets
+                    .retain(|target| target.instance == part.instance);
+                (Spec::Operation(asked), Ok(Vec::new()))
+            }
+        };
+        Ok(Asked {
+            part,
+            spec,
+            dependencies: dependencies.map_err(super::dependencies_invalid)?,
+        })
     }
 
-    async fn bound_to(
-        &self,
-        part: &Part,
-        target: &Target,
-    ) -> Result<BTreeSet<ServerId>, ServiceError> {
-        let Some(instance) = self.parts.instances.find(part.instance).await? else {
-            return Ok(BTreeSet::new());
+    /// The servers that are bound now and were asked for.
+    async fn bound_now(&self, asked: &Asked<'_>) -> Result<Vec<(Server, Binding)>, ServiceError> {
+        let Some(instance) = self.parts.instances.find(asked.part.instance).await? else {
+            return Ok(Vec::new());
         };
-        let bound = self.bound(&instance, &target.cells).await?;
-        Ok(bound.iter().map(|(server, _)| server.id).collect())
+        let mut bound = self.bound(&instance, asked.spec.cells()).await?;
+        let named = asked.spec.servers();
+        bound.retain(|(server, _)| named.is_empty() || named.contains(&server.id));
+        Ok(bound)
     }
 
     /// Plans some servers of one application with what the order was made from.
     async fn graft(
         &self,
         order: &Order,
-        spec: ReleaseSpec,
-        target: Target,
-        (application, servers): (String, &BTreeSet<ServerId>),
-    ) -> Result<Box<Graft>, ServiceError> {
-        let dependencies = spec.dependencies.pairs();
-        let dependencies = dependencies.map_err(super::dependencies_invalid)?;
-        let spec = ReleaseSpec {
-            targets: vec![target],
-            shift_only: Vec::new(),
-            dependencies: Dependencies::default(),
-            lanes: Vec::new(),
-            ..spec
+        asked: Asked<'_>,
+        servers: &BTreeSet<ServerId>,
+    ) -> Result<Grafted, ServiceError> {
+        if servers.is_empty() {
+            return Ok(Grafted::default());
+        }
+        let (plan, out) = match asked.spec {
+            Spec::Release(spec) => {
+                let plan = self.plan_servers(&order.workspace, &spec, Some(servers));
+                (Some(plan.await?), Vec::new())
+            }
+            Spec::Operation(mut spec) => {
+                for target in &mut spec.targets {
+                    target.servers = servers.iter().copied().collect();
+                }
+                self.plan_qualified(&order.workspace, &spec).await?
+            }
         };
-        let plan = self
-            .plan_servers(&order.workspace, &spec, Some(servers))
-            .await?;
-        Ok(Box::new(Graft {
-            application,
-            plan,
-            dependencies,
-        }))
+        let graft = plan.map(|plan| {
+            Box::new(Graft {
+                application: asked.part.key.clone(),
+                plan,
+                dependencies: asked.dependencies,
+            })
+        });
+        Ok(Grafted { graft, out })
     }
 }
 
-/// The order's parameters without explicit groups: what came stands in none of them, and is grouped as by default.
-fn without_groups(mut parameters: serde_json::Value) -> serde_json::Value {
-    if let Some(fields) = parameters.as_object_mut()
-        && fields.get("grouping").is_some_and(|by| by == "explicit")
-    {
-        fields.retain(|name, _| name != "grouping" && name != "groups");
+/// What an order was made from, of one of its applications.
+struct Asked<'a> {
+    part: &'a Part,
+    /// With the application's target alone.
+    spec: Spec,
+    /// What depends on what in the order.
+    dependencies: Vec<(String, String)>,
+}
+
+enum Spec {
+    Release(ReleaseSpec),
+    Operation(OperationSpec),
+}
+
+/// Servers that were planned: those that take part, and those that do not qualify.
+#[derive(Default)]
+struct Grafted {
+    graft: Option<Box<Graft>>,
+    out: Vec<LeftOut>,
+}
+
+impl Asked<'_> {
+    fn grouped(mut self, strategy: String, parameters: serde_json::Value) -> Self {
+        let (by, with) = self.spec.grouping();
+        (*by, *with) = (strategy, parameters);
+        self
     }
-    parameters
+
+    /// Without explicit groups: what came stands in none of them.
+    fn grouped_by_default(mut self) -> Self {
+        let (_, with) = self.spec.grouping();
+        if let Some(fields) = with.as_object_mut()
+            && fields.get("grouping").is_some_and(|by| by == "explicit")
+        {
+            fields.retain(|name, _| name != "grouping" && name != "groups");
+        }
+        self
+    }
+}
+
+impl Spec {
+    const fn grouping(&mut self) -> (&mut String, &mut serde_json::Value) {
+        match self {
+            Self::Release(spec) => (&mut spec.strategy, &mut spec.parameters),
+            Self::Operation(spec) => (&mut spec.strategy, &mut spec.parameters),
+        }
+    }
+
+    fn cells(&self) -> &[String] {
+        match self {
+            Self::Release(spec) => spec.targets.first().map_or(&[], |target| &target.cells),
+            Self::Operation(spec) => spec.targets.first().map_or(&[], |target| &target.cells),
+        }
+    }
+
+    /// Those that were chosen one by one; empty: all.
+    fn servers(&self) -> &[ServerId] {
+        match self {
+            Self::Release(_) => &[],
+            Self::Operation(spec) => spec.targets.first().map_or(&[], |target| &target.servers),
+        }
+    }
 }
 
 /// Which plans can be changed in which way.
 fn expect_editable(order: &Order, edit: &PlanEdit) -> Result<(), ServiceError> {
-    let plans_anew = match edit {
-        PlanEdit::Regroup { .. } | PlanEdit::SyncServers { .. } => true,
-        PlanEdit::DeleteGroup { .. } | PlanEdit::MoveServers { .. } | PlanEdit::Sequence { .. } => {
-            false
-        }
-    };
     let moves = matches!(edit, PlanEdit::MoveServers { .. });
     let (what, mend) = match &order.purpose {
-        Purpose::Release => return Ok(()),
-        Purpose::Operation { .. } if !plans_anew => return Ok(()),
+        Purpose::Release | Purpose::Operation { .. } => return Ok(()),
         Purpose::Rollback { .. } if moves => return Ok(()),
-        Purpose::Operation { .. } => (
-            "an operation's servers are not grouped anew",
-            "cancel it, and make another operation for these servers",
-        ),
         Purpose::Rollback { .. } => (
             "a rollback brings back everything that it was made for: nothing can be left out of it or put off",
             "move servers to another group, or cancel the rollback",

@@ -89,6 +89,16 @@ impl Planner {
         workspace: &str,
         spec: &OperationSpec,
     ) -> Result<Plan, ServiceError> {
+        let (plan, left_out) = self.plan_qualified(workspace, spec).await?;
+        plan.ok_or_else(|| nobody(&left_out))
+    }
+
+    /// Likewise; no plan where no server qualifies. With those that do not.
+    pub(super) async fn plan_qualified(
+        &self,
+        workspace: &str,
+        spec: &OperationSpec,
+    ) -> Result<(Option<Plan>, Vec<LeftOut>), ServiceError> {
         let (workspace, _) = self.parts.workspaces.get(workspace).await?;
         check_spec(spec)?;
         let strategy = self.strategy(&spec.strategy)?;
@@ -130,7 +140,7 @@ impl Planner {
             }
         }
         if chosen.is_empty() {
-            return Err(nobody(&spec.operation, &left_out));
+            return Ok((None, left_out));
         }
         let mut parts = Vec::with_capacity(chosen.len());
         let mut applications = Vec::with_capacity(chosen.len());
@@ -171,9 +181,9 @@ impl Planner {
                 unit.restore = restore;
             }
         }
-        plan.left_out = left_out;
+        plan.left_out.clone_from(&left_out);
         plan.schema = plan.lowest_schema();
-        Ok(plan)
+        Ok((Some(plan), left_out))
     }
 
     /// What orders have made of an instance's servers.
@@ -561,7 +571,7 @@ fn lacks_steps(operation: &Operation, installed: &Manifest) -> Option<&'static s
 }
 
 /// No server takes part: with the first reasons.
-fn nobody(operation: &Operation, left_out: &[LeftOut]) -> ServiceError {
+pub(super) fn nobody(left_out: &[LeftOut]) -> ServiceError {
     const SHOWN: usize = 10;
     let shown: Vec<String> = left_out
         .iter()
@@ -580,8 +590,7 @@ fn nobody(operation: &Operation, left_out: &[LeftOut]) -> ServiceError {
     ServiceError::Conflict {
         code: "no_server_qualifies",
         message: format!(
-            "no server qualifies for the operation {}: {}{more}",
-            operation.name(),
+            "no server qualifies for the operation: {}{more}",
             shown.join("; ")
         ),
         mend: "choose other servers, or mend what is named".to_owned(),

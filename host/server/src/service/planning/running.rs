@@ -197,7 +197,10 @@ impl Planner {
         self.asked(order).await
     }
 
-    async fn asked<T: serde::de::DeserializeOwned>(&self, order: &Order) -> Result<T, String> {
+    pub(super) async fn asked<T: serde::de::DeserializeOwned>(
+        &self,
+        order: &Order,
+    ) -> Result<T, String> {
         let digest = windlass_store::BlobDigest::from_bytes(*order.spec.as_bytes());
         let bytes = self
             .parts
