@@ -27,12 +27,15 @@
 mod admin;
 mod files;
 mod process;
+mod tally;
 
 use std::{
     collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 use windlass_domain::{
     id::{CertificateId, LoadBalancerId, PoolId, ServerId},
@@ -44,8 +47,12 @@ use windlass_protocol::{
 };
 
 use crate::{config::DataDir, files::FileError};
-use admin::{Counters, Snapshot};
+use admin::Snapshot;
 use files::BalancerDir;
+use tally::Tally;
+
+/// Between two looks whether the kernel has what was set.
+const BANDWIDTH_EVERY: Duration = Duration::from_secs(10);
 
 /// Why a load balancer is not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -277,10 +284,11 @@ struct Balancer {
     restored: bool,
     /// What went wrong last, while it does not run.
     message: String,
-    /// Of processes that have ended.
-    carried: HashMap<(PoolId, ServerId), Counters>,
-    /// Of each process that was seen alive.
-    seen: HashMap<u32, HashMap<(PoolId, ServerId), Counters>>,
+    /// When it was last looked whether the kernel has the peak bandwidth.
+    bandwidth_at: Option<Instant>,
+    /// Why it does not; empty: it does.
+    bandwidth: String,
+    tally: Tally,
 }
 
 impl Balancer {
@@ -295,8 +303,9 @@ impl Balancer {
             desired,
             restored: false,
             message,
-            carried: HashMap::new(),
-            seen: HashMap::new(),
+            bandwidth_at: None,
+            bandwidth: String::new(),
+            tally: Tally::default(),
         }
     }
 
@@ -340,8 +349,9 @@ impl Balancer {
                 }
                 return Err(error);
             }
-            process::set_bandwidth(&self.dir, &wanted).await?;
             self.dir.keep(&wanted)?;
+            self.bandwidth_at = None;
+            self.keep_bandwidth(&wanted).await;
         }
         self.dir.drop_certificates_except(&wanted)?;
         tracing::info!(load_balancer = %wanted.load_balancer, revision = wanted.revision, listeners = wanted.listeners.len(), "a load balancer runs a new configuration");
@@ -448,11 +458,9 @@ impl Balancer {
             if !self.restored {
                 self.dir.write_configuration(&desired)?;
                 self.dir.forget_state()?;
-                if let Err(error) = process::set_bandwidth(&self.dir, &desired).await {
-                    tracing::warn!(load_balancer = %self.dir.id(), error = %crate::files::chain(&error), "a peak bandwidth is not set");
-                }
                 self.restored = true;
             }
+            self.keep_bandwidth(&desired).await;
             if process::answers(&self.dir).await {
                 self.mend_weights().await
             } else {
@@ -471,6 +479,29 @@ impl Balancer {
         }
     }
 
+    /// Sets the peak bandwidth, and again whenever it is found to be gone: who loads the machine's own rules drops all tables.
+    async fn keep_bandwidth(&mut self, desired: &Configuration) {
+        let kept = match self.bandwidth_at {
+            Some(at) if at.elapsed() < BANDWIDTH_EVERY => return,
+            Some(_)
+                if self.bandwidth.is_empty()
+                    && process::has_bandwidth(&self.dir, desired).await =>
+            {
+                Ok(())
+            }
+            Some(_) | None => process::set_bandwidth(&self.dir, desired).await,
+        };
+        self.bandwidth_at = Some(Instant::now());
+        self.bandwidth = match kept {
+            Ok(()) => String::new(),
+            Err(error) => {
+                let error = crate::files::chain(&error);
+                tracing::warn!(load_balancer = %self.dir.id(), %error, "a peak bandwidth is not set; it is tried again");
+                format!("a peak bandwidth is not set: {error}")
+            }
+        };
+    }
+
     async fn remove(&mut self) -> Result<(), BalancerError> {
         process::stop(&self.dir).await?;
         if let Some(desired) = &self.desired {
@@ -484,17 +515,7 @@ impl Balancer {
     /// Looks at HAProxy, and adds to the counters.
     async fn snapshot(&mut self) -> Result<Snapshot, BalancerError> {
         let mut snapshot = admin::look(&self.dir).await?;
-        let alive = std::mem::take(&mut snapshot.counters);
-        self.seen.retain(|pid, counters| {
-            let lives = alive.contains_key(pid);
-            if !lives {
-                for (member, counted) in counters.drain() {
-                    self.carried.entry(member).or_default().add(counted);
-                }
-            }
-            lives
-        });
-        self.seen.extend(alive);
+        self.tally.look(std::mem::take(&mut snapshot.counted));
         Ok(snapshot)
     }
 
@@ -511,7 +532,7 @@ impl Balancer {
             Ok(snapshot) => BalancerState {
                 revision,
                 running: true,
-                message: String::new(),
+                message: self.bandwidth.clone(),
                 old_processes: snapshot.old_processes,
                 members: self.members(&snapshot),
             },
@@ -532,18 +553,10 @@ impl Balancer {
         let mut members: Vec<MemberState> = snapshot
             .members
             .iter()
-            .map(|((pool, server), shown)| {
-                let mut counted = Counters::default();
-                for counters in std::iter::once(&self.carried).chain(self.seen.values()) {
-                    if let Some(more) = counters.get(&(*pool, *server)) {
-                        counted.add(*more);
-                    }
-                }
-                MemberState {
-                    pool: *pool,
-                    stats: shown.stats(*server, counted),
-                    check: shown.check.clone(),
-                }
+            .map(|((pool, server), shown)| MemberState {
+                pool: *pool,
+                stats: shown.stats(*server, self.tally.of((*pool, *server))),
+                check: shown.check.clone(),
             })
             .collect();
         members.sort_by_key(|member| (member.pool, member.stats.server));

@@ -49,7 +49,7 @@ pub enum PoolKind {
 /// What a pool knows of one of its members, as its back end counts it.
 ///
 /// Counters rise from the moment a member was first seen; they begin again at 0 when what counts them was started anew, so
-/// a reader that compares two looks takes a lower figure as a new beginning ([`MemberStats::since`]).
+/// a reader that compares two looks takes a lower figure as a new beginning ([`Counted::since`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct MemberStats {
     /// The member.
@@ -68,8 +68,35 @@ pub struct MemberStats {
     pub retries: u64,
     /// Requests that were given to another member because it could not be connected to.
     pub redispatches: u64,
-    /// Mean time until its answer began, over about the last 1,000 requests, in milliseconds; `None`: not measured.
+    /// Mean time until its answer began, over about the last 500 requests, in milliseconds; `None`: not measured.
     pub latency_ms: Option<u32>,
+    /// Answers whose time was measured.
+    #[serde(default)]
+    pub responses: Responses,
+}
+
+/// Answers, and what they took together. Rise like the other counters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Responses {
+    /// How many; 0: none was measured.
+    pub count: u64,
+    /// The times until each began, in microseconds, as near as the back end says: HAProxy's figures are off by up to half a
+    /// second in sum.
+    pub total_us: i64,
+}
+
+impl Responses {
+    /// Those since an earlier look. A count that fell has begun anew.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Self {
+        if self.count < earlier.count {
+            return self;
+        }
+        Self {
+            count: self.count - earlier.count,
+            total_us: self.total_us - earlier.total_us,
+        }
+    }
 }
 
 /// What a pool's own health check says of a member.
@@ -85,29 +112,42 @@ pub enum MemberHealth {
     Unchecked,
 }
 
-/// What happened to a member between two looks at it.
+/// What a member did: so far, or between two looks at it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counted {
     /// Requests.
     pub requests: u64,
     /// Errors among them.
     pub errors: u64,
+    /// Answers that were measured.
+    pub responses: Responses,
+}
+
+impl Counted {
+    /// What was counted since an earlier look. A counter that fell has begun anew: what it shows is all that is known.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Self {
+        let responses = self.responses.since(earlier.responses);
+        if self.requests < earlier.requests || self.errors < earlier.errors {
+            return Self { responses, ..self };
+        }
+        Self {
+            requests: self.requests - earlier.requests,
+            errors: self.errors - earlier.errors,
+            responses,
+        }
+    }
 }
 
 impl MemberStats {
-    /// What was counted since an earlier look. A counter that fell has begun anew: what it shows is all that is known.
+    /// What it did so far.
     #[must_use]
-    pub fn since(&self, earlier: &Self) -> Counted {
-        let (requests, errors) = if self.requests < earlier.requests || self.errors < earlier.errors
-        {
-            (self.requests, self.errors)
-        } else {
-            (
-                self.requests - earlier.requests,
-                self.errors - earlier.errors,
-            )
-        };
-        Counted { requests, errors }
+    pub const fn counted(&self) -> Counted {
+        Counted {
+            requests: self.requests,
+            errors: self.errors,
+            responses: self.responses,
+        }
     }
 
     /// Whether it takes new requests: with weight, and not down.
@@ -136,6 +176,7 @@ mod tests {
             retries: 0,
             redispatches: 0,
             latency_ms: None,
+            responses: Responses::default(),
         }
     }
 
@@ -147,8 +188,16 @@ mod tests {
             ((10, 1), (4, 0), (4, 0)),
             ((10, 3), (12, 0), (12, 0)),
         ] {
-            let counted = stats(later.0, later.1).since(&stats(earlier.0, earlier.1));
+            let counted = |(requests, errors)| stats(requests, errors).counted();
+            let counted = counted(later).since(counted(earlier));
             assert_eq!((counted.requests, counted.errors), expect);
+        }
+        let answers = |count, total_us| Responses { count, total_us };
+        for (earlier, later, expect) in [
+            (answers(10, 500), answers(12, 900), answers(2, 400)),
+            (answers(10, 500), answers(3, 40), answers(3, 40)),
+        ] {
+            assert_eq!(later.since(earlier), expect);
         }
     }
 

@@ -132,6 +132,20 @@ async fn peak_bandwidth() {
         "with a peak of 2,000,000 bytes per second, {held} bytes came in {time:?}: at most {most} may"
     );
 
+    // Whoever loads the machine's own rules drops all others.
+    assert!(nft(&["list", "tables"]).contains("windlass_"));
+    nft(&["flush", "ruleset"]);
+    assert_eq!(nft(&["list", "tables"]), "");
+    eventually("the peak is set again", || async {
+        let tables = nft(&["list", "tables"]);
+        if tables.contains("windlass_") {
+            Ok(())
+        } else {
+            Err(tables)
+        }
+    })
+    .await;
+
     settings["peak_kbit_per_s"] = Value::Null;
     let free = json!({ "settings": settings });
     host.api
@@ -139,10 +153,14 @@ async fn peak_bandwidth() {
         .await
         .expect("the listener is changed");
     current().await;
-    let tables = Command::new("/usr/sbin/nft")
-        .args(["list", "tables"])
-        .output();
-    assert_eq!(tables.expect("nft(8)").stdout, b"", "no table is left");
+    assert_eq!(nft(&["list", "tables"]), "", "no table is left");
+}
+
+fn nft(arguments: &[&str]) -> String {
+    let output = Command::new("/usr/sbin/nft").args(arguments).output();
+    let output = output.expect("nft(8)");
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 /// Bytes that come from a port in a time, and the time that it really was.

@@ -14,12 +14,17 @@ use tokio::{
     net::UnixStream,
 };
 use windlass_domain::{
-    id::{PoolId, ServerId},
+    id::ServerId,
     pool::{MemberHealth, MemberStats},
 };
 use windlass_protocol::MemberWeight;
 
-use super::{BalancerError, files::BalancerDir, process::ADMIN_SOCKET};
+use super::{
+    BalancerError,
+    files::BalancerDir,
+    process::ADMIN_SOCKET,
+    tally::{self, Counted, Counters, Member},
+};
 
 /// How long HAProxy may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
@@ -117,24 +122,6 @@ pub(super) async fn set_weight(
     )))
 }
 
-/// What is counted of a server.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) struct Counters {
-    pub(super) requests: u64,
-    pub(super) errors: u64,
-    pub(super) retries: u64,
-    pub(super) redispatches: u64,
-}
-
-impl Counters {
-    pub(super) fn add(&mut self, more: Self) {
-        self.requests += more.requests;
-        self.errors += more.errors;
-        self.retries += more.retries;
-        self.redispatches += more.redispatches;
-    }
-}
-
 /// A server as the current worker shows it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Shown {
@@ -144,21 +131,26 @@ pub(super) struct Shown {
     pub(super) sessions: u32,
     pub(super) latency_ms: Option<u32>,
     pub(super) check: String,
-    counters: Counters,
+    counted: tally::Shown,
 }
 
 impl Shown {
-    pub(super) fn stats(&self, server: ServerId, counted: Counters) -> MemberStats {
+    pub(super) fn stats(&self, server: ServerId, counted: Counted) -> MemberStats {
+        let Counted {
+            counters,
+            responses,
+        } = counted;
         MemberStats {
             server,
             weight: self.weight,
             health: self.health,
             sessions: self.sessions,
-            requests: counted.requests,
-            errors: counted.errors,
-            retries: counted.retries,
-            redispatches: counted.redispatches,
+            requests: counters.requests,
+            errors: counters.errors,
+            retries: counters.retries,
+            redispatches: counters.redispatches,
             latency_ms: self.latency_ms,
+            responses,
         }
     }
 }
@@ -166,9 +158,9 @@ impl Shown {
 /// HAProxy at one moment.
 #[derive(Debug, Default)]
 pub(super) struct Snapshot {
-    pub(super) members: HashMap<(PoolId, ServerId), Shown>,
+    pub(super) members: HashMap<Member, Shown>,
     /// Of each process that lives.
-    pub(super) counters: HashMap<u32, HashMap<(PoolId, ServerId), Counters>>,
+    pub(super) counted: HashMap<u32, HashMap<Member, tally::Shown>>,
     pub(super) old_processes: u32,
 }
 
@@ -183,14 +175,14 @@ pub(super) async fn look(dir: &BalancerDir) -> Result<Snapshot, BalancerError> {
         .ok_or_else(|| BalancerError::Admin("it has no worker (yet)".into()))?;
     let stat = command(dir, &format!("@!{worker} {SERVERS}")).await?;
     snapshot.members = parse_servers(&stat)?;
-    let counters = |members: &HashMap<(PoolId, ServerId), Shown>| {
+    let counted = |members: &HashMap<Member, Shown>| {
         members
             .iter()
-            .map(|(member, shown)| (*member, shown.counters))
+            .map(|(member, shown)| (*member, shown.counted))
             .collect()
     };
-    let counted = counters(&snapshot.members);
-    snapshot.counters.insert(worker, counted);
+    let of_worker = counted(&snapshot.members);
+    snapshot.counted.insert(worker, of_worker);
     for pid in processes.old {
         // One that ends just now has nothing any more.
         let Ok(members) = parse_servers(&command(dir, &format!("@!{pid} {SERVERS}")).await?) else {
@@ -207,8 +199,7 @@ pub(super) async fn look(dir: &BalancerDir) -> Result<Snapshot, BalancerError> {
             let here = members.get(member).map_or(0, |old| old.sessions);
             shown.sessions += here + idle;
         }
-        let counted = counters(&members);
-        snapshot.counters.insert(pid, counted);
+        snapshot.counted.insert(pid, counted(&members));
     }
     Ok(snapshot)
 }
@@ -223,7 +214,7 @@ fn figure(info: &str, name: &str) -> Option<u32> {
     })
 }
 
-fn parse_servers(stat: &str) -> Result<HashMap<(PoolId, ServerId), Shown>, BalancerError> {
+fn parse_servers(stat: &str) -> Result<HashMap<Member, Shown>, BalancerError> {
     let odd = |what: &str| {
         BalancerError::Admin(format!(
             "its statistics cannot be read: {what}: {:?}",
@@ -281,7 +272,10 @@ fn parse_servers(stat: &str) -> Result<HashMap<(PoolId, ServerId), Shown>, Balan
             .filter(|part| !part.is_empty())
             .collect::<Vec<_>>()
             .join(" "),
-            counters,
+            counted: tally::Shown {
+                counters,
+                mean_ms: small("rtime"),
+            },
         };
         members.insert((pool, server), shown);
     }
@@ -340,7 +334,8 @@ mod tests {
             retries: 3,
             redispatches: 4,
         };
-        assert_eq!(shown.counters, counters);
+        let mean_ms = 7;
+        assert_eq!(shown.counted, tally::Shown { counters, mean_ms });
         assert_eq!(members.len(), 1);
         assert!(parse_servers("Proxy is disabled.\n").is_err());
     }

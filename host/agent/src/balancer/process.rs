@@ -272,6 +272,16 @@ pub(super) async fn set_bandwidth(
     }
 }
 
+/// Whether the kernel has the load balancer's table, where it is to have one.
+pub(super) async fn has_bandwidth(dir: &BalancerDir, wanted: &Configuration) -> bool {
+    if render::nftables(wanted).is_none() {
+        return true;
+    }
+    let table = render::table(wanted.load_balancer);
+    let listed = run(dir, NFT, &["list", "table", "inet", &table]).await;
+    listed.is_ok_and(|(there, _)| there)
+}
+
 /// Takes the load balancer's table away, where there ever was one.
 pub(super) async fn clear_bandwidth(
     dir: &BalancerDir,

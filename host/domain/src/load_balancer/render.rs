@@ -33,6 +33,10 @@ pub const CERTIFICATES_DIRECTORY: &str = "certificates";
 /// Between two checks of a server that changes its state, or is down.
 const FAST_CHECK_MS: u32 = 500;
 
+/// Files that HAProxy may have open: nearly 100,000 connections, two files each. It makes tables for as many as the system
+/// allows it, which in containers can be a billion.
+const MAX_FILES: u32 = 200_000;
+
 /// What the machine that HAProxy runs on has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
@@ -83,6 +87,7 @@ fn global(text: &mut String, configuration: &Configuration, machine: &Machine) {
     );
     line!(text, "    server-state-file {STATE_FILE}");
     line!(text, "    hard-stop-after 1h");
+    line!(text, "    fd-hard-limit {MAX_FILES}");
     line!(
         text,
         "    ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets"

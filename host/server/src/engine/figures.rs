@@ -15,7 +15,7 @@ use windlass_domain::{
     id::{PoolId, ServerId},
     plan::{NodeIndex, Plan},
     plugin::Observation,
-    pool::{MemberHealth, MemberStats},
+    pool::{Counted, MemberStats, Responses},
 };
 use windlass_store::{CommitError, Txn};
 
@@ -39,12 +39,43 @@ struct Sample {
     at: Timestamp,
     /// Requests and errors so far.
     members: Vec<(PoolId, ServerId, u64, u64)>,
+    /// Of each of these, in the same order, its answers; of samples that were taken before they were measured: none.
+    #[serde(default)]
+    responses: Vec<Responses>,
+}
+
+impl Sample {
+    fn of(attempt: u32, at: Timestamp, shown: &[(PoolId, MemberStats)]) -> Self {
+        let members = shown.iter();
+        Self {
+            attempt,
+            at,
+            members: members
+                .map(|(pool, member)| (*pool, member.server, member.requests, member.errors))
+                .collect(),
+            responses: shown.iter().map(|(_, member)| member.responses).collect(),
+        }
+    }
+
+    fn by_member(&self) -> impl Iterator<Item = ((PoolId, ServerId), Counted)> + '_ {
+        let responses = self.responses.iter().copied();
+        let responses = responses.chain(std::iter::repeat(Responses::default()));
+        let members = self.members.iter().zip(responses);
+        members.map(|((pool, server, requests, errors), responses)| {
+            let counted = Counted {
+                requests: *requests,
+                errors: *errors,
+                responses,
+            };
+            ((*pool, *server), counted)
+        })
+    }
 }
 
 /// Counters when a window began.
 struct Begin {
     at: Timestamp,
-    members: BTreeMap<(PoolId, ServerId), (u64, u64)>,
+    members: BTreeMap<(PoolId, ServerId), Counted>,
 }
 
 /// Waits until the window is over, and answers what was counted in it. Without a window: nothing.
@@ -108,20 +139,10 @@ async fn begin(job: &Job, (node, attempt): (NodeIndex, u32)) -> Result<Begin, St
         {
             return Ok(Begin {
                 at: first.at,
-                members: kept
-                    .iter()
-                    .flat_map(|sample| &sample.members)
-                    .map(|(pool, server, requests, errors)| {
-                        ((*pool, *server), (*requests, *errors))
-                    })
-                    .collect(),
+                members: kept.iter().flat_map(Sample::by_member).collect(),
             });
         }
-        let members: Vec<(PoolId, ServerId, u64, u64)> = stats(job)
-            .await
-            .into_iter()
-            .map(|(pool, member)| (pool, member.server, member.requests, member.errors))
-            .collect();
+        let members = stats(job).await;
         if members.len() > CHUNK * MAX_CHUNKS {
             return Err(format!(
                 "the pools have {} members; figures of at most {} are collected",
@@ -136,11 +157,7 @@ async fn begin(job: &Job, (node, attempt): (NodeIndex, u32)) -> Result<Begin, St
             chunks.push(&[]);
         }
         for (number, members) in (0u64..).zip(&chunks) {
-            let sample = Sample {
-                attempt,
-                at,
-                members: members.to_vec(),
-            };
+            let sample = Sample::of(attempt, at, members);
             txn = txn.put(
                 rows::sample(job.order.id, node, number),
                 rows::encode(&sample),
@@ -214,27 +231,19 @@ fn together(
             .iter()
             .filter(|(pool, member)| member.server == unit.server && part.pools.contains(pool));
         for (pool, member) in members {
-            let (requests, errors) = begin
-                .members
-                .get(&(*pool, member.server))
-                .copied()
-                .unwrap_or_default();
-            let earlier = MemberStats {
-                server: member.server,
-                weight: 0,
-                health: MemberHealth::Unchecked,
-                sessions: 0,
-                requests,
-                errors,
-                retries: 0,
-                redispatches: 0,
-                latency_ms: None,
-            };
-            let counted = member.since(&earlier);
+            let began = begin.members.get(&(*pool, member.server));
+            let began = began.copied().unwrap_or_default();
+            let counted = member.counted().since(began);
             mine.requests += counted.requests;
             mine.errors += counted.errors;
             mine.weight = mine.weight.max(member.weight);
-            if let Some(latency_ms) = member.latency_ms {
+            if member.responses.count > 0 {
+                mine.timed += counted.responses.count;
+                // Below 0 only by what it is off.
+                let took_us = u64::try_from(counted.responses.total_us).unwrap_or(0);
+                mine.latency_ms_times_requests += as_figure(took_us) / 1000.0;
+            } else if let Some(latency_ms) = member.latency_ms {
+                // Not measured one by one: the mean of the last ones is all that is known.
                 mine.timed += counted.requests;
                 mine.latency_ms_times_requests +=
                     f64::from(latency_ms) * as_figure(counted.requests);
@@ -255,25 +264,50 @@ fn as_figure(count: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use uuid::Uuid;
-    use windlass_domain::pool::MemberStats;
+    use windlass_domain::pool::MemberHealth;
 
     use super::*;
 
+    fn shown(responses: Responses) -> (PoolId, MemberStats) {
+        let id = Uuid::from_u128(u128::MAX);
+        let member = MemberStats {
+            server: ServerId::from_uuid(id),
+            weight: 100,
+            health: MemberHealth::Up,
+            sessions: 0,
+            requests: u64::MAX,
+            errors: u64::MAX,
+            retries: 0,
+            redispatches: 0,
+            latency_ms: None,
+            responses,
+        };
+        (PoolId::from_uuid(id), member)
+    }
+
     #[test]
     fn a_chunk_of_members_fits_a_row() {
-        let id = Uuid::from_u128(u128::MAX);
-        let member = (
-            PoolId::from_uuid(id),
-            ServerId::from_uuid(id),
-            u64::MAX,
-            u64::MAX,
-        );
-        let sample = Sample {
-            attempt: u32::MAX,
-            at: clock::now(),
-            members: vec![member; CHUNK],
+        let most = Responses {
+            count: u64::MAX,
+            total_us: i64::MIN,
         };
+        let sample = Sample::of(u32::MAX, clock::now(), &vec![shown(most); CHUNK]);
         assert!(rows::encode(&sample).len() < 30 * 1024);
+    }
+
+    #[test]
+    fn samples_of_before_answers_were_measured_are_read() {
+        let (count, total_us) = (3, 40);
+        let sample = Sample::of(1, clock::now(), &[shown(Responses { count, total_us })]);
+        let mut json = serde_json::to_value(&sample).unwrap();
+        let read = |json: &serde_json::Value| -> Vec<Counted> {
+            let sample: Sample = serde_json::from_value(json.clone()).unwrap();
+            sample.by_member().map(|(_, counted)| counted).collect()
+        };
+        assert_eq!(read(&json)[0].responses, Responses { count, total_us });
+        json.as_object_mut().unwrap().remove("responses");
+        assert_eq!(read(&json)[0].responses, Responses::default());
+        assert_eq!(read(&json)[0].requests, u64::MAX);
     }
 
     #[test]
@@ -285,7 +319,5 @@ mod tests {
         };
         assert_eq!(together.latency_ms(), Some(2.5));
         assert_eq!(Together::default().latency_ms(), None);
-        // The type that pools answer with is the one that is compared.
-        let _: fn(&MemberStats, &MemberStats) -> _ = MemberStats::since;
     }
 }

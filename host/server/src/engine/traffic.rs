@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use windlass_domain::{
     Timestamp,
     id::{PoolId, ServerId},
-    pool::{MemberHealth, MemberStats},
+    pool::{MemberHealth, MemberStats, Responses},
 };
 use windlass_store::{Store, Txn};
 
@@ -312,6 +312,7 @@ impl TrafficPools for SimulatedPools {
                     retries: 0,
                     redispatches: 0,
                     latency_ms: None,
+                    responses: Responses::default(),
                 };
                 let mine = told.iter().find_map(|told| {
                     let mut members = told.traffic.members.iter();

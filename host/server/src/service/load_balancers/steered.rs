@@ -6,7 +6,7 @@ use tokio::time::Instant;
 use windlass_domain::{
     id::{PoolId, ServerId},
     load_balancer::{BackEnd, LoadBalancer, Power},
-    pool::{MemberHealth, MemberStats, Pool},
+    pool::{MemberHealth, MemberStats, Pool, Responses},
 };
 
 use super::{LoadBalancers, back_ends::SetBackEndWeight, steering::SteeringError};
@@ -66,6 +66,7 @@ impl SteeredPool {
                     retries: 0,
                     redispatches: 0,
                     latency_ms: None,
+                    responses: Responses::default(),
                 })
                 .collect());
         }

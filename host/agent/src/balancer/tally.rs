@@ -1,0 +1,245 @@
+//! What HAProxy counts, over all of its processes: each counts for itself, and a reload makes another one.
+//!
+//! Of answers HAProxy shows no sum of times, but a mean that slides over the last 512: of a server that has just got another
+//! release it is mostly the former one's. From two looks at the mean, and the requests between them, follows what these took.
+
+use std::collections::HashMap;
+
+use windlass_domain::{
+    id::{PoolId, ServerId},
+    pool::Responses,
+};
+
+/// A server behind a pool.
+pub(super) type Member = (PoolId, ServerId);
+
+/// Answers over which HAProxy's mean slides (`TIME_STATS_SAMPLES`).
+const SLIDES_OVER: u64 = 512;
+
+/// What is counted of a server.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Counters {
+    pub(super) requests: u64,
+    pub(super) errors: u64,
+    pub(super) retries: u64,
+    pub(super) redispatches: u64,
+}
+
+/// What one process shows of a server.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Shown {
+    pub(super) counters: Counters,
+    /// The sliding mean.
+    pub(super) mean_ms: u32,
+}
+
+/// Counters, and the answers that were timed since the agent looks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Counted {
+    pub(super) counters: Counters,
+    pub(super) responses: Responses,
+}
+
+impl Counted {
+    fn add(&mut self, more: Self) {
+        let Counters {
+            requests,
+            errors,
+            retries,
+            redispatches,
+        } = more.counters;
+        self.counters.requests += requests;
+        self.counters.errors += errors;
+        self.counters.retries += retries;
+        self.counters.redispatches += redispatches;
+        self.responses.count += more.responses.count;
+        self.responses.total_us += more.responses.total_us;
+    }
+}
+
+/// Everything that was counted.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// Of processes that have ended.
+    ended: HashMap<Member, Counted>,
+    /// Of each process that was seen alive.
+    alive: HashMap<u32, HashMap<Member, (Shown, Counted)>>,
+    looked: bool,
+}
+
+impl Tally {
+    /// Takes in what the processes that live show now.
+    pub(super) fn look(&mut self, shown: HashMap<u32, HashMap<Member, Shown>>) {
+        self.alive.retain(|pid, members| {
+            let lives = shown.contains_key(pid);
+            if !lives {
+                for (member, (_, counted)) in members.drain() {
+                    self.ended.entry(member).or_default().add(counted);
+                }
+            }
+            lives
+        });
+        for (pid, members) in shown {
+            let before = self.alive.entry(pid).or_default();
+            for (member, now) in members {
+                let (earlier, counted) = match before.get(&member) {
+                    Some((earlier, counted)) => (*earlier, counted.responses),
+                    None if self.looked => (Shown::default(), Responses::default()),
+                    // What was answered before the agent was started is not known one by one.
+                    None => (now, Responses::default()),
+                };
+                let counted = Counted {
+                    counters: now.counters,
+                    responses: Responses {
+                        count: counted.count
+                            + now
+                                .counters
+                                .requests
+                                .saturating_sub(earlier.counters.requests),
+                        total_us: counted.total_us + took_us(earlier, now),
+                    },
+                };
+                before.insert(member, (now, counted));
+            }
+        }
+        self.looked = true;
+    }
+
+    /// What a server did, as far as it is known.
+    pub(super) fn of(&self, member: Member) -> Counted {
+        let alive = self
+            .alive
+            .values()
+            .filter_map(|members| members.get(&member));
+        let mut all = self.ended.get(&member).copied().unwrap_or_default();
+        for (_, counted) in alive {
+            all.add(*counted);
+        }
+        all
+    }
+}
+
+/// What the answers between two looks took together, in microseconds. A mean is shown in whole milliseconds: the sum is off
+/// by up to half a second, one way or the other, and later looks make up for that.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    reason = "counts are far below 2^52, and times far below 2^63"
+)]
+fn took_us(earlier: Shown, now: Shown) -> i64 {
+    let (before, after) = (earlier.counters.requests, now.counters.requests);
+    if after <= before {
+        return 0;
+    }
+    // The part of today's mean that the mean of then still is: up to 512 answers it is a mean of all, then it slides.
+    let window = SLIDES_OVER as f64;
+    let kept = if after <= SLIDES_OVER {
+        before as f64 / after as f64
+    } else {
+        let slid = (after - before.max(SLIDES_OVER)) as f64;
+        before.min(SLIDES_OVER) as f64 / window * (1.0 - 1.0 / window).powf(slid)
+    };
+    let mean_ms = (f64::from(now.mean_ms) - f64::from(earlier.mean_ms) * kept) / (1.0 - kept);
+    ((after - before) as f64 * mean_ms * 1000.0).round() as i64
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    fn member() -> Member {
+        (
+            PoolId::from_uuid(Uuid::from_u128(1)),
+            ServerId::from_uuid(Uuid::from_u128(2)),
+        )
+    }
+
+    fn shown(pid: u32, requests: u64, mean_ms: u32) -> HashMap<u32, HashMap<Member, Shown>> {
+        let counters = Counters {
+            requests,
+            ..Counters::default()
+        };
+        HashMap::from([(
+            pid,
+            HashMap::from([(member(), Shown { counters, mean_ms })]),
+        )])
+    }
+
+    /// HAProxy's mean, as it slides.
+    struct Mean {
+        sum: f64,
+        count: u64,
+    }
+
+    impl Mean {
+        fn answer(&mut self, ms: f64) {
+            self.count += 1;
+            let window = self.count.min(SLIDES_OVER) as f64;
+            if self.count <= SLIDES_OVER {
+                self.sum += ms;
+            } else {
+                self.sum += ms - self.sum / window;
+            }
+        }
+
+        fn shown(&self) -> HashMap<u32, HashMap<Member, Shown>> {
+            let mean = self.sum / self.count.min(SLIDES_OVER) as f64;
+            shown(1, self.count, mean.ceil() as u32)
+        }
+    }
+
+    #[test]
+    fn what_answers_took_is_known_whatever_came_before() {
+        for (before, slow, looks) in [
+            (10, 100, 1),
+            (400, 400, 4),
+            (5000, 100, 10),
+            (5000, 3000, 2),
+        ] {
+            let (mut tally, mut mean) = (Tally::default(), Mean { sum: 0.0, count: 0 });
+            tally.look(shown(1, 0, 0));
+            for _ in 0..before {
+                mean.answer(2.0);
+            }
+            tally.look(mean.shown());
+            let began = tally.of(member()).responses;
+            for _ in 0..looks {
+                for _ in 0..slow / looks {
+                    mean.answer(50.0);
+                }
+                tally.look(mean.shown());
+            }
+            let counted = tally.of(member()).responses.since(began);
+            assert_eq!(counted.count, slow);
+            let mean_ms = counted.total_us as f64 / 1000.0 / counted.count as f64;
+            // A millisecond of the shown mean is 512 of the sum.
+            let off = 1.0 + 512.0 / slow as f64;
+            assert!(
+                (mean_ms - 50.0).abs() <= off,
+                "{before} before, {slow} in {looks} looks: {mean_ms}"
+            );
+        }
+    }
+
+    #[test]
+    fn processes_that_come_and_go_count_together() {
+        let mut tally = Tally::default();
+        // The agent was started beside a process that has counted.
+        tally.look(shown(1, 1000, 7));
+        assert_eq!(tally.of(member()).counters.requests, 1000);
+        assert_eq!(tally.of(member()).responses, Responses::default());
+        let mut both = shown(1, 1010, 7);
+        both.extend(shown(2, 4, 20));
+        tally.look(both);
+        let counted = tally.of(member());
+        assert_eq!(counted.counters.requests, 1014);
+        assert_eq!(counted.responses.count, 14);
+        assert_eq!(counted.responses.total_us, 150_000);
+        tally.look(shown(2, 6, 20));
+        let counted = tally.of(member());
+        assert_eq!(counted.counters.requests, 1016);
+        assert_eq!(counted.responses.total_us, 190_000);
+    }
+}
