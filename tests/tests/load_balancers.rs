@@ -1,9 +1,13 @@
 //! Load balancers: real HAProxy, real agents, the sample application behind it, and clients that never retry.
 
+#[path = "load_balancers/answers.rs"]
+mod answers;
 #[path = "load_balancers/bandwidth.rs"]
 mod bandwidth;
 #[path = "load_balancers/drift.rs"]
 mod drift;
+#[path = "load_balancers/taken_out.rs"]
+mod taken_out;
 
 use std::{
     collections::BTreeMap,
@@ -235,7 +239,7 @@ async fn change(host: &TestHost, balanced: &Balanced, settings: &Value) {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_listener_can_do() {
     let host = TestHost::start(three_agents()).await;
-    let balanced = Balanced::prepare(&host).await;
+    let mut balanced = Balanced::prepare(&host).await;
     let ids: Vec<String> = balanced.servers.iter().map(|(_, id)| id.clone()).collect();
     let front = balanced.front;
     let mut settings = http_settings(front.port());
@@ -382,6 +386,8 @@ async fn what_a_listener_can_do() {
     who(&get(front, "/", &[]));
     refusals(&host, &balanced, &certificate).await;
     drift::back_ends_that_change_are_noticed(&host, &balanced).await;
+    answers::answers_are_timed(&host, &mut balanced).await;
+    taken_out::a_server_that_is_taken_out_gets_no_traffic(&host, &mut balanced).await;
 
     // The whole load balancer.
     let actions = balanced.path(&host, "/actions");

@@ -8,17 +8,20 @@ use std::{
 use serde::{Deserialize, Serialize};
 use windlass_domain::{
     id::{PoolId, ServerId},
+    instance::ServiceInstance,
     load_balancer::{BackEnd, Listener, LoadBalancer, MAX_WEIGHT, Origin, check_weight},
     name::ServerName,
     pool::{MemberStats, Pool, PoolKind},
+    server::{ReleaseState, Server},
 };
-use windlass_store::{Revision, Txn};
+use windlass_store::{Revision, Store, Txn};
 
 use super::{
     LoadBalancers,
     configuration::{self, Member},
 };
 use crate::{
+    engine,
     keys::{self, Kind},
     service::{Caller, ServiceError, records, servers},
 };
@@ -210,6 +213,9 @@ impl LoadBalancers {
                     .or(before.map(|before| before.weight))
                     .unwrap_or(MAX_WEIGHT);
                 checked_weight(weight)?;
+                if attach.weight.is_some_and(|weight| weight > 0) {
+                    expect_in_service(store, id, &server).await?;
+                }
                 let row = BackEnd {
                     schema: BackEnd::SCHEMA,
                     pool: id,
@@ -231,11 +237,11 @@ impl LoadBalancers {
         self.back_ends(ws, id).await
     }
 
-    /// Takes servers from behind a pool, all or none. A server that is bound to a service instance that names the pool stays,
-    /// at its agent's address, with weight 100.
+    /// Takes servers from behind a pool, all or none. A server that is bound to a service instance that names the pool stays
+    /// with its weight, at its agent's address.
     ///
     /// # Errors
-    /// `back_end_unknown`, `pool_has_no_back_ends`, `out_of_limit`; [`ServiceError::NotFound`].
+    /// `back_end_unknown`, `back_end_bound`, `pool_has_no_back_ends`, `out_of_limit`; [`ServiceError::NotFound`].
     pub async fn detach(
         &self,
         caller: Caller,
@@ -248,13 +254,33 @@ impl LoadBalancers {
         let (pool, balancer, _) = self.real_pool(ws, id).await?;
         let steered = self.steering.alone(balancer.id).await;
         let ((), revision) = records::change(store, &caller, || async {
+            let mut bound = configuration::bound(store, ws).await?;
+            let bound = bound.remove(&id).unwrap_or_default();
             let mut txn = Txn::new();
             for server in &request {
                 let key = keys::back_end(id, *server);
-                let Some(entry) = store.get(&key).await? else {
-                    return Err(unknown(&pool, *server));
+                let entry = store.get(&key).await?;
+                let row = entry.as_ref().map(|entry| {
+                    records::decode_plain::<BackEnd>(entry, "a back end")
+                        .map(|row| (row, entry.revision))
+                });
+                let (row, revision) = match (row.transpose()?, bound.contains(server)) {
+                    (Some(found), _) if found.0.origin == Origin::Attached => found,
+                    (Some(_) | None, true) => return Err(only_bound(&pool, *server)),
+                    (Some(_) | None, false) => return Err(unknown(&pool, *server)),
                 };
-                txn = txn.revision_is(key.clone(), entry.revision).delete(key);
+                txn = txn.revision_is(key.clone(), revision);
+                txn = if bound.contains(server) {
+                    let stays = BackEnd {
+                        address: None,
+                        port: None,
+                        origin: Origin::Bound,
+                        ..row
+                    };
+                    txn.put(key, records::encode(&stays))
+                } else {
+                    txn.delete(key)
+                };
             }
             Ok((txn, ()))
         })
@@ -268,7 +294,7 @@ impl LoadBalancers {
     /// shows both.
     ///
     /// # Errors
-    /// `back_end_unknown`, `pool_has_no_back_ends`, `out_of_limit`; [`ServiceError::NotFound`].
+    /// `back_end_unknown`, `server_taken_out`, `pool_has_no_back_ends`, `out_of_limit`; [`ServiceError::NotFound`].
     pub async fn set_weights(
         &self,
         caller: Caller,
@@ -283,6 +309,14 @@ impl LoadBalancers {
             checked_weight(set.weight)?;
         }
         let steered = self.steering.alone(balancer.id).await;
+        // In the load balancer's turn: an order that takes one out now sets its weight behind this.
+        for set in request.iter().filter(|set| set.weight > 0) {
+            let store = &*self.store;
+            let server = records::find::<Server>(store, &set.server.to_string()).await?;
+            if let Some((server, _)) = server {
+                expect_in_service(store, id, &server).await?;
+            }
+        }
         self.keep_weights(&caller, &pool, &request).await?;
         if let Err(error) = self
             .steering
@@ -345,6 +379,52 @@ fn unknown(pool: &Pool, server: ServerId) -> ServiceError {
         format!("the server {server} is not behind the pool `{}`", pool.name),
         "attach it, or bind it to a service instance that names the pool",
     )
+}
+
+fn only_bound(pool: &Pool, server: ServerId) -> ServiceError {
+    ServiceError::conflict(
+        "back_end_bound",
+        format!(
+            "the server {server} is behind the pool `{}` because it is bound to a service instance",
+            pool.name
+        ),
+        "unbind it, or set its weight to 0",
+    )
+}
+
+/// Traffic of a server that an order has taken out is the order's to give back: it may not serve just now.
+async fn expect_in_service(
+    store: &dyn Store,
+    pool: PoolId,
+    server: &Server,
+) -> Result<(), ServiceError> {
+    let Some(id) = server.instance else {
+        return Ok(());
+    };
+    let instance = records::find::<ServiceInstance>(store, &id.to_string()).await?;
+    if !instance.is_some_and(|(instance, _)| instance.pools.contains(&pool)) {
+        return Ok(());
+    }
+    let states = engine::states_of(store, id).await;
+    let (states, _) =
+        states.map_err(|error| ServiceError::internal("read the states of servers", error))?;
+    match states.get(&server.id) {
+        Some(ReleaseState::Releasing) => Err(ServiceError::conflict(
+            "server_taken_out",
+            format!(
+                "an order has taken the server `{}` out, and gives it traffic again when it is done with it",
+                server.name
+            ),
+            "wait for the order, or cancel it",
+        )),
+        Some(
+            ReleaseState::AwaitingRelease
+            | ReleaseState::Released
+            | ReleaseState::ReleaseFailed
+            | ReleaseState::Offline,
+        )
+        | None => Ok(()),
+    }
 }
 
 fn checked_weight(weight: u32) -> Result<(), ServiceError> {
