@@ -301,6 +301,7 @@ async fn what_a_listener_can_do() {
     change(&host, &balanced, &settings).await;
 
     // Virtual server groups by host name and path.
+    let mut pools = Vec::new();
     let groups = balanced.path(&host, &format!("/listeners/{}/groups", balanced.listener));
     for (name, hosts, paths, server) in [
         ("by-host", json!(["*.admin.example"]), json!([]), &ids[0]),
@@ -312,11 +313,8 @@ async fn what_a_listener_can_do() {
             .as_array()
             .and_then(|groups| groups.last());
         let pool = text(&group.expect("the group")["pool"]);
-        let back_end =
-            json!({ "server": server, "address": "127.0.0.1", "port": balanced.ports[server] });
-        let attach = json!({ "servers": [back_end] });
-        let path = host.ws(&format!("pools/{pool}/back-ends"));
-        host.api.post(&path, &attach).await.expect("a back end");
+        put_at(&host, &pool, server, balanced.ports[server]).await;
+        pools.push(pool);
     }
     balanced.wait_current(&host).await;
     for _ in 0..4 {
@@ -324,6 +322,15 @@ async fn what_a_listener_can_do() {
         assert_eq!(who(&answer), balanced.servers[0].0);
         assert_eq!(who(&get(front, "/under/x", &[])), balanced.servers[1].0);
     }
+    // A server that moves is where it says from then on, whatever was known of it before.
+    put_at(&host, &pools[0], &ids[0], balanced.ports[&ids[2]]).await;
+    balanced.wait_current(&host).await;
+    for _ in 0..4 {
+        let answer = get(front, "/", &["Host: a.admin.example:80"]);
+        assert_eq!(who(&answer), balanced.servers[2].0);
+    }
+    put_at(&host, &pools[0], &ids[0], balanced.ports[&ids[0]]).await;
+    balanced.wait_current(&host).await;
 
     // TCP, and HTTPS with a certificate.
     let tcp_port = free_front_port();
@@ -400,6 +407,14 @@ async fn what_a_listener_can_do() {
         assert!(TcpStream::connect(address).is_err(), "it is stopped");
     }
     delete_all(&host, &balanced).await;
+}
+
+/// Puts a server behind a pool, or moves it there, at a port of this machine.
+async fn put_at(host: &TestHost, pool: &str, server: &str, port: u16) {
+    let back_end = json!({ "server": server, "address": "127.0.0.1", "port": port });
+    let attach = json!({ "servers": [back_end] });
+    let path = host.ws(&format!("pools/{pool}/back-ends"));
+    host.api.post(&path, &attach).await.expect("a back end");
 }
 
 /// Everything that must not get in, with its code; nothing of it leaves a trace.
@@ -483,6 +498,11 @@ async fn refusals(host: &TestHost, balanced: &Balanced, certificate: &Value) {
     ] {
         let (_, found, detail) = refusal(api.put(&back_ends, &json!({ "weights": weights })).await);
         assert_eq!(found, code, "{weights}: {detail}");
+    }
+    for address in ["169.254.169.254", "0.0.0.0", "ff02::1"] {
+        let attach = json!({ "servers": [{ "server": id, "address": address }] });
+        let (_, code, detail) = refusal(api.post(&back_ends, &attach).await);
+        assert_eq!(code, "invalid_value", "{detail}");
     }
     let simulated = json!({ "name": "simulated" });
     let simulated = api

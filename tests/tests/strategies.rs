@@ -119,6 +119,7 @@ async fn blue_and_green_change_places() {
     let (host, scene, side) = ready().await;
     what_is_missing_is_said(&host, &scene, &side).await;
     rolled_back_in_step_1(&host, &scene, &side).await;
+    step_2_back_without_step_1(&host, &scene, &side).await;
     step_2_again_then_the_order_back_in_step_3(&host, &scene, &side).await;
     to_the_end_with_step_4_left_out_once(&host, &scene, &side).await;
 }
@@ -130,6 +131,7 @@ async fn weights_are_set_by_hand_and_canaries_wait_for_figures() {
     a_cancelled_shift_is_taken_back(&host, &scene).await;
     a_cancelled_rollback_lets_nothing_bad_in(&host, &scene).await;
     a_canary_that_sees_too_little_never_goes_on(&host, &scene).await;
+    a_cancelled_canary_costs_nobody_traffic_for_ever(&host, &scene).await;
     a_canary_with_bad_figures_is_rolled_back(&host, &scene).await;
     a_canary_with_good_figures_goes_to_the_end(&host, &scene).await;
 }
@@ -326,7 +328,7 @@ async fn rolled_back_in_step_1(host: &TestHost, scene: &Scene, side: &Scene) {
         )
         .await,
     );
-    assert_eq!(code, "not_released", "{detail}");
+    assert_eq!(code, "cell_not_released", "{detail}");
     let gate = named(&shown, "confirm 1 cut traffic").expect("the gate")["node"].clone();
     let (_, code, detail) = refusal(
         act(
@@ -379,7 +381,8 @@ async fn step_2_again_then_the_order_back_in_step_3(host: &TestHost, scene: &Sce
     }
     for (cell, percent, expected) in [
         ("cell-b", 51, "out_of_limit"),
-        ("cell-a", 10, "not_released"),
+        ("cell-a", 10, "cell_not_released"),
+        ("cell-x", 10, "cell_not_released"),
     ] {
         let body = json!({ "cell": cell, "percent": percent });
         let (_, code, detail) = refusal(post(host, &id, "shift", &body).await);
@@ -420,6 +423,11 @@ async fn step_2_again_then_the_order_back_in_step_3(host: &TestHost, scene: &Sce
     waits(host, &id, "confirm 3 switch traffic").await;
     assert_eq!(weights(host, scene).await, [0, 100, 0, 100]);
     assert_eq!(weights(host, side).await, [0, 100]);
+    // Traffic is shifted to what a step has just released: this one has released nothing.
+    let body = json!({ "cell": "cell-b", "percent": 20 });
+    let (_, code, detail) = refusal(post(host, &id, "shift", &body).await);
+    assert_eq!(code, "cell_not_released");
+    assert!(detail.contains("3 switch traffic"), "{detail}");
     // Green was released twice and brought back once; blue never.
     let begun = scene.begun();
     assert_eq!(
@@ -436,6 +444,38 @@ async fn step_2_again_then_the_order_back_in_step_3(host: &TestHost, scene: &Sce
     .expect("a rollback");
     let ended = host.order_ended(&id).await;
     assert_eq!(ended["state"], "rolled_back", "{ended}");
+    scene.check_serves(host, 0).await;
+    side.check_serves(host, 0).await;
+}
+
+/// Where the first step was left out, the second one has cut green's traffic itself: its rollback gives it back.
+async fn step_2_back_without_step_1(host: &TestHost, scene: &Scene, side: &Scene) {
+    let id = host
+        .order(&blue_green(scene, side, 1))
+        .await
+        .expect("an order");
+    let shown = waits(host, &id, "confirm 1 cut traffic").await;
+    let stage = |name: &str| named(&shown, name).expect("the stage")["node"].clone();
+    let green = "2 release green";
+    let cancel = json!({ "action": "cancel", "node": stage("1 cut traffic") });
+    act(host, &id, &cancel).await.expect("left out");
+    waits(host, &id, "confirm 2 release green").await;
+    assert_eq!(weights(host, scene).await, [100, 0, 100, 0]);
+    act(
+        host,
+        &id,
+        &json!({ "action": "roll_back_stage", "node": stage(green), "reason": "looks bad" }),
+    )
+    .await
+    .expect("the step is rolled back");
+    step_back(host, &id, green, "done").await;
+    assert_eq!(versions(host, scene), ["1.0.0"; 4]);
+    assert_eq!(weights(host, scene).await, [100; 4]);
+    act(host, &id, &json!({ "action": "cancel" }))
+        .await
+        .expect("cancelled");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "cancelled", "{ended}");
     scene.check_serves(host, 0).await;
     side.check_serves(host, 0).await;
 }
@@ -809,4 +849,32 @@ async fn a_canary_that_sees_too_little_never_goes_on(host: &TestHost, scene: &Sc
         .len(),
         0
     );
+}
+
+/// What a cancelled canary has released gets no traffic that nobody let in; the next release gives back what it took.
+async fn a_cancelled_canary_costs_nobody_traffic_for_ever(host: &TestHost, scene: &Scene) {
+    let parameters = json!({ "percentages": [50, 100], "window_s": 1, "max_windows": 1 });
+    let id = host
+        .order(&order(scene, "canary", parameters, 0))
+        .await
+        .expect("an order");
+    waits(host, &id, "judge 50 %").await;
+    assert_eq!(weights(host, scene).await, [100, 100, 100, 100]);
+    act(host, &id, &json!({ "action": "cancel" }))
+        .await
+        .expect("cancelled");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "cancelled", "{ended}");
+    let mut taken = weights(host, scene).await;
+    taken.sort_unstable();
+    assert_eq!(taken, [0, 0, 100, 100]);
+    let rolling = json!({ "grouping": "one-per-group" });
+    let id = host
+        .order(&order(scene, "grouped", rolling, 1))
+        .await
+        .expect("an order");
+    let ended = host.order_ended(&id).await;
+    assert_eq!(ended["state"], "succeeded", "{ended}");
+    assert_eq!(weights(host, scene).await, [100, 100, 100, 100]);
+    scene.check_serves(host, 1).await;
 }

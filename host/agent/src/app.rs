@@ -13,6 +13,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    io::{Read as _, Seek as _, SeekFrom},
     path::PathBuf,
     time::Duration,
 };
@@ -35,7 +36,7 @@ use crate::{
     shim::{
         client::{self, Found, Watch},
         host::describe,
-        spec::{Mode, RunDir, Spec},
+        spec::{Mode, RunDir, RunIdentity, Spec},
     },
     users,
 };
@@ -120,6 +121,42 @@ pub(crate) async fn start(
         Found::Live | Found::Ended(_) => {}
     }
     await_running(&dir).await
+}
+
+/// What is wrong with an application that should run, for people: that it ends, how it did last, and the end of its output.
+/// `None`: it has run all the time, or none is to run.
+pub(crate) fn trouble(instance: &InstanceDir) -> Option<String> {
+    let record: AppRecord = read_json(&instance.app()).ok()??;
+    let dir = record.run_dir(instance);
+    let identity: RunIdentity = read_json(&dir.identity()).ok()??;
+    let ended = identity.restarts + u64::from(identity.main.is_none());
+    if ended == 0 {
+        return None;
+    }
+    let mut text = format!("the application has ended {ended} time(s) since it was started");
+    if !identity.message.is_empty() {
+        text.push_str(&format!(" (the last time: {})", identity.message));
+    }
+    let output = last_output(&dir);
+    if !output.is_empty() {
+        text.push_str(&format!("; its output ends with: {output}"));
+    }
+    Some(text)
+}
+
+/// The end of what an application wrote, masked as it is kept.
+fn last_output(dir: &RunDir) -> String {
+    const SHOWN_BYTES: u64 = 1500;
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut file = fs::File::open(dir.output())?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(SHOWN_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(SHOWN_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().unwrap_or_default();
+    String::from_utf8_lossy(&bytes).trim().to_owned()
 }
 
 /// Whether the application runs already as the task wants it, and the task leaves such a one alone.

@@ -6,6 +6,7 @@
 //! ```text
 //! balancers/<id>/   desired.json      the last configuration that HAProxy took, with the weights of now
 //!                   haproxy.cfg       made of it; next.cfg while another is tried
+//!                   counted.json      what its processes have counted
 //!                   certificates/     chain and key, 0600
 //!                   admin.sock        HAProxy's master, 0600; worker.sock hands listeners over in a reload
 //!                   run/              its shim
@@ -25,6 +26,7 @@
 //! gone (10 s at most when nothing is asked), so that nobody takes a server away under them.
 
 mod admin;
+mod checked;
 mod files;
 mod process;
 mod tally;
@@ -90,9 +92,7 @@ pub enum BalancerError {
     #[error("HAProxy refuses the configuration: {0}")]
     Refused(String),
     /// Somebody has the port.
-    #[error(
-        "the front port {port} cannot be listened on: {source}; end what uses it, or choose another"
-    )]
+    #[error("the front port {port} cannot be listened on: end what uses it, or choose another")]
     Port {
         /// Which.
         port: u16,
@@ -264,11 +264,16 @@ impl Balancers {
     /// Looks after all of them, in the background: what should run is started, weights are as they were set.
     pub fn look_after(&self) {
         let all: Vec<_> = self.known().values().cloned().collect();
+        let allowed = self.shared.allowed;
         for balancer in all {
             self.shared.tasks.spawn(async move {
                 // Whoever holds it looks after it right now.
                 if let Ok(mut balancer) = balancer.try_lock() {
-                    balancer.look_after().await;
+                    if allowed {
+                        balancer.look_after().await;
+                    } else {
+                        balancer.keep_off().await;
+                    }
                 }
             });
         }
@@ -298,6 +303,8 @@ impl Balancer {
             Ok(desired) => (desired, String::new()),
             Err(error) => (None, crate::files::chain(&error)),
         };
+        // Figures that cannot be read begin anew.
+        let tally = Tally::of_kept(dir.counted().ok().flatten().unwrap_or_default());
         Self {
             dir,
             desired,
@@ -305,7 +312,7 @@ impl Balancer {
             message,
             bandwidth_at: None,
             bandwidth: String::new(),
-            tally: Tally::default(),
+            tally,
         }
     }
 
@@ -358,6 +365,9 @@ impl Balancer {
         self.desired = Some(wanted);
         self.restored = true;
         self.message.clear();
+        if self.wants_to_run() {
+            self.mend_weights().await?;
+        }
         Ok(())
     }
 
@@ -461,11 +471,14 @@ impl Balancer {
                 self.restored = true;
             }
             self.keep_bandwidth(&desired).await;
-            if process::answers(&self.dir).await {
-                self.mend_weights().await
-            } else {
-                process::start(&self.dir, &desired).await
+            if !process::answers(&self.dir).await {
+                return process::start(&self.dir, &desired).await;
             }
+            if !self.runs_as_wanted().await {
+                tracing::warn!(load_balancer = %self.dir.id(), "HAProxy runs another configuration than it should; it is reloaded");
+                process::replace(&self.dir, &desired).await?;
+            }
+            self.mend_weights().await
         };
         match looked.await {
             Ok(()) => self.message.clear(),
@@ -475,6 +488,27 @@ impl Balancer {
                     tracing::error!(load_balancer = %self.dir.id(), error = %message, "a load balancer does not run");
                     self.message = message;
                 }
+            }
+        }
+    }
+
+    /// Ends what runs from a time when this server was to host load balancers; what is desired stays, should it be again.
+    async fn keep_off(&mut self) {
+        let off = BalancerError::NotAllowed.to_string();
+        if self.message == off {
+            return;
+        }
+        let ended = async {
+            process::stop(&self.dir).await?;
+            match &self.desired {
+                Some(desired) => process::clear_bandwidth(&self.dir, desired).await,
+                None => Ok(()),
+            }
+        };
+        match ended.await {
+            Ok(()) => self.message = off,
+            Err(error) => {
+                tracing::error!(load_balancer = %self.dir.id(), error = %crate::files::chain(&error), "a load balancer that is not to run here could not be ended; it is tried again");
             }
         }
     }
@@ -515,7 +549,9 @@ impl Balancer {
     /// Looks at HAProxy, and adds to the counters.
     async fn snapshot(&mut self) -> Result<Snapshot, BalancerError> {
         let mut snapshot = admin::look(&self.dir).await?;
-        self.tally.look(std::mem::take(&mut snapshot.counted));
+        if self.tally.look(std::mem::take(&mut snapshot.counted)) {
+            self.dir.keep_counted(&self.tally.kept())?;
+        }
         Ok(snapshot)
     }
 

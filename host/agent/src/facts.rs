@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket},
 };
 
 use windlass_protocol::ServerFacts;
@@ -63,9 +63,10 @@ fn memory() -> u64 {
         .map_or(0, |kib| kib * 1024)
 }
 
-/// Local addresses from the kernel's routing tables, without loopback and link-local ones.
+/// Local addresses from the kernel's routing tables, without loopback and link-local ones: first those that the machine speaks
+/// to others from, so that bridges of containers and the like stand behind.
 pub(crate) fn local_addresses() -> Vec<String> {
-    let mut found = Vec::new();
+    let mut found: Vec<IpAddr> = Vec::new();
     let trie = fs::read_to_string("/proc/net/fib_trie").unwrap_or_default();
     let mut last = "";
     for line in trie.lines() {
@@ -74,7 +75,7 @@ pub(crate) fn local_addresses() -> Vec<String> {
             && let Ok(address) = last.parse::<Ipv4Addr>()
             && !address.is_loopback()
         {
-            found.push(address.to_string());
+            found.push(address.into());
         }
         if let Some(address) = line.strip_prefix("|-- ") {
             last = address;
@@ -87,11 +88,29 @@ pub(crate) fn local_addresses() -> Vec<String> {
         {
             let address = Ipv6Addr::from_bits(bits);
             if !address.is_loopback() && !address.is_unicast_link_local() {
-                found.push(address.to_string());
+                found.push(address.into());
             }
         }
     }
-    found.sort();
+    let outgoing = outgoing_addresses();
+    found.sort_by_key(|address| (!outgoing.contains(address), *address));
     found.dedup();
-    found
+    found.iter().map(ToString::to_string).collect()
+}
+
+/// What the machine's default routes speak from. Nothing is sent: the kernel says it when a socket is pointed somewhere (here:
+/// to addresses that are kept for documentation).
+fn outgoing_addresses() -> Vec<IpAddr> {
+    let outgoing = |local: &str, elsewhere: &str| {
+        let socket = UdpSocket::bind(local).ok()?;
+        socket.connect(elsewhere).ok()?;
+        Some(socket.local_addr().ok()?.ip())
+    };
+    [
+        outgoing("0.0.0.0:0", "198.51.100.1:9"),
+        outgoing("[::]:0", "[2001:db8::1]:9"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }

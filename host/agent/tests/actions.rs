@@ -338,6 +338,33 @@ async fn a_release_is_fetched_unpacked_activated_started_checked_and_stopped() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_tells_how_the_application_ended_and_what_it_said() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let start = order.start(&["/bin/sh", "-c", "echo boom at start >&2; exit 7"]);
+    // It runs, if only for a moment.
+    drop(gateway.run(start).await);
+    let mut check = order.task(Action::Check(Check {
+        probe: Probe::Tcp {
+            address: "127.0.0.1:1".into(),
+        },
+        interval_ms: 50,
+        try_timeout_ms: 1000,
+        healthy_for_ms: 0,
+    }));
+    check.timeout_ms = 1500;
+    let result = gateway.run(check).await;
+    assert_eq!(result.outcome, Outcome::TimedOut);
+    for says in ["has ended", "exit code 7", "boom at start"] {
+        assert!(result.message.contains(says), "{says}: {}", result.message);
+    }
+    let stop = order.task(Action::StopSupervised { grace_ms: 1000 });
+    assert_eq!(gateway.run(stop).await.outcome, Outcome::Succeeded);
+}
+
 fn order_manifest(
     order: &Order,
     release: &str,

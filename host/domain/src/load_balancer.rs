@@ -301,7 +301,7 @@ impl ListenerSettings {
     pub fn validate(&self, front_ports: &PortRanges) -> Result<(), (&'static str, InvalidValue)> {
         if !front_ports.contains(self.front_port) {
             return Err((
-                "front_port",
+                "/settings/front_port",
                 InvalidValue::rule(format!(
                     "a front port is one of {front_ports}, not {}",
                     self.front_port
@@ -310,19 +310,24 @@ impl ListenerSettings {
         }
         if self.back_port == 0 {
             return Err((
-                "back_port",
+                "/settings/back_port",
                 InvalidValue::rule("a back-end port is from 1 to 65535"),
             ));
         }
         let health = &self.health;
-        within("health.interval_ms", health.interval_ms, 200, 60_000)?;
-        within("health.rise", health.rise, 1, 10)?;
-        within("health.fall", health.fall, 1, 10)?;
+        within(
+            "/settings/health/interval_ms",
+            health.interval_ms,
+            200,
+            60_000,
+        )?;
+        within("/settings/health/rise", health.rise, 1, 10)?;
+        within("/settings/health/fall", health.fall, 1, 10)?;
         if let Some(peak) = self.peak_kbit_per_s {
-            within("peak_kbit_per_s", peak, 256, 10_000_000)?;
+            within("/settings/peak_kbit_per_s", peak, 256, 10_000_000)?;
         }
         if let Some(access) = &self.access {
-            at_most("access", "addresses", access.len(), MAX_ACCESS)?;
+            at_most("/settings/access", "addresses", access.len(), MAX_ACCESS)?;
         }
         Ok(())
     }

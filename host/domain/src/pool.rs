@@ -49,7 +49,7 @@ pub enum PoolKind {
 /// What a pool knows of one of its members, as its back end counts it.
 ///
 /// Counters rise from the moment a member was first seen; they begin again at 0 when what counts them was started anew, so
-/// a reader that compares two looks takes a lower figure as a new beginning ([`Counted::since`]).
+/// a reader that compares two looks takes a lower figure as nothing ([`Counted::since`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct MemberStats {
     /// The member.
@@ -86,7 +86,7 @@ pub struct Responses {
 }
 
 impl Responses {
-    /// Those since an earlier look. A count that fell has begun anew.
+    /// Those since an earlier look. A count that fell has begun anew, when the agent was started.
     #[must_use]
     pub const fn since(self, earlier: Self) -> Self {
         if self.count < earlier.count {
@@ -124,12 +124,16 @@ pub struct Counted {
 }
 
 impl Counted {
-    /// What was counted since an earlier look. A counter that fell has begun anew: what it shows is all that is known.
+    /// What was counted since an earlier look. A counter that fell has begun anew, nobody knows when: that counts as nothing.
     #[must_use]
     pub const fn since(self, earlier: Self) -> Self {
         let responses = self.responses.since(earlier.responses);
         if self.requests < earlier.requests || self.errors < earlier.errors {
-            return Self { responses, ..self };
+            return Self {
+                requests: 0,
+                errors: 0,
+                responses,
+            };
         }
         Self {
             requests: self.requests - earlier.requests,
@@ -185,8 +189,8 @@ mod tests {
         for (earlier, later, expect) in [
             ((10, 1), (15, 3), (5, 2)),
             ((10, 1), (10, 1), (0, 0)),
-            ((10, 1), (4, 0), (4, 0)),
-            ((10, 3), (12, 0), (12, 0)),
+            ((10, 1), (4, 0), (0, 0)),
+            ((10, 3), (12, 0), (0, 0)),
         ] {
             let counted = |(requests, errors)| stats(requests, errors).counted();
             let counted = counted(later).since(counted(earlier));

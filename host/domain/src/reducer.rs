@@ -344,6 +344,17 @@ pub enum Refused {
         /// Why.
         why: &'static str,
     },
+    /// There is nothing to shift traffic to.
+    #[error(
+        "no traffic can be shifted to the cell {cell}: {} releases no server in it",
+        stage.as_ref().map_or_else(|| "this order".to_owned(), |stage| format!("the stage `{stage}`, which is under way,"))
+    )]
+    NoSuchCell {
+        /// The cell.
+        cell: String,
+        /// The stage that is under way, in an order that has some.
+        stage: Option<String>,
+    },
     /// A figure is out of its range.
     #[error("`{field}` is {found}: {min} to {max} are allowed")]
     OutOfRange {

@@ -58,7 +58,7 @@ fn quarter() -> u32 {
 }
 
 impl Parameters {
-    /// Explicit groups name servers that exist, each once.
+    /// Explicit groups name all servers, each once.
     pub(crate) fn check_groups(&self, applications: &[Application]) -> Result<(), PluginError> {
         match (self.grouping, self.groups.is_empty()) {
             (Grouping::Explicit, true) => {
@@ -126,8 +126,44 @@ impl Parameters {
                 }
             }
         }
-        Ok(())
+        match self.grouping {
+            Grouping::Explicit => all_seen(applications, &seen),
+            Grouping::Quick | Grouping::ByCell | Grouping::OnePerGroup | Grouping::AllInOne => {
+                Ok(())
+            }
+        }
     }
+}
+
+/// An order releases to all servers that it has: groups that leave some out are a mistake, told with their names.
+fn all_seen(
+    applications: &[Application],
+    seen: &BTreeSet<(String, String)>,
+) -> Result<(), PluginError> {
+    const SHOWN: usize = 10;
+    let missing: Vec<String> = applications
+        .iter()
+        .flat_map(|application| {
+            let servers = application.servers.iter();
+            servers.map(move |server| (&application.key, server))
+        })
+        .filter(|(key, server)| !seen.contains(&((*key).clone(), server.id.clone())))
+        .map(|(key, server)| format!("{} of {key}", server.name))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let more = match missing.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    let shown = missing[..missing.len().min(SHOWN)].join(", ");
+    Err(PluginError::invalid_parameter(
+        "/groups",
+        format!(
+            "in no group: {shown}{more}. Put each server into one; an order to some servers only names their cells"
+        ),
+    ))
 }
 
 impl ExplicitGroup {
@@ -151,7 +187,7 @@ pub(crate) fn schema() -> serde_json::Value {
             },
             "groups": {
                 "type": "array", "maxItems": 1000,
-                "description": "explicit: the groups in order. Servers that are in none are left out.",
+                "description": "explicit: the groups in order. Every server of the order stands in one.",
                 "items": {
                     "type": "object", "additionalProperties": false, "required": ["servers"],
                     "properties": {

@@ -65,7 +65,7 @@ fn sizes_of_groups() {
         (json!({ "beta_group": true }), 2, vec![2]),
         (
             json!({ "grouping": "explicit", "groups": [{ "servers": ["s2"] }, { "servers": ["s0", "s1"] }] }),
-            4,
+            3,
             vec![1, 2],
         ),
     ] {
@@ -144,7 +144,7 @@ fn never_more_of_a_cell_in_flight_than_may_be_unavailable() {
     unhealthy.servers.retain(|server| server.cell == "a");
     unhealthy.servers[0].healthy = false;
     let request = PlanRequest::new(
-        &json!({ "grouping": "explicit", "groups": [{ "servers": ["s2", "s4", "s6"] }] }),
+        &json!({ "grouping": "explicit", "groups": [{ "servers": ["s0", "s2", "s4", "s6", "s8"] }] }),
     )
     .application(unhealthy);
     let plan = Grouped::plan(request).unwrap();
@@ -174,6 +174,10 @@ fn wrong_groups_name_their_place() {
         (
             json!({ "grouping": "explicit", "groups": [{ "servers": ["s0"] }, { "servers": ["s0"] }] }),
             "/groups/1/servers/0",
+        ),
+        (
+            json!({ "grouping": "explicit", "groups": [{ "servers": ["s0"] }] }),
+            "/groups",
         ),
         (
             json!({ "grouping": "explicit", "groups": [{ "application": "x", "servers": ["s0"] }] }),

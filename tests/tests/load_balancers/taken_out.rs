@@ -70,6 +70,9 @@ pub(crate) async fn a_server_that_is_taken_out_gets_no_traffic(
         .await
         .expect("cancelled");
     host.order_ended(&order).await;
+    // A person has given it 0 meanwhile: so it is not given back what it had.
     balanced.release(host, "1.0.0", "one-per-group").await;
+    assert_eq!(weight().await, (json!(0), json!("attached")));
+    balanced.set_weights(host, &[(&id, 100)]).await;
     assert_eq!(weight().await, (json!(100), json!("attached")));
 }

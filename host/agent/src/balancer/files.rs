@@ -15,6 +15,7 @@ use windlass_domain::{
 };
 use windlass_protocol::SecretText;
 
+use super::tally::Kept;
 use crate::{
     config::DataDir,
     files::{
@@ -100,6 +101,19 @@ impl BalancerDir {
 
     pub(super) fn desired(&self) -> Result<Option<Configuration>, FileError> {
         read_json(&self.desired_file())
+    }
+
+    fn counted_file(&self) -> PathBuf {
+        self.path.join("counted.json")
+    }
+
+    pub(super) fn counted(&self) -> Result<Option<Kept>, FileError> {
+        read_json(&self.counted_file())
+    }
+
+    /// Keeps what HAProxy's processes have counted.
+    pub(super) fn keep_counted(&self, kept: &Kept) -> Result<(), FileError> {
+        write_json(&self.counted_file(), kept, 0o600)
     }
 
     /// Keeps what HAProxy has taken.

@@ -15,7 +15,7 @@ use windlass_domain::{
     task::Restart,
 };
 
-use super::{BalancerError, admin, files::BalancerDir};
+use super::{BalancerError, admin, checked, files::BalancerDir};
 use crate::{
     files::{remove_file, write_durable},
     proc,
@@ -94,11 +94,12 @@ pub(super) async fn replace(
     wanted: &Configuration,
 ) -> Result<(), BalancerError> {
     let running = answers(dir).await;
+    dir.forget_state()?;
     if running {
-        let state = admin::command(dir, "@1 show servers state").await?;
-        write_durable(&dir.state(), state.as_bytes(), 0o600)?;
-    } else {
-        dir.forget_state()?;
+        let shown = admin::command(dir, "@1 show servers state").await?;
+        if let Some(state) = checked::state_for(&shown, wanted) {
+            write_durable(&dir.state(), state.as_bytes(), 0o600)?;
+        }
     }
     dir.write_configuration(wanted)?;
     remove_file(&dir.next())?;

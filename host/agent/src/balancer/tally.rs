@@ -1,10 +1,12 @@
-//! What HAProxy counts, over all of its processes: each counts for itself, and a reload makes another one.
+//! What HAProxy counts, over all of its processes: each counts for itself, and a reload makes another one. What ended ones have
+//! counted is kept in a file, so that an agent that is started anew counts on; it is written when processes come and go.
 //!
 //! Of answers HAProxy shows no sum of times, but a mean that slides over the last 512: of a server that has just got another
 //! release it is mostly the former one's. From two looks at the mean, and the requests between them, follows what these took.
 
 use std::collections::HashMap;
 
+use serde::{Deserialize, Serialize};
 use windlass_domain::{
     id::{PoolId, ServerId},
     pool::Responses,
@@ -17,7 +19,7 @@ pub(super) type Member = (PoolId, ServerId);
 const SLIDES_OVER: u64 = 512;
 
 /// What is counted of a server.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Counters {
     pub(super) requests: u64,
     pub(super) errors: u64,
@@ -67,11 +69,66 @@ pub(super) struct Tally {
     looked: bool,
 }
 
+/// What the file holds: of each process that lived when it was written, and of all that had ended then.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Kept {
+    ended: Vec<(PoolId, ServerId, Counters)>,
+    alive: Vec<(u32, Vec<(PoolId, ServerId, Counters)>)>,
+}
+
 impl Tally {
-    /// Takes in what the processes that live show now.
-    pub(super) fn look(&mut self, shown: HashMap<u32, HashMap<Member, Shown>>) {
+    /// As an agent before has left it.
+    pub(super) fn of_kept(kept: Kept) -> Self {
+        let counted = |counters| Counted {
+            counters,
+            responses: Responses::default(),
+        };
+        let of = |members: Vec<(PoolId, ServerId, Counters)>| {
+            let members = members.into_iter();
+            members.map(move |(pool, server, counters)| ((pool, server), counted(counters)))
+        };
+        let shown = |counted: Counted| Shown {
+            counters: counted.counters,
+            mean_ms: 0,
+        };
+        let alive = kept.alive.into_iter().map(|(pid, members)| {
+            let members = of(members).map(|(member, counted)| (member, (shown(counted), counted)));
+            (pid, members.collect())
+        });
+        Self {
+            alive: alive.collect(),
+            ended: of(kept.ended).collect(),
+            looked: false,
+        }
+    }
+
+    /// What is to be kept.
+    pub(super) fn kept(&self) -> Kept {
+        let of = |(member, counted): (&Member, &Counted)| (member.0, member.1, counted.counters);
+        let alive = self.alive.iter().map(|(pid, members)| {
+            let members = members
+                .iter()
+                .map(|(member, (_, counted))| of((member, counted)));
+            (*pid, members.collect())
+        });
+        Kept {
+            ended: self.ended.iter().map(of).collect(),
+            alive: alive.collect(),
+        }
+    }
+
+    /// Takes in what the processes that live show now; says whether any came or went.
+    pub(super) fn look(&mut self, shown: HashMap<u32, HashMap<Member, Shown>>) -> bool {
+        let new = shown.keys().any(|pid| !self.alive.contains_key(pid));
+        let known = self.alive.len();
         self.alive.retain(|pid, members| {
-            let lives = shown.contains_key(pid);
+            // Another process may have got its number since the agent looked last.
+            let lives = shown.get(pid).is_some_and(|shown| {
+                members.iter().all(|(member, (_, counted))| {
+                    let now = shown.get(member);
+                    now.is_none_or(|now| now.counters.requests >= counted.counters.requests)
+                })
+            });
             if !lives {
                 for (member, (_, counted)) in members.drain() {
                     self.ended.entry(member).or_default().add(counted);
@@ -79,14 +136,15 @@ impl Tally {
             }
             lives
         });
+        let changed = new || self.alive.len() < known;
         for (pid, members) in shown {
             let before = self.alive.entry(pid).or_default();
             for (member, now) in members {
                 let (earlier, counted) = match before.get(&member) {
-                    Some((earlier, counted)) => (*earlier, counted.responses),
-                    None if self.looked => (Shown::default(), Responses::default()),
                     // What was answered before the agent was started is not known one by one.
-                    None => (now, Responses::default()),
+                    _ if !self.looked => (now, Responses::default()),
+                    Some((earlier, counted)) => (*earlier, counted.responses),
+                    None => (Shown::default(), Responses::default()),
                 };
                 let counted = Counted {
                     counters: now.counters,
@@ -103,6 +161,7 @@ impl Tally {
             }
         }
         self.looked = true;
+        changed
     }
 
     /// What a server did, as far as it is known.
@@ -241,5 +300,30 @@ mod tests {
         let counted = tally.of(member());
         assert_eq!(counted.counters.requests, 1016);
         assert_eq!(counted.responses.total_us, 190_000);
+    }
+
+    #[test]
+    fn an_agent_that_is_started_anew_counts_on() {
+        let mut tally = Tally::default();
+        assert!(tally.look(shown(1, 100, 7)));
+        let mut both = shown(1, 130, 7);
+        both.extend(shown(2, 4, 20));
+        assert!(tally.look(both), "a process came");
+        assert!(!tally.look(shown(2, 6, 20)) || tally.alive.len() == 1);
+        let requests = |tally: &Tally| tally.of(member()).counters.requests;
+        assert_eq!(requests(&tally), 136);
+        let json = serde_json::to_string(&tally.kept()).unwrap();
+        let kept = || serde_json::from_str(&json).unwrap();
+        // It goes on with the process that lived, which has counted meanwhile.
+        let mut anew = Tally::of_kept(kept());
+        assert!(!anew.look(shown(2, 9, 20)));
+        assert_eq!(requests(&anew), 139);
+        assert_eq!(anew.of(member()).responses, Responses::default());
+        anew.look(shown(2, 10, 20));
+        assert_eq!(anew.of(member()).responses.count, 1);
+        // Another one has the number of the one that lived.
+        let mut anew = Tally::of_kept(kept());
+        assert!(anew.look(shown(2, 3, 20)));
+        assert_eq!(requests(&anew), 139);
     }
 }

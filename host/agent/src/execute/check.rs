@@ -10,7 +10,7 @@ use super::{
     script::{Followed, follow, script_spec},
 };
 use crate::{
-    clock,
+    app, clock,
     files::{chain, remove_tree},
     instance::InstanceDir,
     probe::{self, Streak},
@@ -58,13 +58,14 @@ pub(super) async fn run_check(
         if streak.judge(attempt, Instant::now()) {
             return Ok(Ended::new(Outcome::Succeeded, ""));
         }
-        let text = match check.healthy_for_ms {
-            0 => format!("never healthy; the last failure: {}", streak.last_failure),
-            ms => format!(
-                "not healthy for {ms} ms on end; the last failure: {}",
-                streak.last_failure
-            ),
+        let failure = &streak.last_failure;
+        let mut text = match check.healthy_for_ms {
+            0 => format!("never healthy; the last failure: {failure}"),
+            ms => format!("not healthy for {ms} ms on end; the last failure: {failure}"),
         };
+        if let Some(trouble) = app::trouble(&instance) {
+            text.push_str(&format!("; {trouble}"));
+        }
         *progress
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner) = text;

@@ -11,7 +11,7 @@
 //! - `idle-close-on-response`: a reload closes a client's idle connection only together with an answer.
 //! - A client that sticks to a server by its cookie is sent elsewhere while that server's weight is 0 (`ignore-persist`).
 //!   TCP clients stick by their address, hashed over the servers with weight.
-//! - `server-state-file`: what checks had found is known after a reload.
+//! - `server-state-file`: what checks had found is known after a reload. The agent writes into it what may be taken along.
 
 use std::fmt::Write as _;
 
@@ -204,7 +204,14 @@ fn back_end(text: &mut String, listener: &ListenerConfig, back_end: &BackEndConf
     }
     let by_cookie = listener.sticky && http;
     if by_cookie {
-        line!(text, "    cookie {pool} insert indirect nocache httponly");
+        let secure = match listener.protocol {
+            Protocol::Https { .. } => " secure",
+            Protocol::Http | Protocol::Tcp => "",
+        };
+        line!(
+            text,
+            "    cookie {pool} insert indirect nocache httponly{secure}"
+        );
         for member in &back_end.members {
             let server = member.server;
             line!(

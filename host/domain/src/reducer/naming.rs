@@ -206,6 +206,7 @@ impl Refused {
             | Self::WrongState { .. }
             | Self::TrafficChanges { .. }
             | Self::NotReleased { .. }
+            | Self::NoSuchCell { .. }
             | Self::OutOfRange { .. } => self,
         }
     }

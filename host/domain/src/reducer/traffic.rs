@@ -70,9 +70,11 @@ impl Turn<'_> {
     pub(super) fn shift_cell(&mut self, cell: &str, percent: u32) -> Result<(), Refused> {
         self.expect_active("shift traffic")?;
         in_range("percent", percent, 0, MAX_CELL_SHARE)?;
+        let scope = self.traffic_scope();
+        let end = self.progress.subtree_end[scope as usize];
         let mut any = false;
         for (node, unit) in self.units() {
-            if unit.cell != cell {
+            if unit.cell != cell || !(scope..end).contains(&node) {
                 continue;
             }
             any = true;
@@ -90,9 +92,9 @@ impl Turn<'_> {
             }
         }
         if !any {
-            return Err(Refused::NotReleased {
-                server: format!("cell {cell}"),
-                why: "this order releases no server in it",
+            return Err(Refused::NoSuchCell {
+                cell: cell.to_owned(),
+                stage: (scope != 0).then(|| self.plan.nodes[scope as usize].name.clone()),
             });
         }
         self.change_traffic(TrafficChange::Cell {
@@ -110,6 +112,20 @@ impl Turn<'_> {
         })
     }
 
+    /// What a change of traffic belongs to: the stage that is under way; applications are under way side by side.
+    fn traffic_scope(&self) -> NodeIndex {
+        let is_under_way = |stage: &NodeIndex| {
+            let state = self.progress.state(*stage);
+            !state.is_settled() && state != NodeState::NotStarted
+        };
+        let stages = self.progress.stage_nodes.iter().copied();
+        let stages = stages.filter(|node| self.plan.nodes[*node as usize].level == Level::Stage);
+        stages
+            .map(|stage| self.progress.stage_of(stage))
+            .find(is_under_way)
+            .unwrap_or(0)
+    }
+
     fn change_traffic(&mut self, change: TrafficChange) -> Result<(), Refused> {
         let mut number = 1;
         if let Some(last) = &self.progress.node(0).edit {
@@ -121,17 +137,7 @@ impl Turn<'_> {
             }
         }
         self.expect_no_stage_rollback()?;
-        // It belongs to the stage that is under way; applications are under way side by side.
-        let is_under_way = |stage: &NodeIndex| {
-            let state = self.progress.state(*stage);
-            !state.is_settled() && state != NodeState::NotStarted
-        };
-        let stages = self.progress.stage_nodes.iter().copied();
-        let stages = stages.filter(|node| self.plan.nodes[*node as usize].level == Level::Stage);
-        let scope = stages
-            .map(|stage| self.progress.stage_of(stage))
-            .find(is_under_way)
-            .unwrap_or(0);
+        let scope = self.traffic_scope();
         let edit = TrafficEdit {
             number,
             scope,

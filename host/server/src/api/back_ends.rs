@@ -65,7 +65,7 @@ async fn list_back_ends(State(api): State<Api>, Path((ws, id)): Path<(String, Po
 
 #[utoipa::path(post, path = "/v1/workspaces/{ws}/pools/{id}/back-ends", operation_id = "attach_back_ends", tag = "load balancers",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PoolId, Path, description = "The pool of a listener or server group.")),
-    request_body = AttachBackEnds, responses((status = 200, description = "All or none attached; one that is there already has its address and port replaced.", body = Page<BackEndView>)))]
+    request_body = AttachBackEnds, responses((status = 200, description = "All or none attached; of one that is there already, what is given is replaced.", body = Page<BackEndView>)))]
 async fn attach_back_ends(
     State(api): State<Api>,
     caller: Caller,
@@ -97,7 +97,7 @@ async fn set_back_end_weights(
 
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}/pools/{id}/back-ends", operation_id = "detach_back_ends", tag = "load balancers",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PoolId, Path, description = "The pool of a listener or server group.")),
-    request_body = DetachBackEnds, responses((status = 204, description = "All or none detached; a server that is bound to a service instance that names the pool stays.")))]
+    request_body = DetachBackEnds, responses((status = 204, description = "All or none detached; a server that is bound to a service instance that names the pool stays, with its weight.")))]
 async fn detach_back_ends(
     State(api): State<Api>,
     caller: Caller,

@@ -362,9 +362,24 @@ fn in_terms_of_json(text: &str) -> Cow<'_, str> {
         "adjacently tagged enum ",
         "enum ",
     ];
+    const NUMBERS: [(&str, &str); 5] = [
+        ("u8", "a whole number from 0 to 255"),
+        ("u16", "a whole number from 0 to 65,535"),
+        ("u32", "a whole number from 0 to 4,294,967,295"),
+        ("u64", "a whole number from 0 on"),
+        ("usize", "a whole number from 0 on"),
+    ];
     let Some((found, expected)) = text.split_once("expected ") else {
         return Cow::Borrowed(text);
     };
+    if let Some((_, number)) = NUMBERS.iter().find(|(own, _)| *own == expected) {
+        return Cow::Owned(format!("{found}expected {number}"));
+    }
+    if found.contains("unit variant") {
+        return Cow::Borrowed(
+            "a name alone is not enough: expected an object with that name as its field",
+        );
+    }
     if !OWN.iter().any(|own| expected.starts_with(own)) {
         return Cow::Borrowed(text);
     }

@@ -37,6 +37,7 @@ use windlass_domain::{
     manifest::Manifest,
     order::{Action, Control, Happened, Order, OrderEvent, OrderState, RollbackAsked},
     plan::{Indices, Level, NodeIndex, NodeKind, Plan, StepTemplate},
+    plugin::RestoreWeight,
     prepared,
     progress::{NodeProgress, NodeState, Progress, StageRollback},
     reducer::{self, Effect, Event, Refused},
@@ -837,13 +838,70 @@ impl Actor {
                 self.order.state_reason.clone()
             }
             OrderState::Failed => told(first(NodeState::needs_mending)),
-            OrderState::Initialising
-            | OrderState::Running
-            | OrderState::Cancelling
-            | OrderState::Succeeded
-            | OrderState::Cancelled
-            | OrderState::RolledBack => String::new(),
+            // What made it go back.
+            OrderState::RolledBack => match &self.order.rollback_asked {
+                Some(asked) if self.order.state_reason.is_empty() => asked.reason.clone(),
+                Some(_) | None => self.order.state_reason.clone(),
+            },
+            OrderState::Succeeded | OrderState::Cancelled => self.left_behind(state),
+            OrderState::Initialising | OrderState::Running | OrderState::Cancelling => {
+                String::new()
+            }
         }
+    }
+
+    /// What people should know of servers that an order leaves: released in part, released without traffic.
+    fn left_behind(&self, state: OrderState) -> String {
+        let released = |node: &NodeIndex| self.progress.state(*node) == NodeState::Succeeded;
+        let nodes = (0u32..).zip(&self.plan.nodes);
+        let units = nodes.filter(|(_, planned)| matches!(planned.kind, NodeKind::Unit { .. }));
+        let units = units.map(|(node, _)| node);
+        let (released, others): (Vec<_>, Vec<_>) = units.partition(released);
+        let mut said = Vec::new();
+        if state == OrderState::Cancelled && !released.is_empty() && !others.is_empty() {
+            said.push(format!(
+                "{} of {} servers are done, the others stay as they were",
+                released.len(),
+                released.len() + others.len()
+            ));
+        }
+        let unit_of = |node: NodeIndex| Some(dispatch::unit_of(&self.plan, node)?.2);
+        let without: Vec<&str> = released
+            .into_iter()
+            .filter_map(unit_of)
+            .filter(|unit| {
+                let pools = self
+                    .plan
+                    .part_of(unit)
+                    .is_some_and(|part| !part.pools.is_empty());
+                let shifted = state == OrderState::Succeeded && self.shifts(unit.part);
+                pools && unit.restore == RestoreWeight::KeepZero && !shifted
+            })
+            .map(|unit| unit.server_name.as_str())
+            .collect();
+        if !without.is_empty() {
+            const SHOWN: usize = 10;
+            let more = match without.len().saturating_sub(SHOWN) {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            said.push(format!(
+                "{}{more} were released without traffic, and have what people gave them by hand; the next release that \
+                 restores weights gives them what they had before",
+                without[..without.len().min(SHOWN)].join(", ")
+            ));
+        }
+        said.join("; ")
+    }
+
+    /// Whether the plan moves traffic of an application by itself.
+    fn shifts(&self, part: Option<u32>) -> bool {
+        self.plan.nodes.iter().any(|planned| {
+            let NodeKind::Traffic(action) = &planned.kind else {
+                return false;
+            };
+            action.shifts().is_some_and(|(of, _)| Some(of) == part)
+        })
     }
 
     /// Which application a node is of, where the order has several.

@@ -35,6 +35,7 @@ use windlass_store::Txn;
 use super::{
     executor::{Again, Job, Steering, helps},
     keeper::{Cut, PoolWeights, Reweighing, Short, Weighed},
+    rows,
     traffic::set_and_read_back,
 };
 
@@ -193,7 +194,7 @@ async fn shift(
         let event = Event::ShiftRemembered {
             node: leaf.node,
             attempt: leaf.attempt,
-            weights: seen,
+            weights: seen.clone(),
         };
         let kept = job.tell(event, Txn::new()).await;
         kept.map_err(|error| Steering {
@@ -201,7 +202,17 @@ async fn shift(
             again: Again::Now,
         })?;
     }
-    set(job, allowed).await
+    let before = view.before.as_ref().unwrap_or(&seen);
+    let members = part
+        .pools
+        .iter()
+        .flat_map(|pool| servers.iter().map(move |server| (*pool, *server)));
+    let raised = members
+        .zip(before)
+        .filter(|((_, server), weight)| **weight == 0 && view.out.released.contains(server))
+        .map(|(member, _)| member)
+        .collect();
+    set(job, allowed, &raised).await
 }
 
 /// What a shift sets in one pool: of servers that are out nothing.
@@ -249,7 +260,11 @@ fn wanted(
 }
 
 /// Of a rollback: what the order that is rolled back, or its stage, remembered.
-async fn before_parent(job: &Job, of: OrderId, stage: Option<NodeId>) -> Result<Weights, Steering> {
+pub(super) async fn before_parent(
+    job: &Job,
+    of: OrderId,
+    stage: Option<NodeId>,
+) -> Result<Weights, Steering> {
     let found = job.engine.progress(of).await.map_err(|error| Steering {
         message: error.to_string(),
         again: Again::Now,
@@ -349,13 +364,23 @@ async fn allow(job: &Job, pools: Vec<PoolWeights>, short: Short) -> Result<Allow
     }
 }
 
-async fn set(job: &Job, allowed: Allowed) -> Result<(), Steering> {
+/// Sets weights. Of those that this order has released, and that had none, the pool's own check has to find each up before
+/// traffic is taken from another; whether others are up is known, and no reason to stop.
+async fn set(
+    job: &Job,
+    allowed: Allowed,
+    raised: &BTreeSet<(PoolId, ServerId)>,
+) -> Result<(), Steering> {
+    let pools = &*job.engine.shared.pools;
     for (pool, weights) in &allowed.pools {
         // Raise before lowering, so that the pool never has less than both states have.
         let mut weights = weights.clone();
         weights.sort_by_key(|(_, weight)| std::cmp::Reverse(*weight));
         for (server, weight) in weights {
-            set_and_read_back(&*job.engine.shared.pools, *pool, server, weight).await?;
+            set_and_read_back(pools, *pool, server, weight).await?;
+            if weight > 0 && raised.contains(&(*pool, server)) {
+                pools.comes_up(*pool, server).await?;
+            }
         }
     }
     Ok(())
@@ -404,7 +429,7 @@ async fn take_back(
             }
             let one = weights_of(part, *pool, &now, vec![(server, weight)], out);
             match allow(job, vec![one], Short::NotShorter).await {
-                Ok(allowed) => set(job, allowed).await?,
+                Ok(allowed) => set(job, allowed, &BTreeSet::new()).await?,
                 Err(Steering {
                     again: Again::Never,
                     ..
@@ -441,11 +466,14 @@ pub(super) async fn change_by_hand(job: &Job, progress: &Progress, number: u32) 
     else {
         return;
     };
-    let mut error = None;
+    let (mut error, mut raised) = (None, BTreeSet::new());
     for attempt in 1..=EDIT_ATTEMPTS {
-        match try_change(job, progress, &edit.change).await {
+        match try_change(job, progress, &edit.change, &mut raised).await {
             Ok(()) => {
                 error = None;
+                if let TrafficChange::Weights(weights) = &edit.change {
+                    decided(job, weights).await;
+                }
                 break;
             }
             Err(Steering { message, again }) => {
@@ -465,10 +493,24 @@ pub(super) async fn change_by_hand(job: &Job, progress: &Progress, number: u32) 
     job.answer(Event::TrafficChanged { number, error }).await;
 }
 
+/// A person has decided what these servers get: none of them is owed another weight any more.
+async fn decided(job: &Job, weights: &[ServerWeight]) {
+    for ServerWeight { server, .. } in weights {
+        let pools = job.plan.parts.iter().flat_map(|part| &part.pools);
+        let txn = pools.fold(Txn::new(), |txn, pool| {
+            txn.delete(rows::owed_weight(*pool, *server))
+        });
+        if let Err(error) = job.engine.shared.store.commit(txn).await {
+            tracing::warn!(order.id = %job.order.id, server.id = %server, error = &error as &dyn std::error::Error, "a weight that a person has decided still stands as owed");
+        }
+    }
+}
+
 async fn try_change(
     job: &Job,
     progress: &Progress,
     change: &TrafficChange,
+    raised: &mut BTreeSet<(PoolId, ServerId)>,
 ) -> Result<(), Steering> {
     let _one_at_a_time = job.engine.shared.weighing.lock().await;
     let before_order = weights_before(&job.plan, progress, 0);
@@ -514,11 +556,14 @@ async fn try_change(
                 let shown = now.0.get(server).map(|member| member.weight);
                 !out.stale.contains(server) || shown.is_some_and(|shown| *weight <= shown)
             });
+            let idle = now.0.iter().filter(|(_, member)| member.weight == 0);
+            let idle = idle.filter(|(server, _)| out.released.contains(*server));
+            raised.extend(idle.map(|(server, _)| (*pool, *server)));
             planned.push(weights_of(part, *pool, &now, wanted, &out));
         }
     }
     let allowed = allow(job, planned, Short::Refuse).await?;
-    set(job, allowed).await
+    set(job, allowed, raised).await
 }
 
 // ---------------------------------------------------------------------------------------------- members

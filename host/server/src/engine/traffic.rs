@@ -75,6 +75,12 @@ pub trait TrafficPools: Send + Sync + 'static {
         weight: u32,
     ) -> Result<(), TrafficError>;
 
+    /// Returns when a member that has got weight takes new requests, as far as the pool knows: before its own check finds it
+    /// up it gets none, and nothing must rely on it.
+    async fn comes_up(&self, _pool: PoolId, _server: ServerId) -> Result<(), TrafficError> {
+        Ok(())
+    }
+
     /// Connections that a member still serves.
     async fn connections(&self, pool: PoolId, server: ServerId) -> Result<u32, TrafficError>;
 

@@ -914,6 +914,10 @@ fn refused(error: ActError) -> ServiceError {
                 "not_released",
                 "name servers that this order has released, each once",
             ),
+            Refused::NoSuchCell { .. } => conflict(
+                "cell_not_released",
+                "name a cell whose servers were just released, while that waits to be confirmed",
+            ),
             Refused::OutOfRange {
                 field,
                 found,

@@ -252,6 +252,7 @@ fn refusal(refused: &Refused) -> &'static str {
         Refused::NoWayBack { .. } => "no way back",
         Refused::TrafficChanges { .. } => "traffic changes",
         Refused::NotReleased { .. } => "not released",
+        Refused::NoSuchCell { .. } => "no such cell",
         Refused::OutOfRange { .. } => "out of range",
     }
 }

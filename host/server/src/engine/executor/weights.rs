@@ -10,7 +10,7 @@ use windlass_domain::{
     order::Purpose,
     plan::{NodeIndex, NodeKind, Plan, TrafficAction, Unit},
     plugin::{RestoreWeight, UnitState},
-    progress::{NodeProgress, PoolWeight},
+    progress::{NodeProgress, NodeState, PoolWeight},
     reducer::Event,
 };
 use windlass_store::{CommitError, Revision, Txn};
@@ -25,6 +25,8 @@ use crate::engine::{
 
 /// Between two looks at something that nobody announces.
 const POLL: Duration = Duration::from_millis(200);
+/// In so many looks at open connections it is once looked whether they are still waited for.
+const LOOKS_PER_CHECK: u32 = 5;
 /// How long agents that are not connected are waited for before a change of weights counts as failed.
 const BACK_WITHIN: Duration = Duration::from_secs(60);
 
@@ -172,16 +174,21 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
                 set_and_read_back(pools, *pool, unit.server, 0).await?;
             }
             let drained = async {
-                loop {
+                for look in 1_u32.. {
+                    // Nobody waits for connections of a turn that was ended.
+                    if look % LOOKS_PER_CHECK == 0 && is_cancelled(job, node).await {
+                        break;
+                    }
                     let mut open = 0;
                     for pool in mine {
                         open += pools.connections(*pool, unit.server).await?;
                     }
                     if open == 0 {
-                        return Ok::<(), TrafficError>(());
+                        break;
                     }
                     tokio::time::sleep(POLL).await;
                 }
+                Ok::<(), TrafficError>(())
             };
             // Past the deadline the release goes on: connections that do not end must not block it for ever.
             match tokio::time::timeout(Duration::from_millis(*deadline_ms), drained).await {
@@ -211,6 +218,14 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
                     (RestoreWeight::Override(weight), _) => weight,
                 };
                 set_and_read_back(pools, *pool, unit.server, wanted).await?;
+                if wanted > 0
+                    && !untouched
+                    && let Err(error) = pools.comes_up(*pool, unit.server).await
+                {
+                    // What failed gets no traffic by itself, should it come up after all.
+                    set_and_read_back(pools, *pool, unit.server, 0).await?;
+                    return Err(error.into());
+                }
             }
             Ok(())
         }
@@ -228,6 +243,13 @@ async fn steer(job: &Job, node: NodeIndex, attempt: u32) -> Result<(), Steering>
             }
         },
     }
+}
+
+/// Whether a leaf was cancelled since its effect fell due.
+async fn is_cancelled(job: &Job, node: NodeIndex) -> bool {
+    let key = rows::node(job.order.id, job.plan.id_of(node));
+    let row = rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress");
+    matches!(row.await, Ok(Some((row, _))) if row.state == NodeState::Cancelling)
 }
 
 /// The pools that a unit's server takes traffic from.
@@ -272,8 +294,12 @@ async fn owed(
 }
 
 /// A unit's turn is over: its server is owed nothing by this order any more, and by no other where it serves again. One that is
-/// left as it was found is still owed what an order before took.
+/// left as it was found is still owed what an order before took, and one that its strategy leaves at 0 what it had: the next
+/// order that restores weights gives it back, unless a person has decided meanwhile.
 pub(super) async fn nothing_owed(job: &Job, unit: &Unit, leaving: Leaving) -> Result<(), RowError> {
+    if leaving == Leaving::Serving && unit.restore == RestoreWeight::KeepZero {
+        return Ok(());
+    }
     let mut txn = Txn::new();
     for pool in pools_of(&job.plan, unit) {
         if let Some((owed, revision)) = owed(job, *pool, unit.server).await?
@@ -296,11 +322,25 @@ pub(super) async fn nothing_owed(job: &Job, unit: &Unit, leaving: Leaving) -> Re
     Ok(())
 }
 
-/// Of a rollback: the weights that the order which is rolled back remembered; what the pool shows now is its 0.
+/// Of a rollback: the weights that the order which is rolled back remembered; what the pool shows now is its 0. Of a stage's:
+/// those from before the stage, which has moved traffic before it drained the server.
 async fn weights_of_parent(job: &Job, unit: &Unit) -> Result<Vec<PoolWeight>, Steering> {
-    let (Purpose::Rollback { of, .. }, Some(drain)) = (&job.order.purpose, unit.drained_by) else {
+    let (Purpose::Rollback { of, stage, .. }, Some(drain)) = (&job.order.purpose, unit.drained_by)
+    else {
         return Ok(Vec::new());
     };
+    if stage.is_some() {
+        let before = shift::before_parent(job, *of, *stage).await?;
+        let mine = before
+            .iter()
+            .filter(|((_, server), _)| *server == unit.server);
+        return Ok(mine
+            .map(|((pool, _), weight)| PoolWeight {
+                pool: *pool,
+                weight: *weight,
+            })
+            .collect());
+    }
     let key = rows::node(*of, drain);
     let row =
         rows::read::<NodeProgress>(&*job.engine.shared.store, &key, "a node's progress").await;

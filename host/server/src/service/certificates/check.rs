@@ -13,7 +13,7 @@ use crate::service::ServiceError;
 
 /// Longest chain as PEM: with all else of its record it fits a row.
 const CHAIN_MAX_BYTES: usize = 16 * 1024;
-/// Longest key as PEM: of RSA with 8192 bits.
+/// Longest key as PEM: more than RSA with 4096 bits takes.
 const KEY_MAX_BYTES: usize = 8 * 1024;
 /// Certificates of a chain at most.
 const MAX_CERTIFICATES: usize = 8;
@@ -208,7 +208,7 @@ fn check_key(
     };
     if sign::any_supported_type(&key).is_err() {
         return Err(key_invalid(
-            "the private key cannot be used: RSA from 2048 bits on, ECDSA P-256 or P-384, or Ed25519",
+            "the private key cannot be used: RSA of 2048 to 4096 bits, ECDSA P-256 or P-384, or Ed25519",
         ));
     }
     match CertifiedKey::from_der(chain, key, &ring::default_provider()) {

@@ -21,7 +21,7 @@ use super::{
     configuration::{self, Member},
 };
 use crate::{
-    engine,
+    engine::{self, rows::owed_weight},
     keys::{self, Kind},
     service::{Caller, ServiceError, records, servers},
 };
@@ -29,21 +29,21 @@ use crate::{
 /// Servers that one call attaches, changes or detaches: all of it is one transaction.
 pub const MAX_BACK_ENDS_PER_CALL: usize = 30;
 
-/// A server to be put behind a pool, or there already: then this replaces what is kept of it.
+/// A server to be put behind a pool, or there already: then what is not given stays as it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AttachBackEnd {
     /// The server: of this workspace.
     pub server: ServerId,
-    /// Where the load balancer reaches it; unless given, at the first address that its agent reports.
+    /// Where the load balancer reaches it; never given: at the first address that its agent reports.
     #[serde(default)]
     #[schema(value_type = Option<String>)]
     pub address: Option<IpAddr>,
-    /// Its port; unless given, the listener's back-end port.
+    /// Its port; never given: the listener's back-end port.
     #[serde(default)]
     #[schema(minimum = 1)]
     pub port: Option<u16>,
-    /// 0 to 100; unless given, the weight that it has, or 100.
+    /// 0 to 100; never given: 100.
     #[serde(default)]
     #[schema(maximum = 100)]
     pub weight: Option<u32>,
@@ -165,10 +165,10 @@ impl LoadBalancers {
             .collect())
     }
 
-    /// Puts servers behind a pool, all or none. For one that is there already, this replaces what is kept of it.
+    /// Puts servers behind a pool, all or none. For one that is there already, what is given replaces what is kept of it.
     ///
     /// # Errors
-    /// `server_without_address`, `pool_has_no_back_ends`, `out_of_limit`; [`ServiceError::NotFound`].
+    /// `server_without_address`, `server_taken_out`, `pool_has_no_back_ends`, `out_of_limit`; [`ServiceError::NotFound`].
     pub async fn attach(
         &self,
         caller: Caller,
@@ -185,14 +185,16 @@ impl LoadBalancers {
             let mut txn = records::refer(Kind::Pool, &id.to_string());
             for attach in &request {
                 let (server, _) = servers::in_workspace(store, ws, attach.server).await?;
-                if attach.address.is_none() && configuration::first_address(&server).is_none() {
-                    return Err(ServiceError::conflict(
-                        "server_without_address",
+                if let Some(address) = attach.address
+                    && !is_reachable(address)
+                {
+                    return Err(ServiceError::invalid(
+                        "invalid_value",
+                        "address",
                         format!(
-                            "the agent of the server `{}` reports no address",
-                            server.name
+                            "{address} is no server's address: link-local, multicast and unspecified ones are refused"
                         ),
-                        "give `address`",
+                        "give an address at which the load balancer reaches the server",
                     ));
                 }
                 if attach.port == Some(0) {
@@ -208,20 +210,35 @@ impl LoadBalancers {
                 let before: Option<BackEnd> = before
                     .map(|entry| records::decode_plain(&entry, "a back end"))
                     .transpose()?;
-                let weight = attach
-                    .weight
-                    .or(before.map(|before| before.weight))
-                    .unwrap_or(MAX_WEIGHT);
+                let before = before.as_ref();
+                let weight = attach.weight.or(before.map(|before| before.weight));
+                let weight = weight.unwrap_or(MAX_WEIGHT);
+                let address = attach.address.or(before.and_then(|before| before.address));
+                if address.is_none() && configuration::first_address(&server).is_none() {
+                    return Err(ServiceError::conflict(
+                        "server_without_address",
+                        format!(
+                            "the agent of the server `{}` reports no address",
+                            server.name
+                        ),
+                        "give `address`",
+                    ));
+                }
                 checked_weight(weight)?;
-                if attach.weight.is_some_and(|weight| weight > 0) {
-                    expect_in_service(store, id, &server).await?;
+                match attach.weight {
+                    None => {}
+                    Some(0) => txn = txn.delete(owed_weight(id, attach.server)),
+                    Some(_) => {
+                        expect_in_service(store, id, &server).await?;
+                        txn = txn.delete(owed_weight(id, attach.server));
+                    }
                 }
                 let row = BackEnd {
                     schema: BackEnd::SCHEMA,
                     pool: id,
                     server: attach.server,
-                    address: attach.address,
-                    port: attach.port,
+                    address,
+                    port: attach.port.or(before.and_then(|before| before.port)),
                     weight,
                     origin: Origin::Attached,
                 };
@@ -310,14 +327,16 @@ impl LoadBalancers {
         }
         let steered = self.steering.alone(balancer.id).await;
         // In the load balancer's turn: an order that takes one out now sets its weight behind this.
-        for set in request.iter().filter(|set| set.weight > 0) {
+        let mut decided = Txn::new();
+        for set in &request {
             let store = &*self.store;
             let server = records::find::<Server>(store, &set.server.to_string()).await?;
-            if let Some((server, _)) = server {
+            if let (Some((server, _)), true) = (server, set.weight > 0) {
                 expect_in_service(store, id, &server).await?;
             }
+            decided = decided.delete(owed_weight(id, set.server));
         }
-        self.keep_weights(&caller, &pool, &request).await?;
+        self.keep_weights(&caller, &pool, &request, decided).await?;
         if let Err(error) = self
             .steering
             .tell_weights(&steered, &balancer, id, &request)
@@ -334,17 +353,18 @@ impl LoadBalancers {
         self.back_ends(ws, id).await
     }
 
-    /// Writes weights into the rows.
+    /// Writes weights into the rows, `with` what else is to be so then.
     pub(super) async fn keep_weights(
         &self,
         caller: &Caller,
         pool: &Pool,
         request: &[SetBackEndWeight],
+        with: Txn,
     ) -> Result<(), ServiceError> {
         let store = &*self.store;
         records::change(store, caller, || async {
             let members = self.members_of(pool).await?;
-            let mut txn = Txn::new();
+            let mut txn = with.clone();
             for SetBackEndWeight { server, weight } in request {
                 let member = members.iter().find(|member| member.server.id == *server);
                 let member = member.ok_or_else(|| unknown(pool, *server))?;
@@ -408,22 +428,33 @@ async fn expect_in_service(
     let states = engine::states_of(store, id).await;
     let (states, _) =
         states.map_err(|error| ServiceError::internal("read the states of servers", error))?;
-    match states.get(&server.id) {
-        Some(ReleaseState::Releasing) => Err(ServiceError::conflict(
-            "server_taken_out",
+    let (why, mend) = match states.get(&server.id) {
+        Some(ReleaseState::Releasing) => (
             format!(
                 "an order has taken the server `{}` out, and gives it traffic again when it is done with it",
                 server.name
             ),
             "wait for the order, or cancel it",
-        )),
+        ),
+        Some(ReleaseState::Offline) => (
+            format!("the server `{}` was taken offline", server.name),
+            "bring it online with an operation",
+        ),
         Some(
-            ReleaseState::AwaitingRelease
-            | ReleaseState::Released
-            | ReleaseState::ReleaseFailed
-            | ReleaseState::Offline,
+            ReleaseState::AwaitingRelease | ReleaseState::Released | ReleaseState::ReleaseFailed,
         )
-        | None => Ok(()),
+        | None => return Ok(()),
+    };
+    Err(ServiceError::conflict("server_taken_out", why, mend))
+}
+
+/// Whether an address can be a server's. Metadata services of clouds have link-local ones.
+const fn is_reachable(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => {
+            !(v4.is_link_local() || v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast())
+        }
+        IpAddr::V6(v6) => !(v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast()),
     }
 }
 
@@ -442,7 +473,7 @@ fn check_calls(servers: &[ServerId]) -> Result<(), ServiceError> {
             ),
             limit: MAX_BACK_ENDS_PER_CALL as u64,
             current: servers.len() as u64,
-            mend: "make several calls".to_owned(),
+            mend: "name servers, and make several calls for more".to_owned(),
         });
     }
     let mut seen = BTreeSet::new();

@@ -416,7 +416,7 @@ async fn certificate_of(
     if found.is_none_or(|(found, _)| found.workspace.as_str() != ws) {
         return Err(ServiceError::invalid(
             "certificate_unknown",
-            "settings.protocol.https.certificate",
+            "/settings/protocol/https/certificate",
             format!("the workspace `{ws}` has no certificate {id}"),
             "upload it first",
         ));

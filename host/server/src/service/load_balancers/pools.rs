@@ -60,15 +60,17 @@ fn failed(pool: PoolId, error: &dyn std::error::Error) -> TrafficError {
     }
 }
 
-/// Of one whose agent is not connected it is known that it may come back.
+/// Of one whose agent is not connected, or mute, it is known that it may come back.
 fn not_steered(pool: PoolId, error: &SteeringError) -> TrafficError {
     match error {
-        SteeringError::Agent(QueryFailure::Offline { .. } | QueryFailure::SessionLost { .. }) => {
-            TrafficError::Away {
-                pool,
-                reason: crate::platform::chain(error),
-            }
-        }
+        SteeringError::Agent(
+            QueryFailure::Offline { .. }
+            | QueryFailure::SessionLost { .. }
+            | QueryFailure::Timeout { .. },
+        ) => TrafficError::Away {
+            pool,
+            reason: crate::platform::chain(error),
+        },
         SteeringError::Agent(_) | SteeringError::OddAnswer | SteeringError::Service(_) => {
             failed(pool, error)
         }
@@ -123,7 +125,15 @@ impl TrafficPools for AllPools {
             return self.simulated.set_weight(pool, server, weight).await;
         };
         let set = steered.set_weight(server, weight).await;
-        set.map_err(|error| not_steered(pool, &error))?
+        set.map_err(|error| not_steered(pool, &error))
+    }
+
+    async fn comes_up(&self, pool: PoolId, server: ServerId) -> Result<(), TrafficError> {
+        let Some(steered) = self.steered(pool).await? else {
+            return Ok(());
+        };
+        let up = steered.comes_up(server).await;
+        up.map_err(|error| not_steered(pool, &error))?
             .map_err(|reason| TrafficError::Failed { pool, reason })
     }
 

@@ -8,6 +8,7 @@ use windlass_domain::{
     load_balancer::{BackEnd, LoadBalancer, Power},
     pool::{MemberHealth, MemberStats, Pool, Responses},
 };
+use windlass_store::Txn;
 
 use super::{LoadBalancers, back_ends::SetBackEndWeight, steering::SteeringError};
 use crate::{
@@ -102,32 +103,37 @@ impl SteeredPool {
         Ok(row.weight == 0)
     }
 
-    /// Keeps a weight and has HAProxy take it. With a weight above 0 it returns when HAProxy's own check finds the server up:
-    /// before that it would get no traffic, and the next server must not be taken out on the strength of it.
+    /// Keeps a weight and has HAProxy take it.
     ///
     /// # Errors
-    /// [`SteeringError`]; a text where the server does not come up in time.
-    pub async fn set_weight(
-        &self,
-        server: ServerId,
-        weight: u32,
-    ) -> Result<Result<(), String>, SteeringError> {
+    /// [`SteeringError`].
+    pub async fn set_weight(&self, server: ServerId, weight: u32) -> Result<(), SteeringError> {
         let balancers = &self.balancers;
         let set = [SetBackEndWeight { server, weight }];
         let alone = balancers.steering.alone(self.balancer.id).await;
         let caller = Caller::default();
-        balancers.keep_weights(&caller, &self.pool, &set).await?;
+        balancers
+            .keep_weights(&caller, &self.pool, &set, Txn::new())
+            .await?;
+        if self.runs {
+            balancers
+                .steering
+                .tell_weights(&alone, &self.balancer, self.pool.id, &set)
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Returns when HAProxy's own check finds a server up: before that it gets no traffic, and the next server must not be
+    /// taken out on the strength of it.
+    ///
+    /// # Errors
+    /// [`SteeringError`]; a text where the server does not come up in time.
+    pub async fn comes_up(&self, server: ServerId) -> Result<Result<(), String>, SteeringError> {
         if !self.runs {
             return Ok(Ok(()));
         }
-        let steering = &balancers.steering;
-        steering
-            .tell_weights(&alone, &self.balancer, self.pool.id, &set)
-            .await?;
-        drop(alone);
-        if weight == 0 {
-            return Ok(Ok(()));
-        }
+        let steering = &self.balancers.steering;
         let deadline = Instant::now() + UP_WITHIN;
         loop {
             let state = steering.look(&self.balancer).await?;

@@ -49,8 +49,12 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const REFUSED_PAUSE: Duration = Duration::from_secs(15);
 /// How long an agent may take to reload.
 const APPLY_WITHIN: Duration = Duration::from_secs(50);
-/// How long an agent may take to look, or to set weights.
-const LOOK_WITHIN: Duration = Duration::from_secs(10);
+/// How long an agent may take to look.
+const LOOK_WITHIN: Duration = Duration::from_secs(5);
+/// How long one that did not answer is not asked again.
+const MUTE_PAUSE: Duration = Duration::from_secs(10);
+/// How long an agent may take to set weights.
+const SET_WITHIN: Duration = Duration::from_secs(10);
 /// HAProxy's view that is younger than this is not asked for again.
 const FRESH: Duration = Duration::from_millis(100);
 
@@ -124,6 +128,8 @@ struct Known {
     current_at: Option<Revision>,
     /// HAProxy's view.
     seen: Option<(Instant, Arc<BalancerState>)>,
+    /// When its agent was last asked for that in vain.
+    mute_since: Option<Instant>,
 }
 
 /// Agents of load balancers.
@@ -195,12 +201,14 @@ impl Steering {
     fn saw(&self, id: LoadBalancerId, state: BalancerState) -> Arc<BalancerState> {
         let state = Arc::new(state);
         self.known(id, |known| {
-            known.seen = Some((Instant::now(), state.clone()))
+            known.seen = Some((Instant::now(), state.clone()));
+            known.mute_since = None;
         });
         state
     }
 
-    /// HAProxy's view, at most a tenth of a second old, and never older than the last weight that was set.
+    /// HAProxy's view, at most a tenth of a second old, and never older than the last weight that was set. An agent that gave no
+    /// answer is not waited for again for a while: whoever has to look at many must not stand still for one.
     pub(super) async fn look(
         &self,
         balancer: &LoadBalancer,
@@ -212,17 +220,29 @@ impl Steering {
         if let Some(state) = fresh {
             return Ok(state);
         }
+        let mute = self.known(balancer.id, |known| known.mute_since);
+        if mute.is_some_and(|since| since.elapsed() < MUTE_PAUSE) {
+            return Err(QueryFailure::Timeout {
+                server: balancer.server,
+                waited_ms: u64::try_from(LOOK_WITHIN.as_millis()).unwrap_or(u64::MAX),
+            }
+            .into());
+        }
         let request = BalancerRequest::State {
             load_balancer: balancer.id,
         };
         let asked = Instant::now();
-        let state = self.ask(balancer.server, request, LOOK_WITHIN).await?;
-        let state = Arc::new(state);
+        let asked_for = self.ask(balancer.server, request, LOOK_WITHIN).await;
+        if let Err(SteeringError::Agent(QueryFailure::Timeout { .. })) = &asked_for {
+            self.known(balancer.id, |known| known.mute_since = Some(Instant::now()));
+        }
+        let state = Arc::new(asked_for?);
         Ok(self.known(balancer.id, |known| match &known.seen {
             // Weights were set meanwhile: what was seen before says nothing any more.
             Some((at, newer)) if *at > asked => newer.clone(),
             Some(_) | None => {
                 known.seen = Some((asked, state.clone()));
+                known.mute_since = None;
                 state
             }
         }))
@@ -247,16 +267,14 @@ impl Steering {
                 })
                 .collect(),
         };
-        let told = self
-            .ask(balancer.server, request.clone(), LOOK_WITHIN)
-            .await;
+        let told = self.ask(balancer.server, request.clone(), SET_WITHIN).await;
         let state = match told {
             // A server that was bound or attached just now: the agent has to hear of it first.
             Err(SteeringError::Agent(QueryFailure::Agent { source, .. }))
                 if source.code == QueryErrorCode::NotFound =>
             {
                 self.converge(balancer).await?;
-                self.ask(balancer.server, request, LOOK_WITHIN).await?
+                self.ask(balancer.server, request, SET_WITHIN).await?
             }
             told => told?,
         };

@@ -13,7 +13,7 @@ use windlass_domain::{
     share::share_of,
 };
 
-use super::{Orders, failed};
+use super::Orders;
 use crate::service::{Caller, ServiceError};
 
 /// How long a change is waited for.
@@ -81,7 +81,9 @@ impl Orders {
                 let mut found = Vec::with_capacity(members.len());
                 for (server, cell) in &members {
                     let weight = shared.pools.weight(*pool, *server).await;
-                    let weight = weight.map_err(|error| failed("read a pool's weights", error))?;
+                    let weight = weight.map_err(|error| ServiceError::Unavailable {
+                        message: error.to_string(),
+                    })?;
                     found.push((*server, cell.clone(), weight));
                 }
                 pools.push(shown(part.key.clone(), *pool, found));
