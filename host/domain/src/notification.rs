@@ -51,7 +51,7 @@ pub enum Moment {
     Started,
     /// It waits for a person's confirmation.
     Waiting,
-    /// Something failed, drifted or is unknown, and a person has to act.
+    /// Something failed, drifted or is unknown, or it cannot begin, and a person has to act.
     Blocked,
     /// Done.
     Succeeded,
@@ -100,7 +100,23 @@ impl Moment {
     #[must_use]
     pub const fn of(before: OrderState, after: OrderState) -> Option<Self> {
         match after {
-            OrderState::NotStarted | OrderState::Cancelling => None,
+            OrderState::Cancelling => None,
+            // It could not be initialised: it does not run until somebody runs it again.
+            OrderState::NotStarted => match before {
+                OrderState::Initialising => Some(Self::Blocked),
+                OrderState::NotStarted
+                | OrderState::Running
+                | OrderState::Blocked
+                | OrderState::Drifted
+                | OrderState::Unknown
+                | OrderState::AwaitingConfirmation
+                | OrderState::Cancelling
+                | OrderState::Succeeded
+                | OrderState::Failed
+                | OrderState::Cancelled
+                | OrderState::RollingBack
+                | OrderState::RolledBack => None,
+            },
             // Straight to running where there is nothing to initialise.
             OrderState::Initialising | OrderState::Running => match before {
                 OrderState::NotStarted => Some(Self::Started),
@@ -589,6 +605,8 @@ mod tests {
         use OrderState as S;
         for (before, after, expect) in [
             (S::NotStarted, S::Initialising, Some(Moment::Started)),
+            (S::Initialising, S::NotStarted, Some(Moment::Blocked)),
+            (S::NotStarted, S::NotStarted, None),
             (S::NotStarted, S::Running, Some(Moment::Started)),
             (S::Initialising, S::Running, None),
             (S::Blocked, S::Running, None),

@@ -382,12 +382,21 @@ pub struct FailureReport {
 #[derive(
     Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error, utoipa::ToSchema,
 )]
-#[error("`{field}`: {message}")]
+#[error("{}{message}", named(field))]
 pub struct FieldError {
     /// JSON pointer into the parameters; empty for the whole.
     pub field: String,
     /// What is wrong.
     pub message: String,
+}
+
+/// What a fault is of, before its message; the whole has no name.
+fn named(field: &str) -> String {
+    if field.is_empty() {
+        String::new()
+    } else {
+        format!("`{field}`: ")
+    }
 }
 
 pub(crate) fn millis(duration: Duration) -> u64 {
