@@ -496,8 +496,10 @@ pub(super) async fn change_by_hand(job: &Job, progress: &Progress, number: u32) 
 /// A person has decided what these servers get: none of them is owed another weight any more.
 async fn decided(job: &Job, weights: &[ServerWeight]) {
     for ServerWeight { server, .. } in weights {
-        let pools = job.plan.parts.iter().flat_map(|part| &part.pools);
-        let txn = pools.fold(Txn::new(), |txn, pool| {
+        let units = job.plan.units.iter().filter(|unit| unit.server == *server);
+        let parts = units.filter_map(|unit| job.plan.part_of(unit));
+        let pools: BTreeSet<PoolId> = parts.flat_map(|part| part.pools.iter().copied()).collect();
+        let txn = pools.iter().fold(Txn::new(), |txn, pool| {
             txn.delete(rows::owed_weight(*pool, *server))
         });
         if let Err(error) = job.engine.shared.store.commit(txn).await {
