@@ -144,11 +144,11 @@ fn never_more_of_a_cell_in_flight_than_may_be_unavailable() {
     unhealthy.servers.retain(|server| server.cell == "a");
     unhealthy.servers[0].healthy = false;
     let request = PlanRequest::new(
-        &json!({ "grouping": "explicit", "groups": [{ "servers": ["s0", "s2", "s4", "s6", "s8"] }] }),
+        &json!({ "grouping": "explicit", "groups": [{ "servers": ["s0"] }, { "servers": ["s2", "s4", "s6", "s8"] }] }),
     )
     .application(unhealthy);
     let plan = Grouped::plan(request).unwrap();
-    assert!(outline(&plan).contains(&"  group 1: parallel 1".to_owned()));
+    assert!(outline(&plan).contains(&"  group 2: parallel 1".to_owned()));
 }
 
 #[test]
