@@ -69,11 +69,14 @@ pub(super) struct Tally {
     looked: bool,
 }
 
+/// What a server behind a pool has counted.
+type KeptMember = (PoolId, ServerId, Counters);
+
 /// What the file holds: of each process that lived when it was written, and of all that had ended then.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Kept {
-    ended: Vec<(PoolId, ServerId, Counters)>,
-    alive: Vec<(u32, Vec<(PoolId, ServerId, Counters)>)>,
+    ended: Vec<KeptMember>,
+    alive: Vec<(u32, Vec<KeptMember>)>,
 }
 
 impl Tally {
@@ -83,7 +86,7 @@ impl Tally {
             counters,
             responses: Responses::default(),
         };
-        let of = |members: Vec<(PoolId, ServerId, Counters)>| {
+        let of = |members: Vec<KeptMember>| {
             let members = members.into_iter();
             members.map(move |(pool, server, counters)| ((pool, server), counted(counters)))
         };
