@@ -549,8 +549,11 @@ impl Balancer {
     /// Looks at HAProxy, and adds to the counters.
     async fn snapshot(&mut self) -> Result<Snapshot, BalancerError> {
         let mut snapshot = admin::look(&self.dir).await?;
-        if self.tally.look(std::mem::take(&mut snapshot.counted)) {
-            self.dir.keep_counted(&self.tally.kept())?;
+        // Without room for figures on the disk, HAProxy is steered all the same.
+        if self.tally.look(std::mem::take(&mut snapshot.counted))
+            && let Err(error) = self.dir.keep_counted(&self.tally.kept())
+        {
+            tracing::warn!(load_balancer = %self.dir.id(), error = %crate::files::chain(&error), "figures of a load balancer are not kept");
         }
         Ok(snapshot)
     }
