@@ -100,23 +100,11 @@ impl Moment {
     #[must_use]
     pub const fn of(before: OrderState, after: OrderState) -> Option<Self> {
         match after {
-            OrderState::Cancelling => None,
             // It could not be initialised: it does not run until somebody runs it again.
-            OrderState::NotStarted => match before {
-                OrderState::Initialising => Some(Self::Blocked),
-                OrderState::NotStarted
-                | OrderState::Running
-                | OrderState::Blocked
-                | OrderState::Drifted
-                | OrderState::Unknown
-                | OrderState::AwaitingConfirmation
-                | OrderState::Cancelling
-                | OrderState::Succeeded
-                | OrderState::Failed
-                | OrderState::Cancelled
-                | OrderState::RollingBack
-                | OrderState::RolledBack => None,
-            },
+            OrderState::NotStarted if matches!(before, OrderState::Initialising) => {
+                Some(Self::Blocked)
+            }
+            OrderState::NotStarted | OrderState::Cancelling => None,
             // Straight to running where there is nothing to initialise.
             OrderState::Initialising | OrderState::Running => match before {
                 OrderState::NotStarted => Some(Self::Started),
