@@ -10,7 +10,7 @@ use windlass_domain::{
     Timestamp,
     id::{PoolId, ServerId},
     limits::{Amount, Limits},
-    order::{Action, OrderState},
+    order::{Action, Order, OrderState},
     plan::Level,
     plugin::{
         NodeRole, OnFailure, RestoreWeight, RollbackScope, StrategyNode, StrategyNodeKind,
@@ -20,7 +20,7 @@ use windlass_domain::{
     task::{Outcome, Task},
 };
 use windlass_store::{
-    Blobs, Key, Store, Txn,
+    Blobs, EventKind, Key, Prefix, Revision, Store, Txn,
     memory::{self, MemoryOptions},
 };
 use windlass_tests::simulated::{Answer, Fleet, GivenPlans, Release, plan, server, uuid};
@@ -372,6 +372,11 @@ async fn no_more_servers_are_unavailable_than_the_envelope_allows() {
         Outcome::Succeeded
     });
     let fleet = fleet(&directory, 8, answer).await;
+    let mut watch = fleet
+        .store
+        .watch(&Prefix::everything(), Revision(0))
+        .await
+        .unwrap();
     let limits = Limits {
         max_unavailable: Amount::Count(2),
         ..generous()
@@ -390,6 +395,29 @@ async fn no_more_servers_are_unavailable_than_the_envelope_allows() {
         .unwrap();
     assert_eq!(fleet.wait_ended(id).await.state, OrderState::Succeeded);
     assert!(busy.lock().unwrap().1 <= 2, "{:?}", busy.lock().unwrap());
+
+    // When the order shows that it has ended, no server counts as taken out any more.
+    let header = format!("default/order/{id}");
+    let (mut taken, mut most) = (HashSet::new(), 0);
+    loop {
+        let event = watch.next().await.unwrap();
+        let key = event.key.to_string();
+        if key.starts_with("default/unavailable/") {
+            match event.kind {
+                EventKind::Put { .. } => taken.insert(key),
+                EventKind::Deleted => taken.remove(&key),
+            };
+            most = most.max(taken.len());
+        } else if key == header
+            && let EventKind::Put { value, .. } = event.kind
+        {
+            let order: Order = serde_json::from_slice(&value).unwrap();
+            if order.state.is_terminal() {
+                break;
+            }
+        }
+    }
+    assert_eq!((taken, most), (HashSet::new(), 2));
     fleet.shutdown().await;
 }
 

@@ -16,6 +16,9 @@
 //! | commit | nothing was promised: callers are told to try again, the order is loaded afresh |
 //! | revise the plan (`revise`) | refused, or the commit failed: the plan is as it was |
 //! | effect | repeated by the executor until it has an answer; performed again after a restart |
+//!
+//! An order that has ended shows it in its state only when the seats of its servers are given back and its tech stacks are
+//! kept: who sees the end may go on with what the order held. What is left then ([`Effect::Finish`]) nobody waits for.
 
 mod revise;
 
@@ -32,7 +35,7 @@ use tokio::{
 use windlass_domain::{
     Timestamp,
     dispatch::{self, Attempt},
-    id::{OrderId, ServerId},
+    id::{InstanceId, OrderId, ServerId},
     inbox::InboxEntry,
     manifest::Manifest,
     order::{Action, Control, Happened, Order, OrderEvent, OrderState, RollbackAsked},
@@ -49,7 +52,7 @@ use windlass_store::{CommitError, Revision, StoreError, Txn, crash::crash_point}
 use super::{
     Engine, PlanError, batch,
     batch::{Batch, Reply, SlotChange},
-    executor,
+    executor, initialise,
     rows::{self, RowError},
     summary::Summary,
 };
@@ -104,6 +107,8 @@ pub(crate) enum Stopped {
     Store(#[from] StoreError),
     #[error("a commit failed")]
     Commit(#[from] CommitError),
+    #[error("the service instances could not be given the order's tech stacks: {0}")]
+    TechStacks(String),
     #[error("an effect could not be performed")]
     Effect(#[source] tokio::task::JoinError),
 }
@@ -156,13 +161,23 @@ impl Actor {
         let plan = Arc::new(engine.shared.plan(order.plan).await?);
         let nodes = rows::read_nodes(store, id).await?;
         let progress = Progress::of_rows(&plan, order.control, order.stalled, nodes);
+        // That it has ended was not told before it showed.
+        let comes_to = match order.control {
+            Control::Ended(_) => order.state,
+            Control::NotStarted
+            | Control::Initialising
+            | Control::Active
+            | Control::Cancelling
+            | Control::EndingForRollback
+            | Control::RollingBack => progress.comes_to(),
+        };
         let mut actor = Self {
             engine,
             order,
             revision,
             indices: plan.indices(),
             plan,
-            comes_to: progress.comes_to(),
+            comes_to,
             progress,
             owner_claimed: false,
             effects: JoinSet::new(),
@@ -184,6 +199,7 @@ impl Actor {
             let again = Command::internal(Event::Advance);
             self.fold(again, &mut commands).await?;
             self.perform(reducer::due(&self.plan, &self.progress));
+            self.show_the_end().await?;
         }
         let stop = self.engine.shared.stop.clone();
         loop {
@@ -198,7 +214,12 @@ impl Actor {
                 biased;
                 () = stop.cancelled() => return Ok(()),
                 Some(done) = self.effects.join_next() => match done {
-                    Ok(effect) => drop(self.performing.remove(&effect)),
+                    Ok(effect) => {
+                        self.performing.remove(&effect);
+                        if gives_back(&effect) {
+                            self.show_the_end().await?;
+                        }
+                    }
                     Err(error) if error.is_panic() => return Err(Stopped::Effect(error)),
                     // Aborted: it is not due any more.
                     Err(_) => {}
@@ -222,11 +243,13 @@ impl Actor {
         self.progress.control == Control::NotStarted
     }
 
+    fn has_ended(&self) -> bool {
+        matches!(self.progress.control, Control::Ended(_))
+    }
+
     /// The order has ended and the last effect is performed.
     fn is_over(&self) -> bool {
-        matches!(self.progress.control, Control::Ended(_))
-            && self.performing.is_empty()
-            && self.effects.is_empty()
+        self.has_ended() && self.performing.is_empty() && self.effects.is_empty()
     }
 
     /// Makes this engine the order's owner, while its lease lives.
@@ -538,9 +561,6 @@ impl Actor {
         if control == Control::Active && before == Control::Initialising {
             self.order.last_progress_at = Some(at);
         }
-        if matches!(control, Control::Ended(_)) && self.order.finished_at.is_none() {
-            self.order.finished_at = Some(at);
-        }
     }
 
     /// A task has ended: its slot is free, and a release may have become the installed one.
@@ -610,8 +630,13 @@ impl Actor {
             | Effect::Judge { .. }
             | Effect::StartRollback
             | Effect::RollBackStage(_)
-            | Effect::ChangeTraffic { .. }
-            | Effect::Finish => batch.effects.push(effect),
+            | Effect::ChangeTraffic { .. } => batch.effects.push(effect),
+            Effect::Finish => {
+                batch.effects.push(effect);
+                let due = reducer::due(&self.plan, &self.progress);
+                let seats = due.into_iter().filter(gives_back);
+                batch.effects.extend(seats);
+            }
         }
     }
 
@@ -643,25 +668,9 @@ impl Actor {
 
     async fn commit(&mut self, mut batch: Batch) -> Result<(), Stopped> {
         if !batch.is_empty() {
-            let at = clock::now();
-            let state = self.progress.order_state();
-            let was = std::mem::replace(&mut self.order.state, state);
             self.order.counts = self.progress.counts(&self.plan);
-            let comes_to = self.progress.comes_to();
-            let before = std::mem::replace(&mut self.comes_to, comes_to);
-            let reason = self.reason(comes_to);
-            // What it waits for, or what stops it, can change while it does: then that is news, too.
-            let otherwise = reason != self.order.state_reason && state != OrderState::RollingBack;
-            batch.state_changed = state != was;
-            if state != was || otherwise {
-                self.order.state_reason = reason;
-                let reason = self.order.state_reason.clone();
-                self.note(&mut batch, at, "", Happened::Order { state, reason });
-                // A failure that was told while others still ran is not told again when they are done.
-                if comes_to != before || otherwise {
-                    let notice = rows::told(&self.order, was, comes_to, at);
-                    batch.notices.extend(notice);
-                }
+            if !self.is_giving_back(&batch.effects) {
+                self.show_state(&mut batch).await?;
             }
             self.write(&batch).await?;
             crash_point("engine.after_commit");
@@ -678,6 +687,76 @@ impl Actor {
         }
         self.perform(batch.effects);
         Ok(())
+    }
+
+    async fn show_state(&mut self, batch: &mut Batch) -> Result<(), Stopped> {
+        let at = clock::now();
+        let state = self.progress.order_state();
+        let was = std::mem::replace(&mut self.order.state, state);
+        let comes_to = self.progress.comes_to();
+        let before = std::mem::replace(&mut self.comes_to, comes_to);
+        let reason = self.reason(comes_to);
+        // What it waits for, or what stops it, can change while it does: then that is news, too.
+        let otherwise = reason != self.order.state_reason && state != OrderState::RollingBack;
+        batch.state_changed = state != was;
+        if !batch.state_changed && !otherwise {
+            return Ok(());
+        }
+        if batch.state_changed && state.is_terminal() {
+            self.order.finished_at.get_or_insert(at);
+            self.keep_tech_stacks().await?;
+        }
+        self.order.state_reason = reason;
+        let reason = self.order.state_reason.clone();
+        self.note(batch, at, "", Happened::Order { state, reason });
+        // A failure that was told while others still ran is not told again when they are done.
+        if comes_to != before || otherwise {
+            let notice = rows::told(&self.order, was, comes_to, at);
+            batch.notices.extend(notice);
+        }
+        Ok(())
+    }
+
+    /// Whether servers of an order that has ended are still to be given back.
+    fn is_giving_back(&self, due: &[Effect]) -> bool {
+        self.has_ended() && self.performing.keys().chain(due).any(gives_back)
+    }
+
+    /// Shows the end of an order that has ended, once its servers are given back, and finishes it.
+    async fn show_the_end(&mut self) -> Result<(), Stopped> {
+        if !self.has_ended() || self.is_giving_back(&[]) {
+            return Ok(());
+        }
+        let batch = Batch {
+            header: true,
+            effects: vec![Effect::Finish],
+            ..Batch::default()
+        };
+        self.commit(batch).await
+    }
+
+    /// Before the order shows that it has succeeded: who plans the next one finds its tech stacks in force.
+    async fn keep_tech_stacks(&self) -> Result<(), Stopped> {
+        if self.order.tech_stacks.is_empty() || self.order.state != OrderState::Succeeded {
+            return Ok(());
+        }
+        let mut kept = self.order.clone();
+        kept.tech_stacks
+            .retain(|change| !self.was_rolled_back(change.instance));
+        let planning = &self.engine.shared.planning;
+        let done = planning.keep_tech_stacks(&kept).await;
+        done.map_err(Stopped::TechStacks)
+    }
+
+    /// Whether what the order did to a service instance was rolled back by itself.
+    fn was_rolled_back(&self, instance: InstanceId) -> bool {
+        initialise::units_of(&self.plan).any(|(node, unit)| {
+            self.plan
+                .part_of(unit)
+                .is_some_and(|part| part.instance == instance)
+                && self.progress.node(self.progress.stage_of(node)).rollback
+                    == Some(StageRollback::Done)
+        })
     }
 
     async fn write(&mut self, batch: &Batch) -> Result<(), Stopped> {
@@ -970,6 +1049,7 @@ impl Actor {
     // ------------------------------------------------------------------------------------------ effects
 
     fn perform(&mut self, effects: Vec<Effect>) {
+        let gives_back_first = self.is_giving_back(&effects);
         for effect in effects {
             let named = effect.with_node(|node| self.plan.id_of(node));
             match named {
@@ -988,8 +1068,10 @@ impl Actor {
                 | Effect::Judge { .. }
                 | Effect::StartRollback
                 | Effect::RollBackStage(_)
-                | Effect::ChangeTraffic { .. }
-                | Effect::Finish => {}
+                | Effect::ChangeTraffic { .. } => {}
+                // Performed when the order shows that it has ended.
+                Effect::Finish if gives_back_first => continue,
+                Effect::Finish => {}
             }
             if self.performing.contains_key(&named) {
                 continue;
@@ -1152,6 +1234,10 @@ impl Actor {
 }
 
 /// Commits; `false` on a conflict.
+const fn gives_back(effect: &Effect) -> bool {
+    matches!(effect, Effect::Release(_))
+}
+
 async fn store_commit(store: &dyn windlass_store::Store, txn: Txn) -> Result<bool, Stopped> {
     match store.commit(txn).await {
         Ok(_) => Ok(true),

@@ -90,14 +90,14 @@ impl View {
             Effect::Judge { .. }
             | Effect::StartRollback
             | Effect::RollBackStage(_)
-            | Effect::ChangeTraffic { .. }
-            | Effect::Finish => Self::Whole(Box::new(progress.clone())),
+            | Effect::ChangeTraffic { .. } => Self::Whole(Box::new(progress.clone())),
             Effect::Admit(node) => Self::Again(progress.node(node).again),
             Effect::Release(node) => Self::Leaving(leaving(plan, progress, node)),
             Effect::Initialise
             | Effect::Dispatch { .. }
             | Effect::Revoke { .. }
-            | Effect::Pause { .. } => Self::Nothing,
+            | Effect::Pause { .. }
+            | Effect::Finish => Self::Nothing,
         }
     }
 }

@@ -121,16 +121,10 @@ fn away_from(shared: &Shared, plan: &Plan) -> Vec<(NodeIndex, String)> {
 }
 
 async fn unlock_of_ended(shared: &Shared, owner: OrderId) -> Result<(), LockError> {
-    if has_ended(shared, owner).await? {
+    if rows::has_ended(&*shared.store, owner).await? {
         unlock_all(shared, owner).await?;
     }
     Ok(())
-}
-
-/// Whether an order is over, or gone.
-async fn has_ended(shared: &Shared, order: OrderId) -> Result<bool, LockError> {
-    let found = rows::read_order(&*shared.store, order).await?;
-    Ok(found.is_none_or(|(order, _)| order.state.is_terminal()))
 }
 
 /// Problems for people: the first of them.
@@ -200,7 +194,8 @@ pub(super) async fn lock_servers(
                 match rows::read::<ServerLock>(store, &key, "a server's lock").await? {
                     Some((lock, _)) if lock.owner == owner => drop(held.remove(server)),
                     Some((lock, revision)) => {
-                        if ended.contains(&lock.owner) || has_ended(shared, lock.owner).await? {
+                        if ended.contains(&lock.owner) || rows::has_ended(store, lock.owner).await?
+                        {
                             ended.insert(lock.owner);
                             held.remove(server);
                             txn = txn

@@ -391,6 +391,12 @@ pub(crate) async fn read_order(
     read(store, &order(id), "an order").await
 }
 
+/// Whether an order is over, or gone: what it holds is free then, whatever kept it from giving that back.
+pub(crate) async fn has_ended(store: &dyn Store, id: OrderId) -> Result<bool, RowError> {
+    let found = read_order(store, id).await?;
+    Ok(found.is_none_or(|(order, _)| order.state.is_terminal()))
+}
+
 /// Every node row of an order.
 pub(crate) async fn read_nodes(
     store: &dyn Store,
@@ -423,11 +429,54 @@ pub(crate) fn decode_events(entry: &Entry) -> Result<Vec<OrderEvent>, RowError> 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
-    use windlass_domain::task::{Outcome, TaskResult};
+    use windlass_domain::{
+        Digest, Timestamp,
+        order::{Control, Ending, OrderState, Purpose},
+        progress::Counts,
+        task::{Outcome, TaskResult},
+    };
 
     use super::*;
+
+    /// Order `number` of the workspace `prod`: a release that nobody has run, whose plan and request are its number.
+    pub(crate) fn order(number: u128, state: OrderState) -> Order {
+        let id = OrderId::from_uuid(uuid::Uuid::from_u128(number));
+        let digest = |what: &str| Digest::of(format!("{what} {number}").as_bytes());
+        Order {
+            schema: Order::SCHEMA,
+            id,
+            workspace: "prod".to_owned(),
+            title: format!("order {number}"),
+            purpose: Purpose::Release,
+            state,
+            state_reason: String::new(),
+            strategy: "grouped@1.0.0".to_owned(),
+            plan: digest("plan"),
+            revisions: vec![],
+            spec: digest("spec"),
+            counts: Counts::default(),
+            control: if state.is_terminal() {
+                Control::Ended(Ending::Succeeded)
+            } else {
+                Control::Active
+            },
+            stalled: false,
+            lock_owner: id,
+            last_event: 1,
+            rolled_back_by: None,
+            rollback_asked: None,
+            server_count: 1,
+            created_by: "anna".to_owned(),
+            created_at: Timestamp::from_unix_ms(0),
+            started_at: None,
+            finished_at: None,
+            last_progress_at: None,
+            notify: true,
+            tech_stacks: Vec::new(),
+        }
+    }
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]

@@ -650,6 +650,7 @@ fn check_servers(servers: &[ServerId]) -> Result<(), ServiceError> {
 #[cfg(test)]
 pub(crate) mod tests {
     use serde_json::json;
+    use windlass_domain::order::OrderState;
 
     use super::*;
     use crate::service::{
@@ -790,11 +791,10 @@ pub(crate) mod tests {
             .delete(caller(), "prod", bound, name.as_str())
             .await;
         assert_eq!(code(&used.unwrap_err()), "in_use");
-        lock(&store, server.id).await;
+        lock(&store, server.id, OrderState::Running).await;
         let unbind = || instances.unbind(caller(), "prod", bound, vec![server.id]);
         assert_eq!(code(&unbind().await.unwrap_err()), "server_locked");
-        let key = crate::engine::rows::lock(server.id);
-        store.commit(Txn::new().delete(key)).await.unwrap();
+        lock(&store, server.id, OrderState::Failed).await;
         unbind().await.unwrap();
         assert_eq!(code(&unbind().await.unwrap_err()), "server_not_bound");
         instances

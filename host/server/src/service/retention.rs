@@ -387,8 +387,7 @@ mod tests {
         diagnosis::{DiagnosisState, FindingCounts, Subject},
         id::DiagnosisId,
         manifest::PluginRef,
-        order::{Control, Ending, OrderState},
-        progress::Counts,
+        order::OrderState,
     };
 
     use super::*;
@@ -401,35 +400,9 @@ mod tests {
     const DAY_MS: u64 = 24 * 3_600_000;
 
     fn order(number: u128, state: OrderState, finished_at: Option<Timestamp>) -> Order {
-        let id = OrderId::from_uuid(uuid::Uuid::from_u128(number));
-        let digest = |what: &str| Digest::of(format!("{what} {number}").as_bytes());
         Order {
-            schema: Order::SCHEMA,
-            id,
-            workspace: "prod".to_owned(),
-            title: format!("order {number}"),
-            purpose: Purpose::Release,
-            state,
-            state_reason: String::new(),
-            strategy: "grouped@1.0.0".to_owned(),
-            plan: digest("plan"),
-            revisions: vec![],
-            spec: digest("spec"),
-            counts: Counts::default(),
-            control: Control::Ended(Ending::Succeeded),
-            stalled: false,
-            lock_owner: id,
-            last_event: 1,
-            rolled_back_by: None,
-            rollback_asked: None,
-            server_count: 1,
-            created_by: "anna".to_owned(),
-            created_at: Timestamp::from_unix_ms(0),
-            started_at: None,
             finished_at,
-            last_progress_at: None,
-            notify: true,
-            tech_stacks: Vec::new(),
+            ..engine_rows::tests::order(number, state)
         }
     }
 

@@ -486,13 +486,20 @@ pub(crate) async fn in_workspace(
     }
 }
 
-/// The part of a transaction that holds only while no order has locked the server.
+/// The part of a transaction that holds only while no order has locked the server. The lock of an order that has ended goes
+/// with it.
 pub(crate) async fn unlocked(store: &dyn Store, server: &Server) -> Result<Txn, ServiceError> {
     let key = engine_rows::lock(server.id);
     let Some(entry) = store.get(&key).await? else {
         return Ok(Txn::new().absent(key));
     };
     let lock: ServerLock = records::decode_plain(&entry, "a server's lock")?;
+    let ended = engine_rows::has_ended(store, lock.owner).await;
+    if ended.map_err(|error| ServiceError::internal("read an order", error))? {
+        return Ok(Txn::new()
+            .revision_is(key.clone(), entry.revision)
+            .delete(key));
+    }
     Err(ServiceError::conflict(
         "server_locked",
         format!(
@@ -642,7 +649,7 @@ impl Directory for Servers {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use windlass_domain::{Timestamp, activation::MAX_SOURCES, id::OrderId};
+    use windlass_domain::{Timestamp, activation::MAX_SOURCES, order::OrderState};
     use windlass_protocol::Fingerprint;
 
     use super::*;
@@ -709,11 +716,13 @@ pub(crate) mod tests {
             .0
     }
 
-    pub(crate) async fn lock(store: &Arc<dyn Store>, server: ServerId) {
-        let lock = ServerLock {
-            owner: OrderId::from_uuid(uuid::Uuid::nil()),
-        };
-        let txn = Txn::new().put(engine_rows::lock(server), engine_rows::encode(&lock));
+    /// An order in a state that has locked a server.
+    pub(crate) async fn lock(store: &Arc<dyn Store>, server: ServerId, state: OrderState) {
+        let order = engine_rows::tests::order(1, state);
+        let lock = ServerLock { owner: order.id };
+        let txn = Txn::new()
+            .put(engine_rows::order(order.id), engine_rows::encode(&order))
+            .put(engine_rows::lock(server), engine_rows::encode(&lock));
         store.commit(txn).await.unwrap();
     }
 
@@ -857,7 +866,7 @@ pub(crate) mod tests {
             .await
             .unwrap();
         assert_eq!(page.items.len(), 1);
-        lock(&store, one.id).await;
+        lock(&store, one.id, OrderState::Running).await;
         let held = servers
             .deregister(caller(), "prod", one.id, "db")
             .await
@@ -869,10 +878,8 @@ pub(crate) mod tests {
                 ..
             }
         ));
-        store
-            .commit(Txn::new().delete(engine_rows::lock(one.id)))
-            .await
-            .unwrap();
+        // Who sees that the order has ended need not wait until it has given back its lock.
+        lock(&store, one.id, OrderState::Succeeded).await;
         servers
             .deregister(caller(), "prod", one.id, "db")
             .await

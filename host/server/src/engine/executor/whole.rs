@@ -4,19 +4,15 @@
 use std::time::Duration;
 
 use windlass_domain::{
-    dispatch,
-    id::{InstanceId, OrderId},
+    id::OrderId,
     order::{Action, Control, Ending, Order, OrderState, Purpose},
-    plan::{NodeIndex, NodeKind, Plan},
+    plan::{NodeIndex, Plan},
     progress::{Progress, StageRollback},
-    reducer::{self, Effect, Event},
+    reducer::{self, Event},
 };
 use windlass_store::Txn;
 
-use super::{
-    AGAIN, Job, View,
-    turn::{leaving, release},
-};
+use super::{AGAIN, Job, View};
 use crate::{
     clock,
     engine::{ActError, NoRollback, initialise, rows, summary::Summary},
@@ -142,7 +138,8 @@ pub(crate) fn new_order(order: &Order, plan: &Plan) -> Txn {
         .put(rows::listed(order), Summary::of(order, plan).encode())
 }
 
-/// Gives locks back, tells the parent, and takes the order out of the list of unfinished ones.
+/// Gives locks back, tells the parent, and takes the order out of the list of unfinished ones: from then on it is never taken
+/// up again.
 pub(super) async fn finish(job: &Job) {
     loop {
         match try_finish(job).await {
@@ -153,17 +150,6 @@ pub(super) async fn finish(job: &Job) {
             }
         }
     }
-}
-
-/// Whether what the order did to a service instance was rolled back by itself.
-fn was_rolled_back(plan: &Plan, progress: &Progress, instance: InstanceId) -> bool {
-    (0u32..).zip(&plan.nodes).any(|(node, planned)| {
-        matches!(planned.kind, NodeKind::Unit { .. })
-            && dispatch::unit_of(plan, node)
-                .and_then(|(_, _, unit)| plan.part_of(unit))
-                .is_some_and(|part| part.instance == instance)
-            && progress.node(progress.stage_of(node)).rollback == Some(StageRollback::Done)
-    })
 }
 
 async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -197,22 +183,6 @@ async fn try_finish(job: &Job) -> Result<(), Box<dyn std::error::Error + Send + 
             // Told already, or rolled back after it had ended.
             Ok(()) | Err(ActError::Refused(_) | ActError::NoSuchOrder(_)) => {}
             Err(error) => return Err(error.into()),
-        }
-    }
-    if order.control == Control::Ended(Ending::Succeeded) && !order.tech_stacks.is_empty() {
-        let mut kept = order.clone();
-        if let View::Whole(progress) = &job.view {
-            kept.tech_stacks
-                .retain(|change| !was_rolled_back(&job.plan, progress, change.instance));
-        }
-        shared.planning.keep_tech_stacks(&kept).await?;
-    }
-    // Without its active row the order is never taken up again: every seat has to be given back before.
-    if let View::Whole(progress) = &job.view {
-        for effect in reducer::due(&job.plan, progress) {
-            if let Effect::Release(node) = effect {
-                release(job, node, leaving(&job.plan, progress, node)).await;
-            }
         }
     }
     if order.lock_owner == order.id {

@@ -170,14 +170,7 @@ async fn list(
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use windlass_domain::{
-        Digest,
-        id::{AppId, OrderId},
-        limits::Limits,
-        order::{Control, Purpose},
-        plan::Plan,
-        progress::Counts,
-    };
+    use windlass_domain::{Digest, id::AppId, limits::Limits, plan::Plan};
     use windlass_store::{
         Txn,
         sled::{self, SledOptions},
@@ -214,43 +207,21 @@ mod tests {
 
     /// Order `number` of the workspace: the higher, the newer.
     fn order(number: u128, plan: Digest) -> Order {
-        let id = OrderId::from_uuid(uuid::Uuid::from_u128(number));
+        let state = match number % 10 {
+            0 => OrderState::Running,
+            1 => OrderState::Failed,
+            _ => OrderState::Succeeded,
+        };
+        let by = if number.is_multiple_of(7) {
+            "Berta"
+        } else {
+            "anna"
+        };
         Order {
-            schema: Order::SCHEMA,
-            id,
-            workspace: "prod".to_owned(),
-            title: format!("order {number}"),
-            purpose: Purpose::Release,
-            state: match number % 10 {
-                0 => OrderState::Running,
-                1 => OrderState::Failed,
-                _ => OrderState::Succeeded,
-            },
-            state_reason: String::new(),
-            strategy: "grouped@1.0.0".to_owned(),
             plan,
-            revisions: vec![],
-            spec: plan,
-            counts: Counts::default(),
-            control: Control::Active,
-            stalled: false,
-            lock_owner: id,
-            last_event: 1,
-            rolled_back_by: None,
-            rollback_asked: None,
-            server_count: 1,
-            created_by: if number.is_multiple_of(7) {
-                "Berta"
-            } else {
-                "anna"
-            }
-            .to_owned(),
+            created_by: by.to_owned(),
             created_at: Timestamp::from_unix_ms(i64::try_from(number).unwrap()),
-            started_at: None,
-            finished_at: None,
-            last_progress_at: None,
-            notify: true,
-            tech_stacks: Vec::new(),
+            ..rows::tests::order(number, state)
         }
     }
 
