@@ -1,14 +1,15 @@
 # Everything that is done with Windlass's source. On a fresh machine `make demo` and `make test` do all of it, set-up
 # included. Set-up that needs root and has none prints the exact command.
 
-# One profile for binaries, tests, demo and benches, and always the whole workspace, so that features are the same for
-# all of them: wasmtime is built once.
+# Always the whole workspace, so that features are the same for binaries and tests: wasmtime is built once per profile. What is
+# tested is built in a profile of its own, in which the workspace's crates take less time to build.
 CARGO      := cargo
 PROFILE    := --release
 BIN        := target/release
 PLUGINS    := target/plugins
 GUESTS     := target/test-guests
 DEMO_ARGS  ?=
+test lint soak: PROFILE := --profile quick
 # What tests need besides cargo: HOW to get it is in tests/setup.sh.
 
 .PHONY: build plugins guests demo dev test lint bench soak clean setup

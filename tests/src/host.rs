@@ -447,6 +447,15 @@ impl TestHost {
         }
     }
 
+    /// Sends a signal to an agent's process.
+    ///
+    /// # Panics
+    /// When it does not run.
+    pub fn signal_agent(&self, index: usize, name: &str) {
+        let child = self.agents[index].child.as_ref();
+        signal(child.expect("the agent runs").id(), name);
+    }
+
     /// Waits until every agent is connected.
     pub async fn wait_online(&self) {
         let path = format!("/v1/workspaces/{WORKSPACE}/servers?page_size=50");

@@ -80,12 +80,6 @@ fn of_server(id: &str, parameters: Value) -> Value {
     })
 }
 
-fn signal_agent(host: &TestHost, index: usize, signal: &str) {
-    let pid = fs::read_to_string(host.agents[index].data.join("agent.lock")).expect("the lock");
-    let status = Command::new("kill").args([signal, pid.trim()]).status();
-    assert!(status.expect("kill(1)").success());
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_diagnosis_finds_what_is_wrong_and_ends_whatever_happens() {
     let mut host = TestHost::start(Setup::default()).await;
@@ -236,7 +230,7 @@ async fn a_diagnosis_finds_what_is_wrong_and_ends_whatever_happens() {
     assert!(text(&disk["seen"]).contains("not connected"), "{disk}");
 
     // --- an agent that hangs: at most five run at once, and the server's death ends them
-    signal_agent(&host, 0, "-STOP");
+    host.signal_agent(0, "STOP");
     let mut running = Vec::new();
     for _ in 0..5 {
         let made = host
@@ -273,7 +267,7 @@ async fn a_diagnosis_finds_what_is_wrong_and_ends_whatever_happens() {
         .await
         .expect("the first one");
     assert_eq!(kept["findings"], found["findings"]);
-    signal_agent(&host, 0, "-CONT");
+    host.signal_agent(0, "CONT");
     host.start_agent(1, &[]);
     host.wait_online().await;
     let again = diagnose(&host, &body_of(&healthy))

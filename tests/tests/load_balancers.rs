@@ -1,5 +1,7 @@
 //! Load balancers: real HAProxy, real agents, the sample application behind it, and clients that never retry.
 
+#[path = "load_balancers/agents.rs"]
+mod agents;
 #[path = "load_balancers/answers.rs"]
 mod answers;
 #[path = "load_balancers/bandwidth.rs"]

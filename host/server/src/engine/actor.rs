@@ -633,9 +633,11 @@ impl Actor {
             | Effect::ChangeTraffic { .. } => batch.effects.push(effect),
             Effect::Finish => {
                 batch.effects.push(effect);
-                let due = reducer::due(&self.plan, &self.progress);
-                let seats = due.into_iter().filter(gives_back);
-                batch.effects.extend(seats);
+                // One that was never run has nothing to give back.
+                if self.order.started_at.is_some() {
+                    let due = reducer::due(&self.plan, &self.progress);
+                    batch.effects.extend(due.into_iter().filter(gives_back));
+                }
             }
         }
     }
