@@ -5,7 +5,7 @@
 //! ```text
 //!            start                          stop
 //!  absent ─────────► app.json, shim live ─────────► absent
-//!                      │  shim gone (machine restarted, shim killed)
+//!                      │  shim gone (machine shut down or restarted, shim killed)
 //!                      └──► launched again, from app.json; secrets are asked of the platform first, where it refers to any
 //! ```
 //! An application that was killed with its shim by `stop-all` comes back in the same way when the agent starts.
@@ -187,7 +187,7 @@ fn keeps(
         return Ok(false);
     };
     let is_restarted = |spec: &Spec| match spec.mode {
-        Mode::App { restart } => Some(restart),
+        Mode::App { restart, .. } => Some(restart),
         Mode::Script { .. } => None,
     };
     Ok(wanted.command == now.command
@@ -243,7 +243,10 @@ fn spec(
         user: become_user(&user),
         secrets: texts,
         cgroup: cgroup(context, &format!("app-{}", record.dir)),
-        mode: Mode::App { restart: *restart },
+        mode: Mode::App {
+            restart: *restart,
+            again: false,
+        },
     })
 }
 
@@ -253,8 +256,11 @@ async fn await_running(dir: &RunDir) -> Result<(), ActionError> {
         match client::find(dir)? {
             Found::Live => {
                 let identity = client::identity(dir)?;
+                // One that is launched again and cannot be started says so, and is tried again.
                 if let Some(identity) = identity
-                    && (identity.main.is_some() || identity.started_at.is_some())
+                    && (identity.main.is_some()
+                        || identity.started_at.is_some()
+                        || !identity.message.is_empty())
                 {
                     return Ok(());
                 }
@@ -457,7 +463,10 @@ pub async fn relaunch(
         record.task.id,
         u32::from_le_bytes(clock::random())
     );
-    let spec = spec(context, &instance, &record, secrets)?;
+    let mut spec = spec(context, &instance, &record, secrets)?;
+    if let Mode::App { again, .. } = &mut spec.mode {
+        *again = true;
+    }
     write_json(&instance.app(), &record, 0o600)?;
     make_dir(&instance.apps(), 0o711)?;
     let dir = record.run_dir(&instance);

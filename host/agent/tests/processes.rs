@@ -1,7 +1,9 @@
 //! Shims, scripts and applications over the death of the agent; time-outs; `stop-all`; budgets.
 
-use std::fs;
+use std::{fs, path::PathBuf};
 
+use rustix::process::Signal;
+use windlass_agent::proc::{ProcessId, signal};
 use windlass_domain::{
     task::{Action, Outcome, Restart},
     value::Value,
@@ -100,8 +102,7 @@ async fn an_application_keeps_its_process_over_ten_kills_of_the_agent() {
     assert_eq!(output, "up [secret]\n");
 
     // Killed from outside, it is started again; killed with its shim (as by a restart of the machine), too: with fresh secrets.
-    let process = windlass_agent::proc::ProcessId::of(pid).unwrap();
-    windlass_agent::proc::signal(&process, rustix::process::Signal::KILL);
+    signal(&ProcessId::of(pid).unwrap(), Signal::KILL);
     let next = gateway
         .until("another pid", |state| {
             let app = state.states.last()?.apps.first()?;
@@ -154,6 +155,114 @@ async fn an_application_that_is_never_restarted_stays_ended() {
         "{}",
         result.message
     );
+}
+
+/// The directory and the process of an instance's only shim.
+fn shim_of(agent: &TestAgent, order: &Order) -> (PathBuf, ProcessId) {
+    let apps = agent
+        .data()
+        .join("instances")
+        .join(order.instance.to_string())
+        .join("apps");
+    let dir = fs::read_dir(apps).unwrap().next().unwrap().unwrap().path();
+    let identity = fs::read(dir.join("identity.json")).unwrap();
+    let identity: serde_json::Value = serde_json::from_slice(&identity).unwrap();
+    let shim = serde_json::from_value(identity["shim"].clone()).unwrap();
+    (dir, shim)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_runs_when_the_machine_shuts_down_comes_back() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    for restart in [Restart::Always, Restart::Never] {
+        let mut order = Order::new();
+        let mut start = order.start(&["/bin/sleep", "600"]);
+        let Action::Start(supervise) = &mut start.action else {
+            unreachable!()
+        };
+        supervise.restart = restart;
+        let pid_of = |state: &State| {
+            let apps = &state.states.last()?.apps;
+            apps.iter().find(|app| app.instance == order.instance)?.pid
+        };
+        assert_eq!(gateway.run(start).await.outcome, Outcome::Succeeded);
+        let pid = gateway.until("its process", pid_of).await;
+        agent.kill();
+        // Everything is told to end; then the machine is another one.
+        let (dir, shim) = shim_of(&agent, &order);
+        let app = ProcessId::of(pid).unwrap();
+        signal(&app, Signal::TERM);
+        signal(&shim, Signal::TERM);
+        until("both are gone", || {
+            (!is_alive(pid) && !is_alive(shim.pid)).then_some(())
+        })
+        .await;
+        let identity = dir.join("identity.json");
+        let text = fs::read_to_string(&identity).unwrap();
+        fs::write(&identity, text.replace(&shim.boot_id, "another boot")).unwrap();
+        gateway.state().states.clear();
+        agent.start();
+        let again = gateway.until("its next process", pid_of).await;
+        assert!(again != pid && is_alive(again));
+    }
+
+    // How a script ended that was told to go with the machine cannot be known.
+    let mut order = Order::new();
+    let log = agent.open_file("told.log");
+    let id = gateway.push(order.script(&format!("echo up >> {}; sleep 600", log.display())));
+    until("the script", || (!lines(&log).is_empty()).then_some(())).await;
+    let run = agent.data().join("runs").join(id.to_string());
+    let identity = fs::read(run.join("identity.json")).unwrap();
+    let identity: serde_json::Value = serde_json::from_slice(&identity).unwrap();
+    signal(
+        &serde_json::from_value(identity["shim"].clone()).unwrap(),
+        Signal::TERM,
+    );
+    let result = gateway.result(id).await;
+    assert_eq!(result.outcome, Outcome::Unknown, "{result:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_application_that_cannot_be_started_again_is_not_given_up() {
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let program = agent.open_file("program");
+    let away = program.with_extension("away");
+    fs::copy("/bin/sleep", &program).unwrap();
+    let start = order.start(&[program.to_str().unwrap(), "600"]);
+    assert_eq!(gateway.run(start).await.outcome, Outcome::Succeeded);
+    let app = |state: &State| state.states.last()?.apps.first().cloned();
+    let mut pid = gateway.until("its process", |state| app(state)?.pid).await;
+    // Its program is not there when it is started again: by its shim, and by the agent after a restart of the machine.
+    for with_its_shim in [false, true] {
+        fs::rename(&program, &away).unwrap();
+        if with_its_shim {
+            agent.stop_all();
+            gateway.state().states.clear();
+            agent.start();
+        } else {
+            signal(&ProcessId::of(pid).unwrap(), Signal::KILL);
+        }
+        let said = gateway
+            .until("why it does not run", |state| {
+                let app = app(state)?;
+                (app.pid.is_none() && app.message.contains("program")).then_some(app.message)
+            })
+            .await;
+        assert!(said.contains("it is started again in"), "{said}");
+        fs::rename(&away, &program).unwrap();
+        let next = gateway
+            .until("its next process", |state| {
+                app(state)?.pid.filter(|next| *next != pid)
+            })
+            .await;
+        assert!(is_alive(next));
+        pid = next;
+    }
 }
 
 /// A tree that leaves its session twice; each process writes its number.

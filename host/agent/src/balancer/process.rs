@@ -164,6 +164,7 @@ pub(super) async fn start(dir: &BalancerDir, wanted: &Configuration) -> Result<(
                 cgroup: None,
                 mode: Mode::App {
                     restart: Restart::Always,
+                    again: false,
                 },
             };
             client::start(&run, &spec, None).await?;

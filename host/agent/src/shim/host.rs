@@ -16,7 +16,7 @@ use rustix::{
 use tokio::{
     io::AsyncReadExt as _,
     net::unix::pipe,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal as Signals, SignalKind, signal},
     time::{Instant, sleep_until},
 };
 use windlass_domain::task::{Fault, Restart};
@@ -43,6 +43,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const SETTLED: Duration = Duration::from_secs(60);
 /// How long a killed tree may take to vanish before the shim says that it did not.
 const KILL_DEADLINE: Duration = Duration::from_secs(20);
+/// How long after an application's end the shim looks whether that is the machine's end, too.
+const SHUTDOWN_SEEN: Duration = Duration::from_millis(100);
 /// Grace when the shim itself gets SIGTERM.
 const TERM_GRACE: Duration = Duration::from_secs(10);
 
@@ -83,6 +85,38 @@ enum Request {
 enum Ending {
     TimeOut,
     Stop,
+    /// The shim itself was told to go, as everything is when the machine shuts down.
+    Terminated,
+}
+
+/// How the pause before an application's next start ended.
+enum Rest {
+    Over,
+    Stopped,
+    Terminated,
+}
+
+/// What the shim listens to.
+struct Ears {
+    control: pipe::Receiver,
+    children: Signals,
+    terminate: Signals,
+    hangup: Signals,
+    interrupt: Signals,
+}
+
+impl Ears {
+    async fn rest(&mut self, pause: Duration) -> Rest {
+        let until = Instant::now() + pause;
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return Rest::Over,
+                _ = next_request(&mut self.control) => return Rest::Stopped,
+                _ = self.terminate.recv() => return Rest::Terminated,
+                _ = self.children.recv() => { reap(0); }
+            }
+        }
+    }
 }
 
 struct Host {
@@ -155,27 +189,39 @@ impl Host {
 
     async fn supervise(mut self) -> Result<(), FileError> {
         let control_path = self.dir.control();
-        let mut control = pipe::OpenOptions::new()
+        let control = pipe::OpenOptions::new()
             .read_write(true)
             .open_receiver(&control_path)
             .during("open", &control_path)?;
-        let mut children =
-            signal(SignalKind::child()).during("watch the children of", self.dir.path())?;
-        let mut terminate =
-            signal(SignalKind::terminate()).during("watch the signals of", self.dir.path())?;
-        let mut hangup =
-            signal(SignalKind::hangup()).during("watch the signals of", self.dir.path())?;
-        let mut interrupt =
-            signal(SignalKind::interrupt()).during("watch the signals of", self.dir.path())?;
+        let signals =
+            |kind| signal(kind).during("watch the signals and children of", self.dir.path());
+        let mut ears = Ears {
+            control,
+            children: signals(SignalKind::child())?,
+            terminate: signals(SignalKind::terminate())?,
+            hangup: signals(SignalKind::hangup())?,
+            interrupt: signals(SignalKind::interrupt())?,
+        };
 
         let mut pause = FIRST_PAUSE;
         let mut fault = None;
-        let (end, mut reader) = 'runs: loop {
+        let (end, mut reader) = loop {
             let (main, mut reader) = match self.spawn().await {
                 Ok(started) => started,
+                // Whoever asked for its start has had an answer: now it is kept running.
+                Err(not_started) if self.is_kept_running() => {
+                    self.say_again(not_started.message, pause);
+                    match ears.rest(pause).await {
+                        Rest::Over => {}
+                        Rest::Stopped => break (Some(End::Stopped), None),
+                        Rest::Terminated => break (None, None),
+                    }
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    continue;
+                }
                 Err(not_started) => {
                     fault = not_started.fault;
-                    break (End::NotStarted(not_started.message), None);
+                    break (Some(End::NotStarted(not_started.message)), None);
                 }
             };
             let started = Instant::now();
@@ -198,25 +244,25 @@ impl Host {
                 }
                 let far = started + Duration::from_secs(86_400 * 365);
                 tokio::select! {
-                    _ = children.recv() => {}
+                    _ = ears.children.recv() => {}
                     read = reader.read(&mut buffer), if open => match read {
                         Ok(0) | Err(_) => open = false,
                         Ok(count) => self.output.push(&buffer[..count]),
                     },
-                    request = next_request(&mut control) => {
+                    request = next_request(&mut ears.control) => {
                         ending.get_or_insert(Ending::Stop);
                         match request {
                             Request::Kill => { self.kill_tree(main).await; deadline = None; }
                             Request::Stop(grace) => { self.terminate_tree(); deadline = Some(Instant::now() + grace); }
                         }
                     }
-                    _ = terminate.recv() => {
-                        ending.get_or_insert(Ending::Stop);
+                    _ = ears.terminate.recv() => {
+                        ending.get_or_insert(Ending::Terminated);
                         self.terminate_tree();
                         deadline = Some(Instant::now() + TERM_GRACE);
                     }
-                    _ = hangup.recv() => {}
-                    _ = interrupt.recv() => {}
+                    _ = ears.hangup.recv() => {}
+                    _ = ears.interrupt.recv() => {}
                     () = sleep_until(deadline.unwrap_or(far)), if deadline.is_some() => {
                         ending.get_or_insert(Ending::TimeOut);
                         deadline = None;
@@ -230,42 +276,38 @@ impl Host {
                 (Some(Ending::TimeOut), _) => {
                     self.kill_tree(main).await;
                     self.drain(&mut reader);
-                    break (End::TimedOut, None);
+                    break (Some(End::TimedOut), None);
                 }
-                (Some(Ending::Stop), _) => {
+                (Some(ending @ (Ending::Stop | Ending::Terminated)), _) => {
                     // The rest of the tree has what is left of the grace.
                     if let Some(deadline) = deadline {
                         self.await_tree(deadline).await;
                     }
                     self.kill_tree(main).await;
                     self.drain(&mut reader);
-                    break (End::Stopped, None);
+                    let end = (ending == Ending::Stop).then_some(End::Stopped);
+                    break (end, None);
                 }
-                (None, Mode::Script { .. }) => break (ended, open.then_some(reader)),
-                (None, Mode::App { restart }) => {
+                (None, Mode::Script { .. }) => break (Some(ended), open.then_some(reader)),
+                (None, Mode::App { restart, .. }) => {
                     self.kill_tree(main).await;
                     self.drain(&mut reader);
-                    self.identity.main = None;
-                    self.identity.message = describe(&ended);
                     match restart {
-                        Restart::Never => break (ended, None),
+                        // When the machine shuts down, everything is told to go at once: this may be the first to hear of it.
+                        Restart::Never => match ears.rest(SHUTDOWN_SEEN).await {
+                            Rest::Over | Rest::Stopped => break (Some(ended), None),
+                            Rest::Terminated => break (None, None),
+                        },
                         Restart::Always => {}
                     }
                     if started.elapsed() >= SETTLED {
                         pause = FIRST_PAUSE;
                     }
-                    self.identity
-                        .message
-                        .push_str(&format!("; it is started again in {} s", pause.as_secs()));
-                    self.publish_identity();
-                    let until = Instant::now() + pause;
-                    loop {
-                        tokio::select! {
-                            () = sleep_until(until) => break,
-                            _ = next_request(&mut control) => break 'runs (End::Stopped, None),
-                            _ = terminate.recv() => break 'runs (End::Stopped, None),
-                            _ = children.recv() => { reap(0); }
-                        }
+                    self.say_again(describe(&ended), pause);
+                    match ears.rest(pause).await {
+                        Rest::Over => {}
+                        Rest::Stopped => break (Some(End::Stopped), None),
+                        Rest::Terminated => break (None, None),
                     }
                     pause = (pause * 2).min(LONGEST_PAUSE);
                     self.identity.restarts += 1;
@@ -274,7 +316,10 @@ impl Host {
         };
 
         self.output.finish();
-        self.write_status(end, fault)?;
+        // Told to go: it leaves no end, as one that was killed. Whether what it ran goes on is for the agent to say, later.
+        if let Some(end) = end {
+            self.write_status(end, fault)?;
+        }
         self.identity.main = None;
         // Services that the script left keep their output read, so that they do not die of a broken pipe.
         if let Some(reader) = &mut reader {
@@ -285,9 +330,9 @@ impl Host {
                         Ok(0) | Err(_) => break,
                         Ok(_) => {}
                     },
-                    _ = children.recv() => { reap(0); }
-                    _ = next_request(&mut control) => { self.kill_tree(0).await; break; }
-                    _ = terminate.recv() => break,
+                    _ = ears.children.recv() => { reap(0); }
+                    _ = next_request(&mut ears.control) => { self.kill_tree(0).await; break; }
+                    _ = ears.terminate.recv() => break,
                 }
             }
         }
@@ -295,6 +340,28 @@ impl Host {
             Cgroup::at(cgroup.clone()).remove_if_empty();
         }
         Ok(())
+    }
+
+    /// Whether the application is tried again when it cannot be started.
+    fn is_kept_running(&self) -> bool {
+        match self.spec.mode {
+            Mode::App {
+                restart: Restart::Always,
+                again,
+            } => again || self.identity.restarts > 0,
+            Mode::App {
+                restart: Restart::Never,
+                ..
+            }
+            | Mode::Script { .. } => false,
+        }
+    }
+
+    /// Says that the application does not run, why, and when it is started again.
+    fn say_again(&mut self, why: String, pause: Duration) {
+        self.identity.main = None;
+        self.identity.message = format!("{why}; it is started again in {} s", pause.as_secs());
+        self.publish_identity();
     }
 
     /// Starts the program: its number, and the reading end of its output.

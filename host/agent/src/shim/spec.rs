@@ -45,6 +45,8 @@ pub enum Mode {
     App {
         /// Whether it is started again when it ends by itself.
         restart: Restart,
+        /// It ran before, with another shim: one that is always restarted is tried again also when it cannot be started.
+        again: bool,
     },
 }
 
