@@ -446,6 +446,8 @@ pub struct Runtime<'a> {
     pub package: Option<&'a str>,
     /// The package that an error names.
     pub suggestion: &'a str,
+    /// Whom the application runs as, see [`Service::run_as`].
+    pub run_as: Option<&'a str>,
 }
 
 /// Prints the version where it will do; else says what is wrong in `problem`.
@@ -489,7 +491,8 @@ look || { echo "$problem, although $RUNTIME_PACKAGE was installed" >&2; exit 1; 
 "#;
 
 impl Runtime<'_> {
-    /// Adds the steps that look for it and install it. They run as the agent's own user, who alone may be root.
+    /// Adds the steps that look for it and install it: as the application's user, or, where something may have to be installed,
+    /// as the agent's own, who alone may be root.
     #[must_use]
     pub fn steps(&self, mut plan: LifecyclePlan, request: &LifecycleRequest) -> LifecyclePlan {
         let step = |phase, name: &str, text: &str| {
@@ -507,6 +510,7 @@ impl Runtime<'_> {
                     Value::plain(self.package.unwrap_or_default()),
                 )
                 .env("RUNTIME_SUGGESTION", Value::plain(self.suggestion))
+                .run_as(self.run_as.filter(|_| self.package.is_none()))
                 .repeatable()
         };
         if request.wants(Phase::Prepare) {

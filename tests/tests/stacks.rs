@@ -35,7 +35,7 @@ async fn every_stack_is_released_and_rolled_back_on_its_real_runtime() {
         .iter()
         .position(|agent| agent.name == "agent-4")
         .expect("the fourth agent");
-    allow_user(&mut host, site_agent).await;
+    allow_only_the_user(&mut host, site_agent).await;
 
     let build = tempfile::tempdir().expect("a directory");
     let class = java_class(build.path());
@@ -331,8 +331,8 @@ fn shown(nodes: &[Value], states: &[&str]) -> String {
     lines.collect()
 }
 
-/// Lets tasks on one agent run as the site's user, who must reach the agent's directories.
-async fn allow_user(host: &mut TestHost, index: usize) {
+/// Lets tasks on one agent run as the site's user and as nobody else, root included; the user must reach the agent's directories.
+async fn allow_only_the_user(host: &mut TestHost, index: usize) {
     let open = std::fs::Permissions::from_mode(0o755);
     std::fs::set_permissions(host.path(), open).expect("the directory is opened");
     host.kill_agent(index);
@@ -340,6 +340,7 @@ async fn allow_user(host: &mut TestHost, index: usize) {
     let config = std::fs::read_to_string(&file).expect("the agent's configuration");
     let mut config: Value = serde_json::from_str(&config).expect("JSON");
     config["policy"]["users"] = json!([SITE_USER]);
+    config["policy"]["root"] = false.into();
     std::fs::write(&file, config.to_string()).expect("the configuration is written");
     let name = host.agents[index].name.clone();
     host.start_agent(index, &[]);

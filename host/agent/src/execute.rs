@@ -285,7 +285,9 @@ async fn carry_out(
             }
             Action::Activate(manifest) => {
                 let user = users::resolve(task.run_as.as_deref(), &context.policy)?;
-                InstanceDir::of(&context.data, task, Some(&user))?.activate(manifest)?;
+                let instance = InstanceDir::of(&context.data, task, Some(&user))?;
+                instance.hand_over(&user)?;
+                instance.activate(manifest)?;
                 Ok(Ended::new(Outcome::Succeeded, ""))
             }
             Action::Start(_) => {

@@ -8,7 +8,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::symlink,
+    os::unix::fs::{MetadataExt as _, symlink},
     path::{Path, PathBuf},
 };
 
@@ -21,8 +21,8 @@ use crate::{
     config::DataDir,
     crash,
     files::{
-        Context as _, FileError, make_dir, read_json, remove_file, remove_tree, sync_dir,
-        write_json,
+        Context as _, FileError, give_tree, make_dir, read_json, remove_file, remove_tree,
+        sync_dir, write_json,
     },
     users::User,
 };
@@ -75,6 +75,19 @@ impl InstanceDir {
             }
         }
         Ok(instance)
+    }
+
+    /// Makes the application's own directory `user`'s, with what the owner before had in it.
+    ///
+    /// # Errors
+    /// When something cannot be given away.
+    pub fn hand_over(&self, user: &User) -> Result<(), FileError> {
+        let own = self.data();
+        let owner = fs::metadata(&own).during("look at", &own)?.uid();
+        if owner == user.uid || !rustix::process::geteuid().is_root() {
+            return Ok(());
+        }
+        give_tree(&own, owner, user.uid, user.gid)
     }
 
     /// The directory at a path, as it is.

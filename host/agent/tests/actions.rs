@@ -163,6 +163,77 @@ async fn another_user_is_another_user() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn data_is_handed_over_with_the_application() {
+    use std::os::unix::fs::{MetadataExt as _, symlink};
+    if !is_root() {
+        eprintln!("skipped: only root can run scripts as another user");
+        return;
+    }
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let package = package(
+        &gateway,
+        b"#!/bin/sh\nexec sleep 600\n".to_vec(),
+        PackageFormat::Plain,
+        "app",
+    );
+    // Root's step came first, and root's application ran with its data.
+    let prepare = "mkdir -p $WINDLASS_DATA_DIR/a/b; touch $WINDLASS_DATA_DIR/a/b/kept";
+    let manifest = order.manifest("r1", &package);
+    for step in [
+        order.script(prepare),
+        order.task(Action::Fetch(package.clone())),
+        order.task(Action::Unpack {
+            package: package.clone(),
+            release: "r1".into(),
+        }),
+        order.task(Action::Activate(Box::new(manifest))),
+        order.start(&["${WINDLASS_PACKAGE_FILE}"]),
+    ] {
+        assert_eq!(gateway.run(step).await.outcome, Outcome::Succeeded);
+    }
+    let data = agent
+        .data()
+        .join("instances")
+        .join(order.instance.to_string())
+        .join("data");
+    let others = agent.open_file("of another");
+    symlink(&others, data.join("a/link")).unwrap();
+    std::fs::write(data.join("a/daemons"), "").unwrap();
+    std::os::unix::fs::chown(data.join("a/daemons"), Some(1), Some(1)).unwrap();
+    let owner = |path: &str| {
+        let found = std::fs::symlink_metadata(data.join(path));
+        found.unwrap().uid()
+    };
+
+    // With the next release it is somebody else's: not before that is the installed one.
+    let manifest = order.manifest("r2", &package);
+    let mut unpack = order.task(Action::Unpack {
+        package: package.clone(),
+        release: "r2".into(),
+    });
+    unpack.run_as = Some("nobody".into());
+    assert_eq!(gateway.run(unpack).await.outcome, Outcome::Succeeded);
+    assert_eq!(owner("a/b/kept"), 0);
+    let stop = order.task(Action::StopSupervised { grace_ms: 1000 });
+    assert_eq!(gateway.run(stop).await.outcome, Outcome::Succeeded);
+    let mut activate = order.task(Action::Activate(Box::new(manifest)));
+    activate.run_as = Some("nobody".into());
+    assert_eq!(gateway.run(activate).await.outcome, Outcome::Succeeded);
+    for path in [".", "a", "a/b", "a/b/kept", "a/link"] {
+        assert_eq!(owner(path), NOBODY, "{path}");
+    }
+    assert_eq!(owner("a/daemons"), 1, "what is a third one's stays");
+    assert_eq!(
+        std::fs::metadata(&others).unwrap().uid(),
+        0,
+        "no link is followed"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn secrets_are_hidden_everywhere() {
     let gateway = Gateway::start().await;
     gateway

@@ -161,17 +161,20 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
     let step = plan.steps.get(step as usize)?;
     // Without a package to install, it is the release that is current.
     let mut names = release_name(plan, node);
+    // The release and the instance's data belong to whom the application runs as.
     let action = match step {
         StepTemplate::Fetch => Action::Fetch(package?.clone()),
         StepTemplate::Unpack => {
-            // The release and the instance's data belong to whom the application runs as.
             run_as = part.and_then(runs_as);
             Action::Unpack {
                 package: package?.clone(),
                 release: names.clone()?,
             }
         }
-        StepTemplate::Activate => Action::Activate(Box::new(manifest(plan, attempt.plan, node)?)),
+        StepTemplate::Activate => {
+            run_as = part.and_then(runs_as);
+            Action::Activate(Box::new(manifest(plan, attempt.plan, node)?))
+        }
         StepTemplate::PlaceFiles(step) => {
             run_as = Some(step.run_as.clone());
             Action::PlaceFiles(step.files.clone())

@@ -78,6 +78,7 @@ impl TechStack for JavaJar {
             minimum: parameters.runtime_version.as_deref(),
             package: parameters.runtime_package.as_deref(),
             suggestion: "openjdk-17-jre-headless",
+            run_as: service.run_as.as_deref(),
         };
         let mut plan = runtime.steps(LifecyclePlan::new(), &request);
         if request.wants(Phase::Configure) {

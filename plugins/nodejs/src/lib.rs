@@ -110,6 +110,7 @@ impl TechStack for NodeJs {
             minimum: parameters.runtime_version.as_deref(),
             package: parameters.runtime_package.as_deref(),
             suggestion: "nodejs",
+            run_as: service.run_as.as_deref(),
         };
         let mut plan = runtime.steps(LifecyclePlan::new(), &request);
         if request.wants(Phase::Configure) {

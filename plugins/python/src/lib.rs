@@ -116,6 +116,7 @@ impl TechStack for Python {
             minimum: parameters.runtime_version.as_deref(),
             package: parameters.runtime_package.as_deref(),
             suggestion: "python3 python3-venv",
+            run_as: service.run_as.as_deref(),
         };
         let mut plan = runtime.steps(LifecyclePlan::new(), &request);
         if request.wants(Phase::Configure) {

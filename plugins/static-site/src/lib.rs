@@ -184,6 +184,7 @@ impl TechStack for StaticSite {
             minimum: Some(parameters.runtime_version.as_deref().unwrap_or("1.19.5")),
             package: parameters.runtime_package.as_deref(),
             suggestion: "nginx-light",
+            run_as: service.run_as.as_deref(),
         };
         let program = Program::new([
             parameters.nginx.as_str(),

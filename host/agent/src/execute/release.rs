@@ -21,6 +21,10 @@ pub(super) async fn unpack_release(
     check_file_name(&package.file_name)?;
     let user = users::resolve(task.run_as.as_deref(), &context.policy)?;
     let instance = InstanceDir::of(&context.data, task, Some(&user))?;
+    // While an application runs, its data stays its user's: it is handed over when the release becomes the installed one.
+    if !instance.app().exists() {
+        instance.hand_over(&user)?;
+    }
     let source = context.data.cached(&package.digest);
     if !source.is_file() {
         return Err(ActionError::NotCached(package.digest.to_string()));
