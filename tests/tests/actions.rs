@@ -460,8 +460,19 @@ async fn an_application_is_rolled_back(host: &TestHost, shop: &Scene, side: &Sce
             .await
             .expect("a decision");
         if next == "run_again" {
-            side_is("succeeded").await;
+            let seen = side_is("succeeded").await;
             side.check_serves(host, 0).await;
+            // What the first run of a step came to is kept.
+            let configure = step(&seen, "agent-3", "configure")["node"].clone();
+            for attempt in [1, 2] {
+                let log = format!("orders/{order}/nodes/{configure}/log?attempt={attempt}");
+                let log = host.api.get(&host.ws(&log)).await.expect("its log");
+                assert_eq!(
+                    (&log["ended"], &log["outcome"], &log["exit_code"]),
+                    (&json!(true), &json!("succeeded"), &json!(0)),
+                    "{log}"
+                );
+            }
         }
     }
     side_is("ignored").await;

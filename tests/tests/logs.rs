@@ -116,6 +116,22 @@ async fn logs_are_followed_live_and_kept_of_every_attempt() {
     );
     assert!(text(&last["output"]).len() <= 24 * 1024);
 
+    // The one after it will never be; what never can be is no log that could still come.
+    let never = host.api.get(&format!("{log}?attempt=3")).await;
+    let never = never.expect("the log of what was not begun");
+    assert_eq!(
+        (&never["ended"], &never["outcome"]),
+        (&json!(true), &Value::Null),
+        "{never}"
+    );
+    for attempt in [0, 7] {
+        for path in [&log, &format!("{log}/live")] {
+            let path = format!("{path}?attempt={attempt}");
+            let (status, code, _) = refusal(host.api.get(&path).await);
+            assert_eq!((status, code.as_str()), (404, "not_found"), "{path}");
+        }
+    }
+
     dashboards_show_it(&host, &order).await;
 
     // Long after, a stream gives what is kept, with the gap.

@@ -307,6 +307,39 @@ async fn people_are_told_while_others_run() {
         ],
         "{told:?}"
     );
+
+    // Two applications wait, the second one while the first one does: each has its people.
+    let template = json!({ "name": "look-last", "kind": "release", "visibility": "workspace", "steps": [
+        { "step": "drain" }, { "step": "fetch" }, { "step": "unpack" }, { "step": "phase", "phase": "configure" },
+        { "step": "stop_installed" }, { "step": "activate" }, { "step": "phase", "phase": "start" },
+        { "step": "phase", "phase": "check" }, { "step": "confirm", "message": "look at it" }, { "step": "restore" } ] });
+    let template = host
+        .api
+        .post(&host.ws("process-templates"), &template)
+        .await;
+    let mut order = both("waits");
+    order["template"] = template.expect("a template")["id"].clone();
+    two.put("hold");
+    let order = host.order(&order).await.expect("an order");
+    let waits = |times: usize| {
+        let order = order.clone();
+        let host = &host;
+        async move { told_times(host, &order, times).await }
+    };
+    waits(2).await;
+    two.take("hold");
+    let told = waits(3).await;
+    for (told, (moment, of)) in told.iter().zip([
+        ("started", ""),
+        ("waiting", "agent-1 of one: look at it"),
+        ("waiting", "agent-2 of two: look at it"),
+    ]) {
+        assert!(told.0 == moment && told.2.ends_with(of), "{told:?}");
+    }
+    act(&host, &order, &json!({ "action": "confirm", "node": null }))
+        .await
+        .expect("both are confirmed");
+    host.order_ended(&order).await;
     host.stop().await;
 }
 

@@ -250,6 +250,8 @@ pub struct Delta {
     pub rows: Vec<NodeIndex>,
     /// Nodes whose states changed, from the root down, each with its new state.
     pub states: Vec<(NodeIndex, NodeState)>,
+    /// Rows of steps that had succeeded and are run again, as they were: those attempts are to be kept.
+    pub reset: Vec<(NodeIndex, NodeProgress)>,
     /// Effects that fell due.
     pub effects: Vec<Effect>,
     /// Whether an [`Event::Advance`] would do more.

@@ -27,7 +27,7 @@ use std::{
 };
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use sha2::Sha256;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -39,7 +39,7 @@ use windlass_domain::{
     },
     workspace::Workspace,
 };
-use windlass_store::{Event, EventKind, Store, Txn, WatchError, crash::crash_point};
+use windlass_store::{Event, EventKind, Key, Store, Txn, WatchError, crash::crash_point};
 
 use crate::{
     clock,
@@ -58,6 +58,8 @@ use request::Requests;
 pub const AT_ONCE: usize = 16;
 /// Before everything is read again after the store failed.
 const AGAIN: Duration = Duration::from_secs(1);
+/// What a row below `delivery-due` holds.
+const A_DUE_DELIVERY: &str = "a due delivery";
 
 /// That a delivery is to be attempted: the row `delivery-due/{id}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,6 +141,26 @@ impl Schedule {
     }
 }
 
+/// Rows that cannot be read: each is passed over, and logged once. It stays, for a program that can read it.
+#[derive(Default)]
+struct Unreadable {
+    known: BTreeSet<Key>,
+}
+
+impl Unreadable {
+    /// What a row holds, where that can be read.
+    fn decode<T: DeserializeOwned>(&mut self, key: &Key, value: &[u8], what: &str) -> Option<T> {
+        let error = match serde_json::from_slice(value) {
+            Ok(record) => return Some(record),
+            Err(error) => records::malformed(key, what, &error),
+        };
+        if self.known.insert(key.clone()) {
+            tracing::error!(row = %key, error = &error as &dyn std::error::Error, "a row of the notifications is passed over");
+        }
+        None
+    }
+}
+
 impl Notifier {
     /// A notifier over these parts; it sends nothing until [`Notifier::run`].
     #[must_use]
@@ -150,10 +172,11 @@ impl Notifier {
 
     /// Tells channels what happens until `stop`. Run by one owned task; attempts under way are cut off at its end.
     pub async fn run(self, stop: CancellationToken) {
+        let mut unreadable = Unreadable::default();
         while !stop.is_cancelled() {
             tokio::select! {
                 () = stop.cancelled() => return,
-                Err(error) = self.work() => {
+                Err(error) = self.work(&mut unreadable) => {
                     tracing::warn!(error = &error as &dyn std::error::Error, "notifications wait until the store answers");
                 }
             }
@@ -165,7 +188,7 @@ impl Notifier {
     }
 
     /// Works until something fails: then everything is read again.
-    async fn work(&self) -> Result<(), ServiceError> {
+    async fn work(&self, unreadable: &mut Unreadable) -> Result<(), ServiceError> {
         let store = &*self.parts.store;
         let watched = |error: WatchError| ServiceError::internal("watch for notifications", error);
         // Watches first, so that nothing falls between them and what is read.
@@ -180,13 +203,15 @@ impl Notifier {
             .map_err(watched)?;
         let mut schedule = Schedule::default();
         for entry in records::all(store, &keys::deliveries_due()).await? {
-            if let Ok(id) = keys::last_segment(&entry.key).parse() {
-                schedule.put(id, records::decode_plain(&entry, "a due delivery")?);
+            if let Ok(id) = keys::last_segment(&entry.key).parse()
+                && let Some(due) = unreadable.decode(&entry.key, &entry.value, A_DUE_DELIVERY)
+            {
+                schedule.put(id, due);
             }
         }
         let mut busy = HashSet::new();
         let mut sending: JoinSet<(ChannelId, Result<(), ServiceError>)> = JoinSet::new();
-        self.fan_out().await?;
+        self.fan_out(unreadable).await?;
         loop {
             let now = clock::now();
             while sending.len() < AT_ONCE
@@ -200,10 +225,10 @@ impl Notifier {
             tokio::select! {
                 notice = notices.next() => {
                     if matches!(notice.map_err(watched)?.kind, EventKind::Put { .. }) {
-                        self.fan_out().await?;
+                        self.fan_out(unreadable).await?;
                     }
                 }
-                change = changes.next() => apply(&mut schedule, change.map_err(watched)?)?,
+                change = changes.next() => apply(&mut schedule, change.map_err(watched)?, unreadable),
                 Some(ended) = sending.join_next() => {
                     let Ok((channel, attempted)) = ended else {
                         return Err(ServiceError::Unavailable { message: "an attempt broke off".to_owned() });
@@ -217,11 +242,12 @@ impl Notifier {
     }
 
     /// Makes a delivery for each channel that wants to hear of a notice, and takes the notice away, with one commit.
-    async fn fan_out(&self) -> Result<(), ServiceError> {
+    async fn fan_out(&self, unreadable: &mut Unreadable) -> Result<(), ServiceError> {
         let store = &*self.parts.store;
         for entry in records::all(store, &keys::notices()).await? {
-            let notice: Notice = records::decode_plain(&entry, "a notice")?;
-            let Some(workspace) = keys::notice_workspace(&entry.key) else {
+            let notice = unreadable.decode::<Notice>(&entry.key, &entry.value, "a notice");
+            let (Some(notice), Some(workspace)) = (notice, keys::notice_workspace(&entry.key))
+            else {
                 continue;
             };
             let below = keys::all_of_workspace(Kind::Channel, workspace);
@@ -428,19 +454,18 @@ pub(crate) fn due_row(delivery: &Delivery) -> Txn {
     }
 }
 
-fn apply(schedule: &mut Schedule, event: Event) -> Result<(), ServiceError> {
+fn apply(schedule: &mut Schedule, event: Event, unreadable: &mut Unreadable) {
     let Ok(id) = keys::last_segment(&event.key).parse() else {
-        return Ok(());
+        return;
     };
-    match event.kind {
-        EventKind::Put { value, .. } => {
-            let due = serde_json::from_slice(&value)
-                .map_err(|error| records::malformed(&event.key, "a due delivery", &error))?;
-            schedule.put(id, due);
-        }
-        EventKind::Deleted => schedule.remove(id),
+    let due = match &event.kind {
+        EventKind::Put { value, .. } => unreadable.decode(&event.key, value, A_DUE_DELIVERY),
+        EventKind::Deleted => None,
+    };
+    match due {
+        Some(due) => schedule.put(id, due),
+        None => schedule.remove(id),
     }
-    Ok(())
 }
 
 async fn sleep_until(at: Option<Timestamp>) {
@@ -455,8 +480,90 @@ async fn sleep_until(at: Option<Timestamp>) {
 #[cfg(test)]
 mod tests {
     use uuid::Uuid;
+    use windlass_domain::notification::Moment;
 
     use super::*;
+    use crate::{gateway::secrets::SecretError, service::records::tests::memory_store};
+
+    struct NoSecrets;
+
+    #[async_trait::async_trait]
+    impl SecretSource for NoSecrets {
+        async fn resolve(
+            &self,
+            _workspace: &str,
+            _names: &BTreeSet<String>,
+        ) -> Result<BTreeMap<String, windlass_protocol::SecretText>, SecretError> {
+            Ok(BTreeMap::new())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_row_that_cannot_be_read_stops_no_other() {
+        let store = memory_store();
+        let notice =
+            |order: &str| Key::from_segments(["default", "notice", "prod", order, "1"]).unwrap();
+        let good = records::encode(&Notice {
+            moment: Moment::Started,
+            at: Timestamp::from_unix_ms(0),
+            order: None,
+        });
+        let bad = [
+            notice("a"),
+            keys::delivery_due(DeliveryId::from_uuid(Uuid::nil())),
+        ];
+        let mut txn = Txn::new().put(notice("b"), good.clone());
+        for key in &bad {
+            txn = txn.put(key.clone(), r#"{"of": "another version"}"#);
+        }
+        let revision = store.revision().await.unwrap();
+        store.commit(txn).await.unwrap();
+        let mut changes = store.watch(&keys::notices(), revision).await.unwrap();
+        let stop = CancellationToken::new();
+        let notifier = Notifier::new(NotifierParts {
+            store: store.clone(),
+            secrets: Arc::new(NoSecrets),
+            requests: Requests::new(Vec::new()),
+        });
+        let running = tokio::spawn(notifier.run(stop.clone()));
+        let mut fanned_out = async |key: Key| {
+            let gone = async {
+                loop {
+                    let change = changes.next().await.unwrap();
+                    if change.key == key && change.kind == EventKind::Deleted {
+                        return;
+                    }
+                }
+            };
+            let waited = tokio::time::timeout(Duration::from_secs(10), gone).await;
+            waited.unwrap_or_else(|_| panic!("{key} was not fanned out"));
+        };
+        fanned_out(notice("b")).await;
+        // What is wrong is changed, and others come.
+        let more = Txn::new().put(bad[1].clone(), "[]").put(notice("c"), good);
+        store.commit(more).await.unwrap();
+        fanned_out(notice("c")).await;
+        for key in &bad {
+            assert!(store.get(key).await.unwrap().is_some(), "{key} stays");
+        }
+        stop.cancel();
+        running.await.unwrap();
+    }
+
+    #[test]
+    fn an_unreadable_row_is_known_once() {
+        let mut unreadable = Unreadable::default();
+        let key = keys::delivery_due(DeliveryId::from_uuid(Uuid::nil()));
+        for _ in 0..2 {
+            assert!(
+                unreadable
+                    .decode::<Notice>(&key, b"{", "a notice")
+                    .is_none()
+            );
+            assert_eq!(unreadable.known.len(), 1);
+        }
+        assert_eq!(unreadable.decode(&key, b"7", "a number"), Some(7));
+    }
 
     #[test]
     fn a_busy_channel_holds_up_no_other() {

@@ -12,6 +12,7 @@ use crate::{
     plan::{Level, NodeIndex, NodeKind, Plan},
     plugin::RollbackScope,
     progress::{NodeProgress, NodeState, Progress, StageRollback, Undo},
+    task::{Outcome, TaskResult},
 };
 
 use super::{Effect, Refused, Turn};
@@ -106,6 +107,10 @@ impl Turn<'_> {
                 return Ok(());
             }
             self.budget -= 1;
+            let succeeded = |result: &TaskResult| result.outcome == Outcome::Succeeded;
+            if row.result.as_ref().is_some_and(succeeded) {
+                self.delta.reset.push((index, row.clone()));
+            }
             self.change(index, |row| *row = again);
         }
         self.change(node, |row| {

@@ -8,7 +8,10 @@ use crate::{
     plan::{LeftOut, Level, NodeIndex, NodeKind, Plan, Read, TrafficAction},
 };
 
-use super::{BadEdit, Draft, listed};
+use super::{
+    BadEdit, Draft, listed,
+    sequence::{dependants_of, needed_by},
+};
 
 /// A plan of some servers of one application, made like any other, to become part of the plan that runs. Those that turned out
 /// not to qualify stand in its `left_out`.
@@ -52,12 +55,25 @@ impl Draft<'_> {
     }
 
     /// The node that an application's groups go below. Where it has none: a new one in front of the first application that
-    /// depends on it, or at the end of the order.
+    /// depends on it, or at the end of the order. What it depends on itself has to be done there.
     fn place_of(&mut self, graft: &Graft, node: Option<NodeIndex>) -> Result<usize, BadEdit> {
         if let Some(node) = node {
             return Ok(node as usize);
         }
         let dependant = self.first_dependant(graft)?;
+        if let Some(dependant) = dependant {
+            for on in needed_by(&graft.application, &graft.dependencies) {
+                let Ok((_, Some(node))) = self.application(on) else {
+                    continue;
+                };
+                if !self.progress.state(node).is_settled() && !self.comes_before(node, dependant) {
+                    return Err(BadEdit::BreaksDependency {
+                        application: graft.application.clone(),
+                        on: on.to_owned(),
+                    });
+                }
+            }
+        }
         let new = self.tree.add(
             0,
             Level::Application,
@@ -70,23 +86,23 @@ impl Draft<'_> {
         Ok(new)
     }
 
+    /// Whether a node is over before a place in the tree is reached: a sequence holds both, the node in an earlier child.
+    fn comes_before(&self, node: NodeIndex, place: NodeIndex) -> bool {
+        let mut at = place;
+        while let Some(parent) = self.original.nodes[at as usize].parent {
+            if (parent..self.progress.subtree_end[parent as usize]).contains(&node) {
+                let kind = &self.original.nodes[parent as usize].kind;
+                return matches!(kind, NodeKind::Sequence) && node < at;
+            }
+            at = parent;
+        }
+        false
+    }
+
     /// What stands in a sequence around the first application that depends on the graft's, itself or by others.
     fn first_dependant(&self, graft: &Graft) -> Result<Option<NodeIndex>, BadEdit> {
-        let mut dependants = BTreeSet::from([graft.application.as_str()]);
-        loop {
-            let known = dependants.len();
-            for (application, on) in &graft.dependencies {
-                if dependants.contains(on.as_str()) {
-                    dependants.insert(application);
-                }
-            }
-            if dependants.len() == known {
-                break;
-            }
-        }
-        dependants.remove(graft.application.as_str());
         let mut first: Option<NodeIndex> = None;
-        for dependant in dependants {
+        for dependant in dependants_of(&graft.application, &graft.dependencies) {
             let Ok((_, Some(node))) = self.application(dependant) else {
                 continue;
             };

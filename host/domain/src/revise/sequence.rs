@@ -2,7 +2,7 @@
 //!
 //! Source: spec "Release orders", "Dependencies", "Parallel lanes".
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -115,17 +115,18 @@ impl Draft<'_> {
                 application: application.clone(),
             });
         }
-        for (application, on) in dependencies {
-            let (Some(place), Some(before)) =
-                (places.get(application.as_str()), places.get(on.as_str()))
-            else {
-                continue;
-            };
-            if place.0 != before.0 || place.1 <= before.1 {
-                return Err(BadEdit::BreaksDependency {
-                    application: application.clone(),
-                    on: on.clone(),
-                });
+        for (application, place) in &places {
+            // Also by an application that is not in the tree: its groups were deleted, and may come back.
+            for on in needed_by(application, dependencies) {
+                let Some(before) = places.get(on) else {
+                    continue;
+                };
+                if place.0 != before.0 || place.1 <= before.1 {
+                    return Err(BadEdit::BreaksDependency {
+                        application: (*application).to_owned(),
+                        on: on.to_owned(),
+                    });
+                }
             }
         }
         for (application, place) in &places {
@@ -186,6 +187,44 @@ impl Draft<'_> {
             said.push(format!("lane {letter}: {}", stages.join(" > ")));
         }
         Ok(format!("brought into sequence: {}", said.join("; ")))
+    }
+}
+
+/// What an application depends on, itself or by others.
+pub(super) fn needed_by<'a>(
+    application: &'a str,
+    dependencies: &'a [(String, String)],
+) -> BTreeSet<&'a str> {
+    let pairs = dependencies.iter();
+    reached(application, pairs.map(|(one, on)| (&**one, &**on)))
+}
+
+/// What depends on an application, itself or by others.
+pub(super) fn dependants_of<'a>(
+    application: &'a str,
+    dependencies: &'a [(String, String)],
+) -> BTreeSet<&'a str> {
+    let pairs = dependencies.iter();
+    reached(application, pairs.map(|(one, on)| (&**on, &**one)))
+}
+
+/// Everything that pairs lead to from a start, without the start.
+fn reached<'a>(
+    start: &'a str,
+    pairs: impl Iterator<Item = (&'a str, &'a str)> + Clone,
+) -> BTreeSet<&'a str> {
+    let mut found = BTreeSet::from([start]);
+    loop {
+        let known = found.len();
+        for (from, to) in pairs.clone() {
+            if found.contains(from) {
+                found.insert(to);
+            }
+        }
+        if found.len() == known {
+            found.remove(start);
+            return found;
+        }
     }
 }
 

@@ -538,6 +538,85 @@ fn an_application_without_groups_comes_back() {
     ));
 }
 
+/// `mint`, `shop` and `bank`, one after the other, a server each. `bank` depends on `shop`, and that on `mint`.
+fn chain() -> (Plan, Vec<(String, String)>) {
+    let mut input = input();
+    let names = [("mint", 5), ("shop", 1), ("bank", 4)];
+    input.parts = names
+        .iter()
+        .map(|(name, number)| part(name, vec![server(*number)]))
+        .collect();
+    let mut nodes = Vec::new();
+    for (name, number) in names {
+        let at = u32::try_from(nodes.len()).unwrap();
+        nodes.push(application(name));
+        nodes.push(group(at, &format!("all of {name}")));
+        nodes.push(unit(at + 1, name, number));
+    }
+    let dependencies = [("bank", "shop"), ("shop", "mint")];
+    let dependencies = dependencies.map(|(one, on)| (one.to_owned(), on.to_owned()));
+    (expand(input, &of(nodes)).unwrap(), dependencies.to_vec())
+}
+
+#[test]
+fn a_dependency_holds_through_an_application_without_groups() {
+    let (plan, dependencies) = chain();
+    let start = fresh(&plan);
+    let delete = Edit::DeleteGroup {
+        node: id(&plan, "all of shop"),
+    };
+    let without = good(&plan, &start, &delete);
+    let progress = start.carried(&plan, &without);
+    let sequence = |lanes: &[&[&str]], dependencies: &[(String, String)]| Edit::Sequence {
+        lanes: lanes
+            .iter()
+            .map(|stages| Lane {
+                stages: stages.iter().map(|name| vec![(*name).to_owned()]).collect(),
+            })
+            .collect(),
+        dependencies: dependencies.to_vec(),
+    };
+    let broken = |application: &str, on: &str| BadEdit::BreaksDependency {
+        application: application.to_owned(),
+        on: on.to_owned(),
+    };
+    for lanes in [&[&["bank", "mint"][..]][..], &[&["bank"], &["mint"]]] {
+        assert_eq!(
+            bad(&without, &progress, &sequence(lanes, &dependencies)),
+            broken("bank", "mint"),
+        );
+    }
+    let kept = good(
+        &without,
+        &progress,
+        &sequence(&[&["mint", "bank"]], &dependencies),
+    );
+    // However it came about: what comes back does not go before what it depends on.
+    let mut shop = graft(&[1]);
+    shop.dependencies = dependencies;
+    let back = Edit::Regroup(shop);
+    let again = good(&kept, &progress.carried(&without, &kept), &back);
+    let places = ["mint", "shop", "bank"].map(|name| again.index_of(id(&again, name)));
+    assert!(places.is_sorted(), "{}", shape(&again));
+    for lanes in [&[&["bank", "mint"][..]][..], &[&["bank"], &["mint"]]] {
+        let turned = good(&without, &progress, &sequence(lanes, &[]));
+        let progress = progress.carried(&without, &turned);
+        assert_eq!(bad(&turned, &progress, &back), broken("shop", "mint"));
+        // What is done stands in nobody's way.
+        let mint = turned.index_of(id(&turned, "mint")).unwrap();
+        let end = progress.subtree_end[mint as usize];
+        let done = crate::progress::NodeProgress {
+            state: NodeState::Succeeded,
+            attempt: 1,
+            ..Default::default()
+        };
+        let leaves = (mint..end).filter(|node| turned.nodes[*node as usize].kind.is_leaf());
+        let rows = leaves.map(|node| (node, done.clone()));
+        let progress = Progress::load(&turned, Control::Active, false, rows);
+        good(&turned, &progress, &back);
+    }
+}
+
 #[test]
 fn a_gate_goes_with_its_group() {
     let plan = plan();

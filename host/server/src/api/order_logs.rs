@@ -49,7 +49,7 @@ struct WhichLog {
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 struct FollowLog {
-    /// Which attempt, from 1; the one that runs or comes next unless given.
+    /// Which attempt, from 1; unless given the one that runs or comes next, or the last one where none does.
     attempt: Option<u32>,
     /// Only what stands from this byte of the output on; `Last-Event-ID` goes before it.
     offset: Option<u64>,

@@ -20,6 +20,7 @@
 //! An order that has ended shows it in its state only when the seats of its servers are given back and its tech stacks are
 //! kept: who sees the end may go on with what the order held. What is left then ([`Effect::Finish`]) nobody waits for.
 
+mod reason;
 mod revise;
 
 use std::{
@@ -39,8 +40,8 @@ use windlass_domain::{
     inbox::InboxEntry,
     manifest::Manifest,
     order::{Action, Control, Happened, Order, OrderEvent, OrderState, RollbackAsked},
-    plan::{Indices, Level, NodeIndex, NodeKind, Plan, StepTemplate},
-    plugin::RestoreWeight,
+    plan::{Indices, NodeIndex, NodeKind, Plan, StepTemplate},
+    plugin::UnitState,
     prepared,
     progress::{NodeProgress, NodeState, Progress, StageRollback},
     reducer::{self, Effect, Event, Refused},
@@ -50,7 +51,7 @@ use windlass_domain::{
 use windlass_store::{CommitError, Revision, StoreError, Txn, crash::crash_point};
 
 use super::{
-    Engine, PlanError, batch,
+    ActError, Engine, PlanError, batch,
     batch::{Batch, Reply, SlotChange},
     executor, initialise,
     rows::{self, RowError},
@@ -138,6 +139,10 @@ struct Actor {
     progress: Progress,
     /// What that came to at the last commit, see [`Progress::comes_to`].
     comes_to: OrderState,
+    /// What people were told of that lasts.
+    stops: reason::Stops,
+    /// Who waits for the end to show.
+    end_awaited: Vec<(Reply, Result<(), ActError>)>,
     owner_claimed: bool,
     /// What is performed, named by ids.
     effects: JoinSet<Effect>,
@@ -178,6 +183,8 @@ impl Actor {
             indices: plan.indices(),
             plan,
             comes_to,
+            stops: reason::Stops::new(),
+            end_awaited: Vec::new(),
             progress,
             owner_claimed: false,
             effects: JoinSet::new(),
@@ -186,6 +193,7 @@ impl Actor {
             loaded_at: clock::now(),
             back,
         };
+        actor.stops = actor.stops(comes_to);
         actor.watch_deadlines();
         Ok(Some(actor))
     }
@@ -198,7 +206,13 @@ impl Actor {
         if !self.is_idle() {
             let again = Command::internal(Event::Advance);
             self.fold(again, &mut commands).await?;
-            self.perform(reducer::due(&self.plan, &self.progress));
+            let due = if self.order.state.is_terminal() {
+                // Its servers are given back: by now they can be others'.
+                vec![Effect::Finish]
+            } else {
+                reducer::due(&self.plan, &self.progress)
+            };
+            self.perform(due);
             self.show_the_end().await?;
         }
         let stop = self.engine.shared.stop.clone();
@@ -421,7 +435,8 @@ impl Actor {
             | Event::TrafficChanged { .. }
             | Event::Advance => None,
         };
-        let attempt = self.ended_attempt(&event, at);
+        let mut attempts: Vec<(NodeIndex, NodeProgress)> =
+            self.ended_attempt(&event, at).into_iter().collect();
         let control = self.progress.control;
         let delta = match reducer::apply(&self.plan, &mut self.progress, event, at) {
             Ok(delta) => delta,
@@ -457,7 +472,8 @@ impl Actor {
             self.order.last_progress_at = Some(at);
             batch.header = true;
         }
-        if let Some((node, row)) = attempt {
+        attempts.extend(delta.reset.into_iter().map(|(node, row)| (node, kept(row))));
+        for (node, row) in attempts {
             batch.bytes += 4096 + row.result.as_ref().map_or(0, |result| result.output.len());
             batch.attempts.push((node, row));
         }
@@ -487,7 +503,7 @@ impl Actor {
     }
 
     /// The row of an attempt that this event ends without success: a step that is repeated keeps the logs of all its
-    /// attempts. One that succeeded is never repeated; its log is its row.
+    /// attempts. The log of one that succeeded is its row, until it is run again with its stage.
     fn ended_attempt(&self, event: &Event, at: Timestamp) -> Option<(NodeIndex, NodeProgress)> {
         let Event::StepFinished {
             node,
@@ -683,9 +699,12 @@ impl Actor {
         for node in &batch.nodes {
             self.watch_deadline(*node);
         }
-        for (reply, answer) in batch.replies {
-            // A caller that went away does not need the answer.
-            drop(reply.send(answer));
+        self.end_awaited.append(&mut batch.replies);
+        if !self.is_giving_back(&batch.effects) {
+            for (reply, answer) in self.end_awaited.drain(..) {
+                // A caller that went away does not need the answer.
+                drop(reply.send(answer));
+            }
         }
         self.perform(batch.effects);
         Ok(())
@@ -697,24 +716,39 @@ impl Actor {
         let was = std::mem::replace(&mut self.order.state, state);
         let comes_to = self.progress.comes_to();
         let before = std::mem::replace(&mut self.comes_to, comes_to);
-        let reason = self.reason(comes_to);
-        // What it waits for, or what stops it, can change while it does: then that is news, too.
-        let otherwise = reason != self.order.state_reason && state != OrderState::RollingBack;
+        let stops = self.stops(comes_to);
+        let told = std::mem::replace(&mut self.stops, stops);
         batch.state_changed = state != was;
-        if !batch.state_changed && !otherwise {
+        if !batch.state_changed && state == OrderState::RollingBack {
             return Ok(());
         }
         if batch.state_changed && state.is_terminal() {
             self.order.finished_at.get_or_insert(at);
             self.keep_tech_stacks().await?;
         }
-        self.order.state_reason = reason;
+        self.order.state_reason = self.reason(comes_to);
         let reason = self.order.state_reason.clone();
-        self.note(batch, at, "", Happened::Order { state, reason });
+        if batch.state_changed || comes_to != before {
+            let reason = reason.clone();
+            self.note(batch, at, "", Happened::Order { state, reason });
+        }
         // A failure that was told while others still ran is not told again when they are done.
-        if comes_to != before || otherwise {
+        let is_told = comes_to != before;
+        if is_told {
             let notice = rows::told(&self.order, was, comes_to, at);
             batch.notices.extend(notice);
+        }
+        for (stopped, said) in self.news(&told, is_told.then_some(&*reason)) {
+            let happened = Happened::Order {
+                state,
+                reason: said.clone(),
+            };
+            self.note(batch, at, "", happened);
+            let shown = Order {
+                state_reason: said,
+                ..self.order.clone()
+            };
+            batch.notices.extend(rows::told(&shown, was, stopped, at));
         }
         Ok(())
     }
@@ -744,20 +778,20 @@ impl Actor {
         }
         let mut kept = self.order.clone();
         kept.tech_stacks
-            .retain(|change| !self.was_rolled_back(change.instance));
+            .retain(|change| self.has_released(change.instance));
         let planning = &self.engine.shared.planning;
         let done = planning.keep_tech_stacks(&kept).await;
         done.map_err(Stopped::TechStacks)
     }
 
-    /// Whether what the order did to a service instance was rolled back by itself.
-    fn was_rolled_back(&self, instance: InstanceId) -> bool {
+    /// Whether a server of a service instance was released, and not rolled back with its stage.
+    fn has_released(&self, instance: InstanceId) -> bool {
         initialise::units_of(&self.plan).any(|(node, unit)| {
-            self.plan
-                .part_of(unit)
-                .is_some_and(|part| part.instance == instance)
-                && self.progress.node(self.progress.stage_of(node)).rollback
-                    == Some(StageRollback::Done)
+            let of = self.plan.part_of(unit).map(|part| part.instance);
+            let stage = self.progress.node(self.progress.stage_of(node));
+            of == Some(instance)
+                && stage.rollback != Some(StageRollback::Done)
+                && reducer::unit_state(&self.plan, &self.progress, node) == UnitState::Released
         })
     }
 
@@ -842,210 +876,6 @@ impl Actor {
             txn = txn.put(rows::active(id), "");
         }
         Ok(txn)
-    }
-
-    /// Why the order is in its state, for people.
-    fn reason(&self, state: OrderState) -> String {
-        let first = |wanted: fn(NodeState) -> bool| {
-            (0u32..).zip(&self.plan.nodes).find(|(node, planned)| {
-                planned.kind.is_leaf() && wanted(self.progress.state(*node))
-                    || (!self.progress.node(*node).drift.is_empty()
-                        && wanted(self.progress.state(*node)))
-            })
-        };
-        let told = |found: Option<(u32, &windlass_domain::plan::Node)>| {
-            found.map_or_else(String::new, |(node, planned)| {
-                let on = dispatch::unit_of(&self.plan, node)
-                    .map(|(_, _, unit)| format!(" on {}", unit.server_name));
-                let row = self.progress.node(node);
-                let drift = row
-                    .drift
-                    .first()
-                    .map(|d| format!("{} was {} and is {}", d.subject, d.before, d.after));
-                let asked = match &planned.kind {
-                    NodeKind::Gate { message } => Some(message),
-                    NodeKind::Sequence
-                    | NodeKind::Parallel { .. }
-                    | NodeKind::Unit { .. }
-                    | NodeKind::Step { .. }
-                    | NodeKind::Traffic(_)
-                    | NodeKind::Pause { .. }
-                    | NodeKind::Judge { .. } => None,
-                };
-                let said = Some(&row.message).filter(|message| !message.is_empty());
-                let message = drift.or_else(|| said.or(asked).cloned());
-                let what = format!(
-                    "{}{}{}",
-                    planned.name,
-                    on.unwrap_or_default(),
-                    self.of_application(node)
-                );
-                match message {
-                    Some(message) => format!("{what}: {message}"),
-                    None => what,
-                }
-            })
-        };
-        match state {
-            OrderState::Blocked if self.progress.stalled => {
-                "nothing finished within the progress deadline".to_owned()
-            }
-            OrderState::Blocked if self.progress.is_held() => self.held_because(),
-            OrderState::Blocked if self.failed_stage_rollback().is_some() => {
-                self.failed_stage_rollback().unwrap_or_default()
-            }
-            OrderState::Blocked | OrderState::RollingBack => {
-                let failed = told(first(|state| state == NodeState::Failed));
-                if !failed.is_empty() {
-                    return failed;
-                }
-                let held = (0u32..).zip(&self.plan.nodes).find_map(|(node, planned)| {
-                    let reason = self.progress.node(node).locked.as_ref()?;
-                    Some(format!("{} is locked: {reason}", planned.name))
-                });
-                held.unwrap_or_default()
-            }
-            OrderState::Drifted => told(first(|state| state == NodeState::Drifted)),
-            OrderState::Unknown => told(first(|state| state == NodeState::Unknown)),
-            OrderState::AwaitingConfirmation => match self.rolled_back_stage() {
-                Some(stage) => {
-                    format!("{stage} was rolled back: run it again, or go on without it")
-                }
-                None => told(first(|state| state == NodeState::AwaitingConfirmation)),
-            },
-            OrderState::NotStarted => self.order.state_reason.clone(),
-            // A rollback that cannot be has said why.
-            OrderState::Failed if !self.order.state_reason.is_empty() => {
-                self.order.state_reason.clone()
-            }
-            OrderState::Failed => told(first(NodeState::needs_mending)),
-            // What made it go back.
-            OrderState::RolledBack => match &self.order.rollback_asked {
-                Some(asked) if self.order.state_reason.is_empty() => asked.reason.clone(),
-                Some(_) | None => self.order.state_reason.clone(),
-            },
-            OrderState::Succeeded | OrderState::Cancelled => self.left_behind(state),
-            OrderState::Initialising | OrderState::Running | OrderState::Cancelling => {
-                String::new()
-            }
-        }
-    }
-
-    /// What people should know of servers that an order leaves: released in part, released without traffic.
-    fn left_behind(&self, state: OrderState) -> String {
-        let released = |node: &NodeIndex| self.progress.state(*node) == NodeState::Succeeded;
-        let nodes = (0u32..).zip(&self.plan.nodes);
-        let units = nodes.filter(|(_, planned)| matches!(planned.kind, NodeKind::Unit { .. }));
-        let units = units.map(|(node, _)| node);
-        let (released, others): (Vec<_>, Vec<_>) = units.partition(released);
-        let mut said = Vec::new();
-        if state == OrderState::Cancelled && !released.is_empty() && !others.is_empty() {
-            said.push(format!(
-                "{} of {} servers are done, the others stay as they were",
-                released.len(),
-                released.len() + others.len()
-            ));
-        }
-        let unit_of = |node: NodeIndex| Some(dispatch::unit_of(&self.plan, node)?.2);
-        let without: Vec<&str> = released
-            .into_iter()
-            .filter_map(unit_of)
-            .filter(|unit| {
-                let pools = self
-                    .plan
-                    .part_of(unit)
-                    .is_some_and(|part| !part.pools.is_empty());
-                let shifted = state == OrderState::Succeeded && self.shifts(unit.part);
-                pools && unit.restore == RestoreWeight::KeepZero && !shifted
-            })
-            .map(|unit| unit.server_name.as_str())
-            .collect();
-        if !without.is_empty() {
-            const SHOWN: usize = 10;
-            let more = match without.len().saturating_sub(SHOWN) {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
-            said.push(format!(
-                "{}{more} were released without traffic, and have what people gave them by hand; the next release that \
-                 restores weights gives them what they had before",
-                without[..without.len().min(SHOWN)].join(", ")
-            ));
-        }
-        said.join("; ")
-    }
-
-    /// Whether the plan moves traffic of an application by itself.
-    fn shifts(&self, part: Option<u32>) -> bool {
-        self.plan.nodes.iter().any(|planned| {
-            let NodeKind::Traffic(action) = &planned.kind else {
-                return false;
-            };
-            action.shifts().is_some_and(|(of, _)| Some(of) == part)
-        })
-    }
-
-    /// Which application a node is of, where the order has several.
-    fn of_application(&self, node: NodeIndex) -> String {
-        if self.plan.parts.len() < 2 {
-            return String::new();
-        }
-        let of_unit = dispatch::unit_of(&self.plan, node)
-            .and_then(|(_, _, unit)| Some(self.plan.part_of(unit)?.key.as_str()));
-        let around = || {
-            let parent = |at: &NodeIndex| self.plan.nodes[*at as usize].parent;
-            std::iter::successors(parent(&node), parent)
-                .map(|at| &self.plan.nodes[at as usize])
-                .find(|planned| planned.level == Level::Application)
-                .map(|planned| planned.name.as_str())
-        };
-        of_unit
-            .or_else(around)
-            .map_or_else(String::new, |name| format!(" of {name}"))
-    }
-
-    fn stage_rollbacks(&self) -> impl Iterator<Item = (&str, &NodeProgress)> {
-        let nodes = (0u32..).zip(&self.plan.nodes);
-        nodes
-            .filter(|(_, planned)| matches!(planned.level, Level::Stage | Level::Application))
-            .map(|(node, planned)| (planned.name.as_str(), self.progress.node(node)))
-    }
-
-    /// A stage that was rolled back and waits for a person.
-    fn rolled_back_stage(&self) -> Option<&str> {
-        let mut stages = self.stage_rollbacks();
-        stages
-            .find(|(_, row)| row.rollback == Some(StageRollback::Done) && !row.ignored)
-            .map(|(name, _)| name)
-    }
-
-    /// A stage whose rollback failed, and why.
-    fn failed_stage_rollback(&self) -> Option<String> {
-        self.stage_rollbacks()
-            .find_map(|(name, row)| match &row.rollback {
-                Some(StageRollback::Failed { message }) => {
-                    Some(format!("{name} could not be rolled back: {message}"))
-                }
-                Some(
-                    StageRollback::Ending { .. }
-                    | StageRollback::Due { .. }
-                    | StageRollback::Running { .. }
-                    | StageRollback::Done,
-                )
-                | None => None,
-            })
-    }
-
-    /// What the safety envelope holds, and why.
-    fn held_because(&self) -> String {
-        let Some((node, reason)) = self.progress.first_held() else {
-            return String::new();
-        };
-        let server = dispatch::unit_of(&self.plan, node)
-            .map_or_else(String::new, |(_, _, unit)| {
-                format!("{}: ", unit.server_name)
-            });
-        format!("{server}{reason}")
     }
 
     // ------------------------------------------------------------------------------------------ effects
@@ -1236,10 +1066,6 @@ impl Actor {
 }
 
 /// Commits; `false` on a conflict.
-const fn gives_back(effect: &Effect) -> bool {
-    matches!(effect, Effect::Release(_))
-}
-
 async fn store_commit(store: &dyn windlass_store::Store, txn: Txn) -> Result<bool, Stopped> {
     match store.commit(txn).await {
         Ok(_) => Ok(true),
@@ -1255,4 +1081,20 @@ async fn sleep_until(deadline: Option<Timestamp>) {
         }
         None => std::future::pending().await,
     }
+}
+
+/// What is kept of an attempt.
+fn kept(row: NodeProgress) -> NodeProgress {
+    NodeProgress {
+        attempt: row.attempt,
+        started_at: row.started_at,
+        finished_at: row.finished_at,
+        message: row.message,
+        result: row.result,
+        ..NodeProgress::default()
+    }
+}
+
+const fn gives_back(effect: &Effect) -> bool {
+    matches!(effect, Effect::Release(_))
 }

@@ -29,6 +29,7 @@ use windlass_domain::{
     order::{Order, OrderEvent, OrderState, PlanRevision, Purpose},
     plan::NodeId,
     progress::NodeProgress,
+    task::TaskResult,
     text,
 };
 use windlass_store::{Entry, Key, Prefix, Revision, Store, StoreError, sortable};
@@ -305,32 +306,42 @@ pub(crate) fn encode_node(row: &NodeProgress) -> Bytes {
         text::cut(&mut short.message, keep);
         if let Some(result) = &mut short.result {
             text::cut(&mut result.message, keep);
-            let whole = result.output.len();
-            if whole > keep {
-                result.output = cut_middle(&result.output, keep);
-                result.dropped_bytes += whole.saturating_sub(result.output.len()) as u64;
-            }
+            cut_output(result, keep);
         }
         bytes = encode(&short);
     }
     bytes
 }
 
-/// Head and tail of a text with a line between them.
-fn cut_middle(text: &str, keep: usize) -> String {
+/// Cuts the middle of an output further, as its agent does: the line in its place says how much is missing altogether.
+fn cut_output(result: &mut TaskResult, keep: usize) {
+    let whole = result.output.as_str();
+    let (before, (head, tail)) = match head_and_tail(result) {
+        Some((head, tail)) => (head.len() + tail.len(), (head, tail)),
+        None => (whole.len(), (whole, whole)),
+    };
+    if before <= keep {
+        return;
+    }
     let half = keep / 2;
-    let head_end = (0..=half.min(text.len()))
-        .rev()
-        .find(|at| text.is_char_boundary(*at))
-        .unwrap_or(0);
-    let tail_start = (text.len().saturating_sub(half)..=text.len())
-        .find(|at| text.is_char_boundary(*at))
-        .unwrap_or(text.len());
-    format!(
-        "{}\n[… cut …]\n{}",
-        &text[..head_end],
-        &text[tail_start.max(head_end)..]
-    )
+    let head = &head[..head.floor_char_boundary(half)];
+    let tail = &tail[tail.ceil_char_boundary(tail.len().saturating_sub(half))..];
+    let dropped_bytes = result.dropped_bytes + (before - head.len() - tail.len()) as u64;
+    result.output = format!("{head}{}{tail}", dropped_line(dropped_bytes));
+    result.dropped_bytes = dropped_bytes;
+}
+
+/// The two ends of an output whose middle was dropped; `None`: nothing was.
+pub(crate) fn head_and_tail(result: &TaskResult) -> Option<(&str, &str)> {
+    match result.dropped_bytes {
+        0 => None,
+        dropped => result.output.split_once(&dropped_line(dropped)),
+    }
+}
+
+/// What an agent writes in the place of what it drops.
+fn dropped_line(bytes: u64) -> String {
+    format!("\n[… {bytes} bytes dropped …]\n")
 }
 
 /// Reads a record.
@@ -508,5 +519,71 @@ pub(crate) mod tests {
             let kept: NodeProgress = serde_json::from_slice(&bytes).expect("it can be read");
             prop_assert_eq!(kept.result.expect("a result").outcome, Outcome::Failed);
         }
+    }
+
+    /// An output of `before` bytes of `text`, then `dropped` that an agent left out, then `after`.
+    pub(crate) fn log_of(text: &str, before: usize, dropped: u64, after: usize) -> TaskResult {
+        let repeated = text.repeat(before.max(after) / text.len() + 1);
+        let middle = match dropped {
+            0 => String::new(),
+            dropped => format!("\n[… {dropped} bytes dropped …]\n"),
+        };
+        TaskResult {
+            outcome: Outcome::Succeeded,
+            exit_code: Some(0),
+            output: format!(
+                "{}{middle}{}",
+                &repeated[..before],
+                &repeated[repeated.len() - after..]
+            ),
+            dropped_bytes: dropped,
+            message: String::new(),
+            fault: None,
+            started_at: None,
+            finished_at: Timestamp::from_unix_ms(0),
+        }
+    }
+
+    #[test]
+    fn what_is_cut_of_a_log_is_said_in_one_line_with_what_was_dropped() {
+        // JSON of JSON: every quote takes two bytes.
+        let json = "{\"level\":\"info\",\"a\":\"b\"}\n";
+        for (before, dropped, after) in [
+            (12_288, 1_000_000, 12_224),
+            (24_000, 0, 0),
+            (100, 7, 24_000),
+        ] {
+            let result = log_of(json, before, dropped, after);
+            let whole = before as u64 + dropped + after as u64;
+            let (start, end) = (
+                result.output[..50].to_owned(),
+                result.output[result.output.len() - 50..].to_owned(),
+            );
+            let row = NodeProgress {
+                result: Some(result),
+                ..NodeProgress::default()
+            };
+            assert!(
+                encode(&row).len() > NODE_MAX_BYTES,
+                "{before} {dropped} {after}"
+            );
+            let kept: NodeProgress = serde_json::from_slice(&encode_node(&row)).unwrap();
+            let kept = kept.result.unwrap();
+            let (head, tail) = head_and_tail(&kept).unwrap();
+            assert!(head.starts_with(&start) && tail.ends_with(&end));
+            assert!(!head.contains("dropped") && !tail.contains("dropped"));
+            assert_eq!(
+                head.len() as u64 + kept.dropped_bytes + tail.len() as u64,
+                whole
+            );
+        }
+        // What fits stays as it is.
+        let short = log_of("text\n", 12_288, 99, 12_224);
+        let row = NodeProgress {
+            result: Some(short.clone()),
+            ..NodeProgress::default()
+        };
+        let kept: NodeProgress = serde_json::from_slice(&encode_node(&row)).unwrap();
+        assert_eq!(kept.result, Some(short));
     }
 }

@@ -374,3 +374,36 @@ fn what_a_person_changes_is_changed_before_the_plan_moves_on() {
         );
     }
 }
+
+#[test]
+fn an_order_does_not_end_before_traffic_is_changed() {
+    let weigh = Action::SetWeights {
+        weights: vec![ServerWeight {
+            server: green(),
+            weight: 10,
+        }],
+    };
+    // A server, and the gate that is the last of the order.
+    let released = Tree::Sequence(Level::Application, vec![server(), Tree::Leaf(Leaf::Gate)]);
+    for (last, ended) in [
+        (confirm(), OrderState::Succeeded),
+        (Action::Cancel { node: None }, OrderState::Cancelled),
+    ] {
+        let mut world = World::running(plan(vec![released.clone()]));
+        world.settle();
+        assert_eq!(world.order(), OrderState::AwaitingConfirmation);
+        world.act(weigh.clone()).unwrap();
+        world.act(last.clone()).unwrap();
+        world.advance();
+        assert!(!world.is_over(), "{last:?}");
+        assert_eq!(world.due(), [Effect::ChangeTraffic { number: 1 }]);
+        world
+            .send(Event::TrafficChanged {
+                number: 1,
+                error: None,
+            })
+            .unwrap();
+        world.advance();
+        assert_eq!(world.order(), ended, "{last:?}");
+    }
+}

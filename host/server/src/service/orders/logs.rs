@@ -10,8 +10,9 @@ use tokio::sync::Notify;
 use windlass_domain::{
     Timestamp,
     id::{OrderId, ServerId},
+    order::OrderState,
     plan::{NodeId, NodeKind},
-    progress::NodeProgress,
+    progress::{NodeProgress, NodeState},
     task::{Outcome, TaskId, TaskResult},
 };
 use windlass_store::Watch;
@@ -111,6 +112,8 @@ pub struct LogFollower {
 struct Attempt {
     attempt: u32,
     attempts: u32,
+    /// It is under way.
+    runs: bool,
     /// Its row at its end.
     ended: Option<NodeProgress>,
     started_at: Option<Timestamp>,
@@ -118,11 +121,63 @@ struct Attempt {
     order_is_over: bool,
 }
 
+/// Which attempt of a step is asked for.
+#[derive(Debug, Clone, Copy)]
+enum Which {
+    /// The last one that was begun.
+    Last,
+    /// The one that runs or comes next; the last one where none does.
+    Next,
+    /// This one.
+    Number(u32),
+}
+
+impl Which {
+    /// Its number, by the step's row.
+    fn of(self, row: &NodeProgress, order: OrderState) -> u32 {
+        match self {
+            Self::Number(attempt) => attempt,
+            Self::Last => row.attempt,
+            // Not begun yet, or a person wants it repeated.
+            Self::Next if row.state == NodeState::NotStarted && !order.is_terminal() => {
+                row.attempt + 1
+            }
+            Self::Next => row.attempt.max(1),
+        }
+    }
+}
+
+impl Attempt {
+    /// An attempt by the step's row, and by its own where it has one.
+    fn of(attempt: u32, row: NodeProgress, own: Option<NodeProgress>, order: OrderState) -> Self {
+        let attempts = row.attempt;
+        let current = (attempts == attempt).then_some(row);
+        let runs = current.as_ref().is_some_and(|row| row.state.is_busy());
+        let started_at = own.as_ref().or(current.as_ref());
+        let started_at = started_at.and_then(|row| row.started_at);
+        let over = current.filter(|row| !runs && row.result.is_some());
+        Self {
+            attempt,
+            attempts,
+            runs,
+            ended: own.or(over),
+            started_at,
+            order_is_over: order.is_terminal(),
+        }
+    }
+
+    /// Whether there is such an attempt, or it may be the next one: that can be followed before it begins.
+    fn is_known(&self) -> bool {
+        let comes = self.attempt == self.attempts.saturating_add(1);
+        self.attempt > 0 && (comes || self.runs || self.ended.is_some())
+    }
+}
+
 impl Orders {
     /// The log of an attempt of a step: the last one unless another is named.
     ///
     /// # Errors
-    /// [`ServiceError::NotFound`] of the order, the node or the attempt; `not_a_step`.
+    /// [`ServiceError::NotFound`] of the order, the node or the attempt that is named; `not_a_step`.
     pub async fn log(
         &self,
         workspace: &str,
@@ -131,7 +186,7 @@ impl Orders {
         attempt: Option<u32>,
     ) -> Result<StepLog, ServiceError> {
         let server = self.server_of_step(workspace, id, node).await?;
-        let found = self.attempt(id, node, attempt).await?;
+        let found = self.asked_attempt(id, node, attempt, Which::Last).await?;
         let task = TaskId {
             order: id,
             node,
@@ -141,7 +196,7 @@ impl Orders {
             node,
             attempt: found.attempt,
             attempts: found.attempts,
-            ended: found.ended.is_some(),
+            ended: found.ended.is_some() || found.order_is_over,
             output: String::new(),
             offset: 0,
             next_offset: 0,
@@ -176,7 +231,8 @@ impl Orders {
         Ok(log)
     }
 
-    /// Follows an attempt of a step from an offset on: the one that runs or comes next, unless another is named.
+    /// Follows an attempt of a step from an offset on: the one that runs or comes next (the last one where none does), unless
+    /// another is named.
     ///
     /// # Errors
     /// As [`Orders::log`].
@@ -190,14 +246,11 @@ impl Orders {
     ) -> Result<LogFollower, ServiceError> {
         let server = self.server_of_step(workspace, id, node).await?;
         let events = self.watch(id).await?;
-        let attempt = match attempt {
-            Some(attempt) => attempt,
-            None => self.attempt(id, node, None).await?.attempt.max(1),
-        };
+        let found = self.asked_attempt(id, node, attempt, Which::Next).await?;
         let task = TaskId {
             order: id,
             node,
-            attempt,
+            attempt: found.attempt,
         };
         let live = self.engine.shared.live.clone();
         Ok(LogFollower {
@@ -250,11 +303,30 @@ impl Orders {
         }
     }
 
+    /// The attempt that is named, which there must be, or another one.
+    async fn asked_attempt(
+        &self,
+        id: OrderId,
+        node: NodeId,
+        named: Option<u32>,
+        otherwise: Which,
+    ) -> Result<Attempt, ServiceError> {
+        let which = named.map_or(otherwise, Which::Number);
+        let found = self.attempt(id, node, which).await?;
+        if named.is_some() && !found.is_known() {
+            return Err(ServiceError::not_found(
+                "attempt of this step",
+                found.attempt,
+            ));
+        }
+        Ok(found)
+    }
+
     async fn attempt(
         &self,
         id: OrderId,
         node: NodeId,
-        wanted: Option<u32>,
+        which: Which,
     ) -> Result<Attempt, ServiceError> {
         let store = &*self.engine.shared.store;
         let unreadable = |error| failed("read a step's row", error);
@@ -267,27 +339,13 @@ impl Orders {
             .map_err(unreadable)?
             .map(|(row, _)| row)
             .unwrap_or_default();
-        let attempt = wanted.unwrap_or(row.attempt);
+        let attempt = which.of(&row, order.state);
         let key = rows::attempt(id, node, attempt);
-        let earlier = rows::read::<NodeProgress>(store, &key, "an attempt of a step")
+        let own = rows::read::<NodeProgress>(store, &key, "an attempt of a step")
             .await
-            .map_err(unreadable)?;
-        let over = row.attempt == attempt && !row.state.is_busy() && row.result.is_some();
-        let started_at = match &earlier {
-            Some((earlier, _)) => earlier.started_at,
-            None => row.started_at.filter(|_| row.attempt == attempt),
-        };
-        let attempts = row.attempt;
-        let ended = earlier
-            .map(|(earlier, _)| earlier)
-            .or_else(|| over.then_some(row));
-        Ok(Attempt {
-            attempt,
-            attempts,
-            ended,
-            started_at,
-            order_is_over: order.state.is_terminal(),
-        })
+            .map_err(unreadable)?
+            .map(|(row, _)| row);
+        Ok(Attempt::of(attempt, row, own, order.state))
     }
 }
 
@@ -311,7 +369,10 @@ impl LogFollower {
                 node,
                 attempt,
             } = self.task;
-            let found = self.orders.attempt(order, node, Some(attempt)).await?;
+            let found = self
+                .orders
+                .attempt(order, node, Which::Number(attempt))
+                .await?;
             if let Some(row) = &found.ended {
                 // What the agent sent last may have come after its result.
                 if let Some(piece) = self.live_piece() {
@@ -388,18 +449,16 @@ struct Kept<'a> {
 
 impl<'a> Kept<'a> {
     fn of(result: &'a TaskResult) -> Self {
-        let marker = format!("\n[… {} bytes dropped …]\n", result.dropped_bytes);
-        let whole = result.output.as_str();
-        match whole.split_once(&marker) {
-            Some((head, tail)) if result.dropped_bytes > 0 => Self {
+        match rows::head_and_tail(result) {
+            Some((head, tail)) => Self {
                 head,
                 tail,
                 tail_at: head.len() as u64 + result.dropped_bytes,
             },
-            Some(_) | None => Self {
-                head: whole,
+            None => Self {
+                head: &result.output,
                 tail: "",
-                tail_at: whole.len() as u64,
+                tail_at: result.output.len() as u64,
             },
         }
     }
@@ -439,6 +498,89 @@ mod tests {
             started_at: None,
             finished_at: Timestamp::from_unix_ms(0),
         }
+    }
+
+    /// A step's row in its attempt `attempt`.
+    fn row(attempt: u32, state: NodeState) -> NodeProgress {
+        NodeProgress {
+            state,
+            attempt,
+            result: state.needs_mending().then(|| result("text", 0)),
+            ..NodeProgress::default()
+        }
+    }
+
+    #[test]
+    fn the_attempt_that_is_followed_is_the_one_that_runs_or_comes() {
+        use NodeState as S;
+        let (open, over) = (OrderState::Running, OrderState::Cancelled);
+        for (attempts, state, order, last, next) in [
+            (0, S::NotStarted, open, 0, 1),
+            (1, S::Running, open, 1, 1),
+            (1, S::Cancelling, open, 1, 1),
+            // Nobody has said that it is repeated.
+            (1, S::Failed, open, 1, 1),
+            (1, S::Succeeded, open, 1, 1),
+            // A retry, or its stage is run again.
+            (1, S::NotStarted, open, 1, 2),
+            (2, S::Running, open, 2, 2),
+            (0, S::NotStarted, over, 0, 1),
+            (1, S::NotStarted, over, 1, 1),
+        ] {
+            let row = row(attempts, state);
+            let found = [Which::Last, Which::Next].map(|which| which.of(&row, order));
+            assert_eq!(found, [last, next], "{attempts} {state:?} {order:?}");
+        }
+    }
+
+    #[test]
+    fn only_attempts_that_were_or_come_next_are_known() {
+        use NodeState as S;
+        let own = |attempt| Some(row(attempt, S::Failed));
+        for (attempt, row, own, known, ended) in [
+            (0, row(0, S::NotStarted), None, false, false),
+            (1, row(0, S::NotStarted), None, true, false),
+            (2, row(0, S::NotStarted), None, false, false),
+            (1, row(1, S::Running), None, true, false),
+            (2, row(1, S::Running), None, true, false),
+            (7, row(1, S::Running), None, false, false),
+            (1, row(1, S::Failed), None, true, true),
+            // It waits to be repeated.
+            (1, row(1, S::NotStarted), own(1), true, true),
+            (1, row(2, S::Running), own(1), true, true),
+            // Of it nothing was kept.
+            (1, row(1, S::NotStarted), None, false, false),
+            (1, row(2, S::Running), None, false, false),
+            (u32::MAX, row(2, S::Running), None, false, false),
+        ] {
+            let shown = format!("{attempt} of {} {:?}", row.attempt, row.state);
+            let found = Attempt::of(attempt, row, own, OrderState::Running);
+            assert_eq!(
+                (found.is_known(), found.ended.is_some()),
+                (known, ended),
+                "{shown}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_log_whose_row_was_cut_keeps_its_places() {
+        let json = "{\"level\":\"info\",\"a\":\"b\"}\n";
+        let long = rows::tests::log_of(json, 12_288, 1_000_000, 12_224);
+        let row = NodeProgress {
+            result: Some(long),
+            ..NodeProgress::default()
+        };
+        let kept: NodeProgress = serde_json::from_slice(&rows::encode_node(&row)).unwrap();
+        let cut = kept.result.unwrap();
+        let kept = Kept::of(&cut);
+        assert_eq!(kept.total(), 12_288 + 1_000_000 + 12_224);
+        // Whoever has seen all that is left of the head gets the tail, at its place, with the gap.
+        let seen = kept.head.len() as u64;
+        assert!(seen > 0 && seen < 12_288, "{seen}");
+        let rest = kept.beyond(seen).unwrap();
+        assert_eq!(rest.offset - seen, cut.dropped_bytes);
+        assert_eq!(rest.end(), kept.total());
     }
 
     #[test]
