@@ -22,7 +22,7 @@ use crate::{
     plan::{LeftOut, Level, NodeId, NodeIndex, NodeKind, Plan, Read},
     progress::{Admission, NodeState, Progress},
     reducer::Refused,
-    text::code,
+    text::{self, code},
 };
 
 pub use graft::Graft;
@@ -588,10 +588,5 @@ fn cut(difference: String) -> String {
 
 /// Names for people: the first of them.
 fn listed(names: &[&str]) -> String {
-    const SHOWN: usize = 10;
-    let shown: Vec<&str> = names.iter().copied().take(SHOWN).collect();
-    match names.len().saturating_sub(SHOWN) {
-        0 => shown.join(", "),
-        more => format!("{} and {more} more", shown.join(", ")),
-    }
+    text::first_of(names, 10, ", ")
 }

@@ -23,6 +23,16 @@ pub(crate) fn code(value: impl std::fmt::Debug) -> String {
     code
 }
 
+/// The first of many, for people: `a, b and 3 more`.
+pub fn first_of<T: AsRef<str>>(all: &[T], shown: usize, separator: &str) -> String {
+    let first: Vec<&str> = all.iter().take(shown).map(AsRef::as_ref).collect();
+    let first = first.join(separator);
+    match all.len().saturating_sub(shown) {
+        0 => first,
+        more => format!("{first} and {more} more"),
+    }
+}
+
 /// Cuts a text to [`MESSAGE_MAX_BYTES`].
 pub fn cut_message(text: &mut String) {
     cut(text, MESSAGE_MAX_BYTES);
@@ -49,6 +59,13 @@ mod tests {
         for state in crate::progress::NodeState::ALL {
             assert_eq!(serde_json::json!(code(state)), serde_json::json!(state));
         }
+    }
+
+    #[test]
+    fn of_many_the_first_are_named() {
+        assert_eq!(first_of(&["a", "b"], 2, ", "), "a, b");
+        assert_eq!(first_of(&["a", "b", "c"], 2, "; "), "a; b and 1 more");
+        assert_eq!(first_of::<&str>(&[], 2, ", "), "");
     }
 
     proptest! {

@@ -214,10 +214,7 @@ impl ServiceError {
 
     /// A deletion or change of something that others refer to. Names the first 20 of them.
     pub(crate) fn in_use(what: &'static str, id: &str, by: &[String]) -> Self {
-        let mut list = by.iter().take(20).cloned().collect::<Vec<_>>().join(", ");
-        if by.len() > 20 {
-            list.push_str(&format!(" and {} more", by.len() - 20));
-        }
+        let list = windlass_domain::text::first_of(by, 20, ", ");
         Self::conflict(
             "in_use",
             format!("the {what} `{id}` is in use by: {list}"),

@@ -206,13 +206,12 @@ impl Actor {
         if !self.is_idle() {
             let again = Command::internal(Event::Advance);
             self.fold(again, &mut commands).await?;
-            let due = if self.order.state.is_terminal() {
-                // Its servers are given back: by now they can be others'.
-                vec![Effect::Finish]
-            } else {
-                reducer::due(&self.plan, &self.progress)
-            };
-            self.perform(due);
+            // The servers of one that shows its end are given back: by now they can be others'.
+            if !self.order.state.is_terminal() {
+                let mut due = reducer::due(&self.plan, &self.progress);
+                due.retain(|effect| *effect != Effect::Finish);
+                self.perform(due);
+            }
             self.show_the_end().await?;
         }
         let stop = self.engine.shared.stop.clone();

@@ -19,6 +19,7 @@ use windlass_domain::{
     order::Control,
     plan::{Level, NodeIndex, NodeKind, Plan, Unit},
     reducer::Event,
+    text,
 };
 use windlass_store::{CommitError, Txn};
 
@@ -129,14 +130,10 @@ async fn unlock_of_ended(shared: &Shared, owner: OrderId) -> Result<(), LockErro
 
 /// Problems for people: the first of them.
 fn told(problems: &[String]) -> String {
-    let shown: Vec<&str> = problems.iter().take(10).map(String::as_str).collect();
-    let rest = problems.len().saturating_sub(shown.len());
-    let more = if rest > 0 {
-        format!("; and {rest} more")
-    } else {
-        String::new()
-    };
-    format!("these servers cannot take part: {}{more}", shown.join("; "))
+    format!(
+        "these servers cannot take part: {}",
+        text::first_of(problems, 10, "; ")
+    )
 }
 
 async fn fail(job: &Job, reason: String) {

@@ -16,6 +16,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use windlass_domain::{
     id::{InstanceId, OrderId, PoolId, ServerId},
     limits::Limits,
+    text,
 };
 use windlass_store::{Store, Txn};
 
@@ -94,8 +95,7 @@ impl Hold {
 
     /// As it is shown; `name` tells the names of servers, `order` is the one that is held.
     pub(crate) fn told(&self, order: OrderId, name: impl Fn(ServerId) -> String) -> String {
-        const SHOWN: usize = 5;
-        let shown = self.out.iter().take(SHOWN).map(|(server, out)| {
+        let told = self.out.iter().map(|(server, out)| {
             let server = name(*server);
             match out {
                 Out::Seated(holder) if *holder == order => {
@@ -108,14 +108,11 @@ impl Hold {
                 Out::Offline => format!("{server}: its agent is not connected"),
             }
         });
-        let mut shown: Vec<String> = shown.collect();
-        if self.out.len() > SHOWN {
-            shown.push(format!("and {} more", self.out.len() - SHOWN));
-        }
-        let out = if shown.is_empty() {
+        let told: Vec<String> = told.collect();
+        let out = if told.is_empty() {
             String::new()
         } else {
-            format!(" ({})", shown.join("; "))
+            format!(" ({})", text::first_of(&told, 5, "; "))
         };
         format!("{}{out}: {}", self.limit, self.mend)
     }

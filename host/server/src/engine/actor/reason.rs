@@ -11,6 +11,7 @@ use windlass_domain::{
     plan::{Level, NodeId, NodeIndex, NodeKind},
     plugin::RestoreWeight,
     progress::{NodeProgress, NodeState, StageRollback},
+    text,
 };
 
 use super::Actor;
@@ -208,7 +209,6 @@ impl Actor {
     /// What people were not told of before, one text for each kind, with the state of an order that it stops; without the
     /// reason that they are told just now.
     pub(super) fn news(&self, told: &Stops, reason: Option<&str>) -> Vec<(OrderState, String)> {
-        const SHOWN: usize = 3;
         let mut news: BTreeMap<NodeState, Vec<String>> = BTreeMap::new();
         for (stop, node) in &self.stops {
             let said = self.said_of(*node);
@@ -216,13 +216,8 @@ impl Actor {
                 news.entry(stop.0).or_default().push(said);
             }
         }
-        let told = |(state, mut said): (NodeState, Vec<String>)| {
-            let more = said.len().saturating_sub(SHOWN);
-            said.truncate(SHOWN);
-            if more > 0 {
-                said.push(format!("and {more} more"));
-            }
-            Some((of_stop(state)?, said.join("; ")))
+        let told = |(state, said): (NodeState, Vec<String>)| {
+            Some((of_stop(state)?, text::first_of(&said, 3, "; ")))
         };
         news.into_iter().filter_map(told).collect()
     }
@@ -257,15 +252,10 @@ impl Actor {
             .map(|unit| unit.server_name.as_str())
             .collect();
         if !without.is_empty() {
-            const SHOWN: usize = 10;
-            let more = match without.len().saturating_sub(SHOWN) {
-                0 => String::new(),
-                more => format!(" and {more} more"),
-            };
             said.push(format!(
-                "{}{more} were released without traffic, and have what people gave them by hand; the next release that \
+                "{} were released without traffic, and have what people gave them by hand; the next release that \
                  restores weights gives them what they had before",
-                without[..without.len().min(SHOWN)].join(", ")
+                text::first_of(&without, 10, ", ")
             ));
         }
         said.join("; ")

@@ -24,6 +24,7 @@ use windlass_domain::{
     },
     server::{ReleaseState, Server},
     template::TemplateKind,
+    text,
     value::{Environment, Value},
     workspace::Workspace,
 };
@@ -572,10 +573,8 @@ fn lacks_steps(operation: &Operation, installed: &Manifest) -> Option<&'static s
 
 /// No server takes part: with the first reasons.
 pub(super) fn nobody(left_out: &[LeftOut]) -> ServiceError {
-    const SHOWN: usize = 10;
-    let shown: Vec<String> = left_out
+    let told: Vec<String> = left_out
         .iter()
-        .take(SHOWN)
         .map(|out| {
             format!(
                 "{} of `{}`: {}",
@@ -583,15 +582,11 @@ pub(super) fn nobody(left_out: &[LeftOut]) -> ServiceError {
             )
         })
         .collect();
-    let more = match left_out.len().saturating_sub(SHOWN) {
-        0 => String::new(),
-        more => format!("; and {more} more"),
-    };
     ServiceError::Conflict {
         code: "no_server_qualifies",
         message: format!(
-            "no server qualifies for the operation: {}{more}",
-            shown.join("; ")
+            "no server qualifies for the operation: {}",
+            text::first_of(&told, 10, "; ")
         ),
         mend: "choose other servers, or mend what is named".to_owned(),
     }
