@@ -588,5 +588,5 @@ fn cut(difference: String) -> String {
 
 /// Names for people: the first of them.
 fn listed(names: &[&str]) -> String {
-    text::first_of(names, 10, ", ")
+    text::first_of(names.iter(), 10, ", ")
 }

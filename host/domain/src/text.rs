@@ -23,11 +23,21 @@ pub(crate) fn code(value: impl std::fmt::Debug) -> String {
     code
 }
 
-/// The first of many, for people: `a, b and 3 more`.
-pub fn first_of<T: AsRef<str>>(all: &[T], shown: usize, separator: &str) -> String {
-    let first: Vec<&str> = all.iter().take(shown).map(AsRef::as_ref).collect();
-    let first = first.join(separator);
-    match all.len().saturating_sub(shown) {
+/// The first of many, for people: `a, b and 3 more`. The texts of the others are not made.
+pub fn first_of<T: AsRef<str>>(
+    all: impl ExactSizeIterator<Item = T>,
+    shown: usize,
+    separator: &str,
+) -> String {
+    let more = all.len().saturating_sub(shown);
+    let mut first = String::new();
+    for (place, text) in all.take(shown).enumerate() {
+        if place > 0 {
+            first.push_str(separator);
+        }
+        first.push_str(text.as_ref());
+    }
+    match more {
         0 => first,
         more => format!("{first} and {more} more"),
     }
@@ -63,9 +73,9 @@ mod tests {
 
     #[test]
     fn of_many_the_first_are_named() {
-        assert_eq!(first_of(&["a", "b"], 2, ", "), "a, b");
-        assert_eq!(first_of(&["a", "b", "c"], 2, "; "), "a; b and 1 more");
-        assert_eq!(first_of::<&str>(&[], 2, ", "), "");
+        assert_eq!(first_of(["a", "b"].iter(), 2, ", "), "a, b");
+        assert_eq!(first_of(["a", "b", "c"].iter(), 2, "; "), "a; b and 1 more");
+        assert_eq!(first_of(std::iter::empty::<&str>(), 2, ", "), "");
     }
 
     proptest! {

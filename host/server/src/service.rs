@@ -214,7 +214,7 @@ impl ServiceError {
 
     /// A deletion or change of something that others refer to. Names the first 20 of them.
     pub(crate) fn in_use(what: &'static str, id: &str, by: &[String]) -> Self {
-        let list = windlass_domain::text::first_of(by, 20, ", ");
+        let list = windlass_domain::text::first_of(by.iter(), 20, ", ");
         Self::conflict(
             "in_use",
             format!("the {what} `{id}` is in use by: {list}"),

@@ -132,7 +132,7 @@ async fn unlock_of_ended(shared: &Shared, owner: OrderId) -> Result<(), LockErro
 fn told(problems: &[String]) -> String {
     format!(
         "these servers cannot take part: {}",
-        text::first_of(problems, 10, "; ")
+        text::first_of(problems.iter(), 10, "; ")
     )
 }
 

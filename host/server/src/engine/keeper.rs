@@ -108,11 +108,10 @@ impl Hold {
                 Out::Offline => format!("{server}: its agent is not connected"),
             }
         });
-        let told: Vec<String> = told.collect();
-        let out = if told.is_empty() {
+        let out = if self.out.is_empty() {
             String::new()
         } else {
-            format!(" ({})", text::first_of(&told, 5, "; "))
+            format!(" ({})", text::first_of(told, 5, "; "))
         };
         format!("{}{out}: {}", self.limit, self.mend)
     }

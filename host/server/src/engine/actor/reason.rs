@@ -217,7 +217,7 @@ impl Actor {
             }
         }
         let told = |(state, said): (NodeState, Vec<String>)| {
-            Some((of_stop(state)?, text::first_of(&said, 3, "; ")))
+            Some((of_stop(state)?, text::first_of(said.iter(), 3, "; ")))
         };
         news.into_iter().filter_map(told).collect()
     }
@@ -255,7 +255,7 @@ impl Actor {
             said.push(format!(
                 "{} were released without traffic, and have what people gave them by hand; the next release that \
                  restores weights gives them what they had before",
-                text::first_of(&without, 10, ", ")
+                text::first_of(without.iter(), 10, ", ")
             ));
         }
         said.join("; ")

@@ -573,20 +573,17 @@ fn lacks_steps(operation: &Operation, installed: &Manifest) -> Option<&'static s
 
 /// No server takes part: with the first reasons.
 pub(super) fn nobody(left_out: &[LeftOut]) -> ServiceError {
-    let told: Vec<String> = left_out
-        .iter()
-        .map(|out| {
-            format!(
-                "{} of `{}`: {}",
-                out.server_name, out.application, out.reason
-            )
-        })
-        .collect();
+    let told = left_out.iter().map(|out| {
+        format!(
+            "{} of `{}`: {}",
+            out.server_name, out.application, out.reason
+        )
+    });
     ServiceError::Conflict {
         code: "no_server_qualifies",
         message: format!(
             "no server qualifies for the operation: {}",
-            text::first_of(&told, 10, "; ")
+            text::first_of(told, 10, "; ")
         ),
         mend: "choose other servers, or mend what is named".to_owned(),
     }
