@@ -286,7 +286,7 @@ async fn carry_out(
             Action::Activate(manifest) => {
                 let user = users::resolve(task.run_as.as_deref(), &context.policy)?;
                 let instance = InstanceDir::of(&context.data, task, Some(&user))?;
-                instance.hand_over(&user)?;
+                instance.hand_over(&user).await?;
                 instance.activate(manifest)?;
                 Ok(Ended::new(Outcome::Succeeded, ""))
             }

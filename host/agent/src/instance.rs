@@ -81,13 +81,18 @@ impl InstanceDir {
     ///
     /// # Errors
     /// When something cannot be given away.
-    pub fn hand_over(&self, user: &User) -> Result<(), FileError> {
+    pub async fn hand_over(&self, user: &User) -> Result<(), FileError> {
         let own = self.data();
         let owner = fs::metadata(&own).during("look at", &own)?.uid();
         if owner == user.uid || !rustix::process::geteuid().is_root() {
             return Ok(());
         }
-        give_tree(&own, owner, user.uid, user.gid)
+        // There may be a lot of it.
+        let (path, uid, gid) = (own.clone(), user.uid, user.gid);
+        tokio::task::spawn_blocking(move || give_tree(&path, owner, uid, gid))
+            .await
+            .map_err(std::io::Error::from)
+            .during("give away", &own)?
     }
 
     /// The directory at a path, as it is.

@@ -23,7 +23,7 @@ pub(super) async fn unpack_release(
     let instance = InstanceDir::of(&context.data, task, Some(&user))?;
     // While an application runs, its data stays its user's: it is handed over when the release becomes the installed one.
     if !instance.app().exists() {
-        instance.hand_over(&user)?;
+        instance.hand_over(&user).await?;
     }
     let source = context.data.cached(&package.digest);
     if !source.is_file() {
