@@ -121,7 +121,7 @@ pub fn manifest(plan: &Plan, digest: Digest, node: NodeIndex) -> Option<Manifest
     })
 }
 
-/// The OS user that an application runs as; `None`: the agent's own.
+/// The OS user that an application runs as, to whom its releases and its data belong; `None`: the agent's own.
 fn runs_as(part: &Part) -> Option<String> {
     let starts = |step: &&StackStep| match step.action {
         StackAction::Start(_) => true,
@@ -161,7 +161,6 @@ pub fn task(plan: &Plan, node: NodeIndex, attempt: Attempt) -> Option<Task> {
     let step = plan.steps.get(step as usize)?;
     // Without a package to install, it is the release that is current.
     let mut names = release_name(plan, node);
-    // The release and the instance's data belong to whom the application runs as.
     let action = match step {
         StepTemplate::Fetch => Action::Fetch(package?.clone()),
         StepTemplate::Unpack => {
