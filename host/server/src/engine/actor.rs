@@ -762,9 +762,14 @@ impl Actor {
         if !self.has_ended() || self.is_giving_back(&[]) {
             return Ok(());
         }
+        let effects = vec![Effect::Finish];
+        if self.order.state.is_terminal() {
+            self.perform(effects);
+            return Ok(());
+        }
         let batch = Batch {
             header: true,
-            effects: vec![Effect::Finish],
+            effects,
             ..Batch::default()
         };
         self.commit(batch).await
