@@ -121,23 +121,14 @@ impl Actor {
         let on = dispatch::unit_of(&self.plan, node)
             .map(|(_, _, unit)| format!(" on {}", unit.server_name));
         let row = self.progress.node(node);
-        match &row.rollback {
-            Some(StageRollback::Done) if !row.ignored => {
-                return format!(
-                    "{} was rolled back: run it again, or go on without it",
-                    planned.name
-                );
-            }
-            Some(StageRollback::Failed { message }) => {
-                return format!("{} could not be rolled back: {message}", planned.name);
-            }
-            Some(
-                StageRollback::Ending { .. }
-                | StageRollback::Due { .. }
-                | StageRollback::Running { .. }
-                | StageRollback::Done,
-            )
-            | None => {}
+        if let Some(StageRollback::Failed { message }) = &row.rollback {
+            return format!("{} could not be rolled back: {message}", planned.name);
+        }
+        if of_rollback(row).is_some() {
+            return format!(
+                "{} was rolled back: run it again, or go on without it",
+                planned.name
+            );
         }
         let drift = row
             .drift
