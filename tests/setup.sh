@@ -21,6 +21,12 @@ python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2
 need /usr/sbin/haproxy haproxy
 need /usr/sbin/nft nftables
 need ip iproute2
+# References of the archive tests, and the programs that compress for them.
+need bsdtar libarchive-tools
+need unzip unzip
+need xz xz-utils
+need zstd zstd
+need bzip2 bzip2
 # The runtimes of the shipped tech stacks, on which the tests release. `javac` compiles the tests' jar.
 need java openjdk-17-jre-headless
 need javac openjdk-17-jdk-headless

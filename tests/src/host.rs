@@ -93,7 +93,9 @@ pub fn plugins() -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("tests/ has a parent");
-    let found = root.join("target/plugins");
+    // Relative to the workspace, as in tests/bench.sh.
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    let found = root.join(target).join("plugins");
     assert!(
         found.join("binary.wasm").exists(),
         "plugins are not built: run `make plugins`"

@@ -80,6 +80,8 @@ pub struct Policy {
 
 impl Default for Policy {
     fn default() -> Self {
+        // Uploads are judged by the same limits.
+        let limits = windlass_archive::Limits::default();
         Self {
             users: Vec::new(),
             root: false,
@@ -87,9 +89,9 @@ impl Default for Policy {
             path_roots: Vec::new(),
             cache_bytes: 2 << 30,
             min_free_bytes: 32 << 20,
-            unpack_bytes: 4 << 30,
-            unpack_entries: 200_000,
-            unpack_ratio: 200,
+            unpack_bytes: limits.bytes,
+            unpack_entries: limits.entries,
+            unpack_ratio: limits.ratio,
             cgroups: true,
             load_balancers: true,
         }

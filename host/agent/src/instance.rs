@@ -14,7 +14,7 @@ use std::{
 
 use windlass_domain::{
     manifest::{Installed, Manifest},
-    task::{PackageFormat, PackageRef, Task},
+    task::{PackageRef, Task},
 };
 
 use crate::{
@@ -343,11 +343,10 @@ impl InstanceDir {
             env.insert("WINDLASS_RELEASE_DIR".into(), text(&dir));
             let package: Option<PackageRef> = read_json(&self.release_package(&release)?)?;
             if let Some(package) = package {
-                let file = match package.format {
-                    PackageFormat::Jar | PackageFormat::Plain => dir.join(&package.file_name),
-                    PackageFormat::TarGz | PackageFormat::Zip => {
-                        self.cache.join(package.digest.to_string())
-                    }
+                let file = if package.format.is_archive() {
+                    self.cache.join(package.digest.to_string())
+                } else {
+                    dir.join(&package.file_name)
                 };
                 env.insert("WINDLASS_PACKAGE_FILE".into(), text(&file));
             }

@@ -1,32 +1,27 @@
 //! Unpacks packages, which are not trusted.
 //!
-//! Everything happens in a fresh directory that is given its name only when all of it is good; a failure leaves nothing.
-//! Entries are created beneath that directory only (`openat2` with `RESOLVE_BENEATH` and `RESOLVE_NO_SYMLINKS`), each name once,
-//! never through a link. Refused, each with its own error: absolute paths, `..`, links that leave, writing through a link, devices
-//! and other special files, set-user-id and set-group-id bits, more bytes, entries or growth than the policy allows.
-//! Where the application's user is not the agent's own, all of it is done by a process of that user (see `child`): whatever an
+//! [`windlass_archive`] reads them and decides what is accepted, exactly as it did when they were uploaded. This module decides
+//! where and as which user the files are created: in a new directory that is renamed to its final name only when everything in
+//! it is complete. A failure leaves nothing. Entries are created beneath an open handle of that directory only (see `tree`).
+//! Where the application's user is not the agent's own, a process of that user does all of it (see `child`): whatever an
 //! archive does to the programs that read it, it does with no more rights than the application has anyway.
 //! Source: design, "Agents", "Unpacking"; spec "Packages".
 
 pub mod child;
-mod tarball;
 mod tree;
-mod zipfile;
 
 use std::{
-    collections::BTreeSet,
     fs::File,
-    io::{self, Seek as _},
+    io::{self, BufReader, Read, Seek, SeekFrom},
     os::unix::fs::DirBuilderExt as _,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
 };
 
+use windlass_archive::{Compression, Limits, ReadError, Reason, Refusal};
 use windlass_domain::task::{PackageFormat, PackageRef};
 
-use tarball::{inspect_tar, unpack_tar};
-use tree::{Tree, parts};
-use zipfile::unpack_zip;
+use tree::Tree;
 
 use crate::{
     clock,
@@ -35,93 +30,21 @@ use crate::{
     users::User,
 };
 
-/// Growth is judged only beyond this size.
-const RATIO_FREE_BYTES: u64 = 1 << 20;
-/// Names and link targets longer than this are refused.
-const MAX_PATH: usize = 4096;
-
 /// Why a package is not unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
-    /// A path that starts with `/`.
-    #[error("the package holds the absolute path `{0}`; entries must be relative")]
-    Absolute(String),
-    /// A path with `..`.
-    #[error(
-        "the package holds the path `{0}`, which has `..` in it; entries must stay beneath the release directory"
-    )]
-    Traversal(String),
-    /// Another path that is none.
-    #[error("the package holds an entry without a usable name: `{0}`")]
-    Name(String),
-    /// A link out.
-    #[error("the link `{path}` in the package points to `{target}`, outside the release directory")]
-    LinkLeaves {
-        /// The link.
-        path: String,
-        /// Its target.
-        target: String,
+    /// The archive is refused.
+    #[error("the package cannot be unpacked: {refusal}{}", setting(&refusal.reason))]
+    Refused {
+        /// Where and why.
+        refusal: Box<Refusal>,
     },
-    /// An entry behind a link.
-    #[error("the package writes `{0}` through a link that it made before")]
-    ThroughLink(String),
-    /// A name twice.
-    #[error(
-        "the package holds `{0}` twice, and which of them is meant cannot be known: pack it again with each name once"
-    )]
-    Twice(String),
-    /// A device, FIFO or socket.
-    #[error("`{path}` in the package is {what}; only files, directories and links are unpacked")]
-    Special {
-        /// The entry.
-        path: String,
-        /// What it is.
-        what: &'static str,
-    },
-    /// Bits that give rights.
-    #[error(
-        "`{path}` in the package has the set-user-id or set-group-id bit (mode {mode:o}); remove it"
-    )]
-    SetId {
-        /// The entry.
-        path: String,
-        /// Its mode.
-        mode: u32,
-    },
-    /// Too large.
-    #[error(
-        "the package unpacks to more than {limit} bytes, the limit `policy.unpack_bytes` of this agent"
-    )]
-    TooLarge {
-        /// The limit.
-        limit: u64,
-    },
-    /// Too many.
-    #[error(
-        "the package holds more than {limit} entries, the limit `policy.unpack_entries` of this agent"
-    )]
-    TooMany {
-        /// The limit.
-        limit: u64,
-    },
-    /// A bomb.
-    #[error(
-        "the package of {packed} bytes unpacks to more than {limit} times its size, the limit `policy.unpack_ratio` of this agent: it looks like a bomb"
-    )]
-    Bomb {
-        /// Its size.
-        packed: u64,
-        /// The limit.
-        limit: u64,
-    },
-    /// Not of its format.
-    #[error("the package cannot be read as {format}: {reason}")]
-    Broken {
-        /// The format.
-        format: &'static str,
-        /// What is wrong.
-        reason: String,
-    },
+    /// The package's file cannot be read.
+    #[error("the package's file cannot be read")]
+    Read(#[source] io::Error),
+    /// The package's own name is none that a file can have.
+    #[error("`{0}` cannot be the name of a file; upload the package with another `file_name`")]
+    FileName(String),
     /// The release directory's side.
     #[error("`{path}` cannot be unpacked")]
     Write {
@@ -209,82 +132,87 @@ fn unpack_into(
 
 /// Fills an empty directory of one's own with what a package holds.
 fn fill(
-    mut file: File,
+    file: File,
     package: &PackageRef,
     fresh: &Path,
     policy: &Policy,
     cancelled: &AtomicBool,
 ) -> Result<(), UnpackError> {
     let root = File::open(fresh).map_err(write_failed(fresh))?;
-    let packed = file.metadata().map_err(write_failed(fresh))?.len();
-    let mut tree = Tree {
-        root: root.into(),
-        budget: Budget {
-            packed,
-            bytes: 0,
-            entries: 0,
-            policy,
-            cancelled,
-        },
-        made: BTreeSet::new(),
-        modes: Vec::new(),
-        links: Vec::new(),
+    let packed = file.metadata().map_err(UnpackError::Read)?.len();
+    let limits = Limits {
+        bytes: policy.unpack_bytes,
+        entries: policy.unpack_entries,
+        ratio: policy.unpack_ratio,
     };
-    match package.format {
-        PackageFormat::TarGz => {
-            inspect_tar(&file, &tree.budget)?;
-            file.rewind().map_err(write_failed(fresh))?;
-            unpack_tar(&file, &mut tree)?;
-        }
-        PackageFormat::Zip => unpack_zip(file, &mut tree)?,
+    let mut tree = Tree::new(root.into(), cancelled);
+    let mut source = Stoppable { file, cancelled };
+    let read = match package.format {
+        PackageFormat::Zip => windlass_archive::read_zip(source, limits, &mut tree),
         PackageFormat::Jar | PackageFormat::Plain => {
-            let mode = match package.format {
-                PackageFormat::Plain => 0o755,
-                PackageFormat::Jar | PackageFormat::TarGz | PackageFormat::Zip => 0o644,
+            let mode = if package.format == PackageFormat::Plain {
+                0o755
+            } else {
+                0o644
             };
-            let path = parts(&package.file_name)?;
-            tree.file(&path, &package.file_name, mode, &mut file)?;
+            tree.whole_file(&package.file_name, mode, &mut source)?;
+            return finish(&tree, fresh);
         }
-    }
-    tree.finish()?;
-    rustix::fs::syncfs(&tree.root).map_err(|error| write_failed(fresh)(error.into()))
+        PackageFormat::Tar
+        | PackageFormat::TarGz
+        | PackageFormat::TarXz
+        | PackageFormat::TarZst
+        | PackageFormat::TarBz2 => {
+            let compression = Compression::of_format(package.format).unwrap_or(Compression::None);
+            let source = BufReader::with_capacity(64 << 10, source);
+            windlass_archive::read_tar(source, compression, packed, limits, &mut tree)
+        }
+    };
+    read.map_err(|error| match error {
+        _ if cancelled.load(Ordering::Relaxed) => UnpackError::Cancelled,
+        ReadError::Refused(refusal) => UnpackError::Refused { refusal },
+        ReadError::Source(error) => UnpackError::Read(error),
+        ReadError::Sink(error) => error,
+    })?;
+    finish(&tree, fresh)
 }
 
-/// What may still be unpacked.
-struct Budget<'a> {
-    packed: u64,
-    bytes: u64,
-    entries: u64,
-    policy: &'a Policy,
+fn finish(tree: &Tree<'_>, fresh: &Path) -> Result<(), UnpackError> {
+    tree.finish()?;
+    rustix::fs::syncfs(tree.root()).map_err(|error| write_failed(fresh)(error.into()))
+}
+
+/// The agent's setting behind a limit, for a message.
+fn setting(reason: &Reason) -> &'static str {
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "only limits have a setting; another reason has none"
+    )]
+    match reason {
+        Reason::TooLarge { .. } => " (`policy.unpack_bytes` of this agent)",
+        Reason::TooMany { .. } => " (`policy.unpack_entries` of this agent)",
+        Reason::Bomb { .. } => " (`policy.unpack_ratio` of this agent)",
+        _ => "",
+    }
+}
+
+/// A package's file, which can no longer be read when the task has ended.
+struct Stoppable<'a> {
+    file: File,
     cancelled: &'a AtomicBool,
 }
 
-impl Budget<'_> {
-    fn entry(&mut self) -> Result<(), UnpackError> {
-        self.entries += 1;
-        let limit = self.policy.unpack_entries;
-        if self.entries > limit {
-            return Err(UnpackError::TooMany { limit });
-        }
-        Ok(())
-    }
-
-    fn spend(&mut self, bytes: u64) -> Result<(), UnpackError> {
+impl Read for Stoppable<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.cancelled.load(Ordering::Relaxed) {
-            return Err(UnpackError::Cancelled);
+            return Err(io::Error::other("the task has ended"));
         }
-        self.bytes = self.bytes.saturating_add(bytes);
-        let limit = self.policy.unpack_ratio;
-        if self.bytes > RATIO_FREE_BYTES && self.bytes > self.packed.saturating_mul(limit) {
-            return Err(UnpackError::Bomb {
-                packed: self.packed,
-                limit,
-            });
-        }
-        let limit = self.policy.unpack_bytes;
-        if self.bytes > limit {
-            return Err(UnpackError::TooLarge { limit });
-        }
-        Ok(())
+        self.file.read(buffer)
+    }
+}
+
+impl Seek for Stoppable<'_> {
+    fn seek(&mut self, position: SeekFrom) -> io::Result<u64> {
+        self.file.seek(position)
     }
 }

@@ -715,15 +715,15 @@ async fn a_package_is_unpacked_by_its_user_with_no_more_rights() {
     for (files, says) in [
         (
             vec![("../out".to_owned(), &b"x"[..])],
-            "`../out`, which has `..`",
+            "entry `../out` at byte 512: the path contains `..`",
         ),
         (
             vec![("a".to_owned(), b"x"), ("a".to_owned(), b"y")],
-            "holds `a` twice",
+            "contains this path more than once",
         ),
         (
             many,
-            "more than 50 entries, the limit `policy.unpack_entries`",
+            "more than 50 files, directories and links, the limit; pack fewer (`policy.unpack_entries` of this agent)",
         ),
     ] {
         let result = unpack("r2", &files).await;

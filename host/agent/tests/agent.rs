@@ -7,6 +7,7 @@
 )]
 
 mod actions;
+mod archives;
 mod attacks;
 mod crashes;
 mod network;

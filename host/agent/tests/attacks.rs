@@ -10,6 +10,7 @@ use windlass_agent::{
     config::Policy,
     unpack::{UnpackError, unpack},
 };
+use windlass_archive::{Reason, Refusal};
 use windlass_domain::{
     Digest,
     task::{PackageFormat, PackageRef},
@@ -182,7 +183,14 @@ fn unpack_bytes(
     unpacked
 }
 
-type Judge = fn(&UnpackError) -> bool;
+type Judge = fn(&Reason) -> bool;
+
+fn refusal(unpacked: Result<(), UnpackError>) -> Option<Refusal> {
+    match unpacked {
+        Err(UnpackError::Refused { refusal }) => Some(*refusal),
+        Ok(()) | Err(_) => None,
+    }
+}
 
 #[test]
 fn every_attack_is_refused_in_every_format() {
@@ -190,11 +198,13 @@ fn every_attack_is_refused_in_every_format() {
     let victim = outside.path().join("victim");
     fs::write(&victim, "untouched").unwrap();
     let out = outside.path().to_str().unwrap();
-    let traversal: Judge = |error| matches!(error, UnpackError::Traversal(_));
-    let through: Judge = |error| matches!(error, UnpackError::ThroughLink(_));
-    let leaves: Judge = |error| matches!(error, UnpackError::LinkLeaves { .. });
-    let device: Judge = |error| matches!(error, UnpackError::Special { .. });
-    let set_id: Judge = |error| matches!(error, UnpackError::SetId { .. });
+    let traversal: Judge = |reason| matches!(reason, Reason::Traversal);
+    let below: Judge =
+        |reason| matches!(reason, Reason::BelowOther { parent, .. } if parent == "a");
+    let leaves: Judge = |reason| matches!(reason, Reason::LinkLeaves { .. });
+    let device: Judge = |reason| matches!(reason, Reason::Special(_));
+    let set_id: Judge = |reason| matches!(reason, Reason::SetId(_));
+    let twice: Judge = |reason| matches!(reason, Reason::Duplicate);
     let cases: Vec<(&str, Vec<Entry>, Judge)> = vec![
         ("traversal", vec![file("../victim", "x")], traversal),
         (
@@ -205,19 +215,19 @@ fn every_attack_is_refused_in_every_format() {
         (
             "absolute",
             vec![file(&format!("{out}/victim"), "x")],
-            |error| matches!(error, UnpackError::Absolute(_)),
+            |reason| matches!(reason, Reason::Absolute),
         ),
         ("link that leaves", vec![link("a", "../../victim")], leaves),
         ("absolute link", vec![link("a", out)], leaves),
         (
             "link then write",
             vec![dir("d", 0o755), link("a", "d"), file("a/victim", "x")],
-            through,
+            below,
         ),
         (
             "link replaced by a file",
             vec![link("a", "b"), file("a", "x")],
-            |error| matches!(error, UnpackError::Twice(_) | UnpackError::ThroughLink(_)),
+            twice,
         ),
         (
             "links that leave together",
@@ -244,29 +254,24 @@ fn every_attack_is_refused_in_every_format() {
         (
             "a file as a directory",
             vec![file("a", "x"), file("a/b", "x")],
-            through,
+            below,
         ),
-        (
-            "twice",
-            vec![file("a", "x"), file("a", "y")],
-            |error| matches!(error, UnpackError::Twice(name) if name == "a"),
-        ),
+        ("twice", vec![file("a", "x"), file("a", "y")], twice),
         (
             "twice, the same content, others between",
             vec![file("d/a", "x"), file("b", "y"), file("d/a", "x")],
-            |error| matches!(error, UnpackError::Twice(name) if name == "d/a"),
+            twice,
         ),
         (
             "twice in other spellings",
             vec![file("a", "x"), file("./a", "y")],
-            |error| matches!(error, UnpackError::Twice(_)),
+            twice,
         ),
         ("character device", vec![special("null", 0o020_666)], device),
         ("block device", vec![special("sda", 0o060_666)], device),
         ("fifo", vec![special("pipe", 0o010_666)], device),
         ("set-user-id", vec![special("su", 0o104_755)], set_id),
         ("set-group-id", vec![special("sg", 0o102_755)], set_id),
-        ("set-group-id directory", vec![dir("sgd", 0o2755)], set_id),
     ];
     for (name, entries, expected) in &cases {
         for (format, bytes) in [
@@ -274,39 +279,68 @@ fn every_attack_is_refused_in_every_format() {
             (PackageFormat::Zip, zip(entries)),
         ] {
             let root = tempfile::tempdir().unwrap();
-            match unpack_bytes(root.path(), &bytes, format, &Policy::default()) {
-                Err(error) if expected(&error) => {}
-                other => panic!("{name} in {format:?}: {other:?}"),
-            }
+            let unpacked = unpack_bytes(root.path(), &bytes, format, &Policy::default());
+            let found = refusal(unpacked).unwrap_or_else(|| panic!("{name} in {format:?}"));
+            assert!(expected(&found.reason), "{name} in {format:?}: {found}");
+            assert!(found.entry.is_some(), "{name} in {format:?}: {found}");
         }
     }
     // What only tar has: hard links.
-    for (name, entries) in [
-        ("hard link out", vec![hard("a", "../victim")]),
+    let outside_link: Judge = |reason| matches!(reason, Reason::LinkLeaves { .. });
+    let missing: Judge = |reason| matches!(reason, Reason::HardLinkMissing { .. });
+    let cases: Vec<(&str, Vec<Entry>, Judge)> = vec![
+        ("out", vec![hard("a", "../victim")], outside_link),
         (
-            "absolute hard link",
+            "absolute",
             vec![hard("a", victim.to_str().unwrap())],
+            outside_link,
         ),
-        ("hard link to a link", vec![link("l", "b"), hard("a", "l")]),
-        ("hard link to nothing", vec![hard("a", "nothing")]),
-    ] {
+        ("to nothing", vec![hard("a", "nothing")], missing),
+        ("to itself", vec![hard("a", "a")], |reason| {
+            matches!(reason, Reason::HardLinkCycle { .. })
+        }),
+        (
+            "to each other",
+            vec![hard("a", "b"), hard("b", "a")],
+            |reason| matches!(reason, Reason::HardLinkCycle { .. }),
+        ),
+        (
+            "to a directory",
+            vec![dir("d", 0o755), hard("a", "d")],
+            |reason| matches!(reason, Reason::HardLinkDirectory { .. }),
+        ),
+        (
+            "to a link that is inside only where it is",
+            vec![dir("x", 0o755), link("x/l", "../f"), hard("a", "x/l")],
+            outside_link,
+        ),
+        (
+            "to a later link that is inside only where it is",
+            vec![hard("a", "x/l"), dir("x", 0o755), link("x/l", "../f")],
+            outside_link,
+        ),
+        (
+            "through a link",
+            vec![
+                dir("d", 0o755),
+                file("d/f", "x"),
+                link("l", "d"),
+                hard("a", "l/f"),
+            ],
+            |reason| matches!(reason, Reason::BelowOther { .. }),
+        ),
+    ];
+    for (name, entries, expected) in &cases {
         let root = tempfile::tempdir().unwrap();
-        let error = unpack_bytes(
+        let bytes = tar_gz(entries);
+        let unpacked = unpack_bytes(
             root.path(),
-            &tar_gz(&entries),
+            &bytes,
             PackageFormat::TarGz,
             &Policy::default(),
-        )
-        .unwrap_err();
-        assert!(
-            matches!(
-                error,
-                UnpackError::LinkLeaves { .. }
-                    | UnpackError::Traversal(_)
-                    | UnpackError::Absolute(_)
-            ),
-            "{name}: {error:?}"
         );
+        let found = refusal(unpacked).unwrap_or_else(|| panic!("hard link {name}"));
+        assert!(expected(&found.reason), "hard link {name}: {found}");
     }
     assert_eq!(fs::read_to_string(&victim).unwrap(), "untouched");
 }
@@ -341,8 +375,15 @@ fn limits_name_themselves() {
 }
 
 #[test]
-fn what_is_no_archive_is_refused() {
-    for format in [PackageFormat::TarGz, PackageFormat::Zip] {
+fn a_file_that_is_not_an_archive_is_refused() {
+    for format in [
+        PackageFormat::Tar,
+        PackageFormat::TarGz,
+        PackageFormat::TarXz,
+        PackageFormat::TarZst,
+        PackageFormat::TarBz2,
+        PackageFormat::Zip,
+    ] {
         for bytes in [
             &b""[..],
             b"not an archive at all",
@@ -351,10 +392,15 @@ fn what_is_no_archive_is_refused() {
         ] {
             let root = tempfile::tempdir().unwrap();
             let unpacked = unpack_bytes(root.path(), bytes, format, &Policy::default());
+            let found = refusal(unpacked).unwrap_or_else(|| panic!("{format:?}"));
             assert!(
-                matches!(unpacked, Err(UnpackError::Broken { .. })),
-                "{format:?}: {unpacked:?}"
+                matches!(
+                    found.reason,
+                    Reason::Broken { .. } | Reason::Truncated { .. }
+                ),
+                "{format:?}: {found}"
             );
+            assert!(found.offset.is_some(), "{format:?}: {found}");
         }
     }
 }
@@ -363,7 +409,8 @@ fn what_is_no_archive_is_refused() {
 fn a_good_package_is_unpacked_as_it_is() {
     use std::os::unix::fs::PermissionsExt as _;
     let entries = [
-        dir("bin", 0o555),
+        dir("bin", 0o7777),
+        dir("bin", 0o2555),
         Entry {
             mode: 0o100_755,
             ..file("bin/app", "#!/bin/sh\n")

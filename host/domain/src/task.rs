@@ -113,10 +113,44 @@ pub enum PackageFormat {
     TarGz,
     /// `.zip`: unpacked into the release directory.
     Zip,
-    /// `.jar`: kept whole, as one file with its name.
+    /// `.jar`, `.war` or `.ear`: kept whole, as one file with its name.
     Jar,
     /// Any other file: kept whole, as one executable file with its name.
     Plain,
+    /// A tar archive without compression: unpacked into the release directory.
+    Tar,
+    /// A tar archive compressed with xz: unpacked into the release directory.
+    TarXz,
+    /// A tar archive compressed with zstd: unpacked into the release directory.
+    TarZst,
+    /// A tar archive compressed with bzip2: unpacked into the release directory.
+    TarBz2,
+}
+
+impl PackageFormat {
+    /// The format's name in the API and for plugins.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::TarGz => "tar_gz",
+            Self::Zip => "zip",
+            Self::Jar => "jar",
+            Self::Plain => "plain",
+            Self::Tar => "tar",
+            Self::TarXz => "tar_xz",
+            Self::TarZst => "tar_zst",
+            Self::TarBz2 => "tar_bz2",
+        }
+    }
+
+    /// Whether a package of this format is unpacked into the release directory. Others stay one file.
+    #[must_use]
+    pub const fn is_archive(self) -> bool {
+        match self {
+            Self::TarGz | Self::Zip | Self::Tar | Self::TarXz | Self::TarZst | Self::TarBz2 => true,
+            Self::Jar | Self::Plain => false,
+        }
+    }
 }
 
 /// A package as an agent needs to know it.
@@ -178,7 +212,7 @@ pub enum Action {
 /// An archive of files and where it goes, as an agent needs to know it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct FilesRef {
-    /// Where the archive is: `http://` or `https://`, a `.tar.gz`.
+    /// Where the archive is: `http://` or `https://`; tar (plain, gz, xz, zst, bz2) or zip.
     pub url: String,
     /// SHA-256 that it must have.
     pub sha256: Option<Digest>,

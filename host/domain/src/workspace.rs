@@ -19,6 +19,11 @@ pub const DEFAULT_PACKAGE_LIMIT_BYTES: u64 = 200_000_000;
 /// Largest package that a workspace can be set to allow, in bytes.
 pub const MAX_PACKAGE_LIMIT_BYTES: u64 = 300_000_000;
 
+/// All packages of a workspace together by default, in bytes: 20 GiB.
+pub const DEFAULT_UPLOAD_QUOTA_BYTES: u64 = 20 << 30;
+/// The largest quota that a workspace can be set to, in bytes: 1 PiB.
+pub const MAX_UPLOAD_QUOTA_BYTES: u64 = 1 << 50;
+
 /// A set of resources with one network and one security policy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Workspace {
@@ -42,12 +47,19 @@ pub struct Workspace {
     /// Largest package, in bytes: 1 to 300,000,000.
     #[serde(default = "default_package_limit")]
     pub package_limit_bytes: u64,
+    /// Quota for all packages of the workspace together, in bytes: 1 to 2^50. Default: 21,474,836,480 (20 GiB).
+    #[serde(default = "default_upload_quota")]
+    pub upload_quota_bytes: u64,
     /// When it was made.
     pub created_at: Timestamp,
 }
 
 fn default_package_limit() -> u64 {
     DEFAULT_PACKAGE_LIMIT_BYTES
+}
+
+fn default_upload_quota() -> u64 {
+    DEFAULT_UPLOAD_QUOTA_BYTES
 }
 
 /// Kind of a workspace. A unitized group is a set of standard workspaces; it comes later.
@@ -159,6 +171,16 @@ impl Workspace {
                     format!("the package limit is 1 to {MAX_PACKAGE_LIMIT_BYTES} bytes"),
                     MAX_PACKAGE_LIMIT_BYTES,
                     self.package_limit_bytes,
+                ),
+            ));
+        }
+        if self.upload_quota_bytes == 0 || self.upload_quota_bytes > MAX_UPLOAD_QUOTA_BYTES {
+            return Err((
+                "upload_quota_bytes",
+                InvalidValue::limit(
+                    format!("the upload quota must be 1 to {MAX_UPLOAD_QUOTA_BYTES} bytes"),
+                    MAX_UPLOAD_QUOTA_BYTES,
+                    self.upload_quota_bytes,
                 ),
             ));
         }
@@ -291,6 +313,7 @@ mod tests {
             network: network.into(),
             kind: WorkspaceKind::Standard,
             package_limit_bytes: DEFAULT_PACKAGE_LIMIT_BYTES,
+            upload_quota_bytes: DEFAULT_UPLOAD_QUOTA_BYTES,
             created_at: Timestamp::default(),
         }
     }
@@ -344,5 +367,10 @@ mod tests {
         let mut large = workspace(&["a"], "10.2.0.0/16");
         large.package_limit_bytes = MAX_PACKAGE_LIMIT_BYTES + 1;
         assert_eq!(field(&large), "package_limit_bytes");
+        for bytes in [0, MAX_UPLOAD_QUOTA_BYTES + 1] {
+            let mut quota = workspace(&["zone-a"], "10.2.0.0/16");
+            quota.upload_quota_bytes = bytes;
+            assert_eq!(field(&quota), "upload_quota_bytes");
+        }
     }
 }

@@ -104,13 +104,16 @@ pub use secret::{DownloadGrant, SecretText};
 
 /// The version of the protocol that this crate describes. Rises when a message changes its meaning, or when
 /// the other side has to know before a new one is sent.
-pub const PROTOCOL_VERSION: u32 = 3;
+pub const PROTOCOL_VERSION: u32 = 4;
 
 /// From this version an agent takes tasks of no service instance.
 pub const SERVER_WORK_VERSION: u32 = 2;
 
 /// From this version an agent knows how to place files.
 pub const PLACE_FILES_VERSION: u32 = 3;
+
+/// From this version an agent knows the package formats `tar`, `tar_xz`, `tar_zst` and `tar_bz2`.
+pub const TAR_FORMATS_VERSION: u32 = 4;
 
 /// The oldest version that this crate still speaks.
 pub const MIN_PROTOCOL_VERSION: u32 = 1;

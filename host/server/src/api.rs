@@ -205,6 +205,8 @@ fn routes() -> OpenApiRouter<Api> {
     // Named by a parameter of a query alone, which brings no schema along.
     let purpose = <crate::service::orders::PurposeKind as utoipa::PartialSchema>::schema();
     components.schemas.insert("PurposeKind".to_owned(), purpose);
+    let kind = <packages::PackageKind as utoipa::PartialSchema>::schema();
+    components.schemas.insert("PackageKind".to_owned(), kind);
     let document = OpenApiBuilder::new()
         .info(info)
         .components(Some(components))

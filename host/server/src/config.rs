@@ -8,6 +8,9 @@ use std::{
 
 use windlass_domain::{invocation::quota::INVOCATIONS_PER_DAY, load_balancer::PortRanges};
 
+/// The share of the disk that uploads leave free by default, in percent.
+pub const UPLOAD_DISK_RESERVE_PERCENT: u8 = 5;
+
 /// Settings of a server.
 #[derive(Debug, Clone)]
 pub struct ServerConfig {
@@ -36,6 +39,8 @@ pub struct ServerConfig {
     pub front_ports: PortRanges,
     /// Invocations that a workspace may make in a day.
     pub invocations_per_day: u32,
+    /// The share of the data directory's disk that uploads leave free, in percent.
+    pub upload_disk_reserve_percent: u8,
     /// The program that compiles plugins; this program's own subcommand unless given (tests run in another program).
     pub compile_command: Option<Vec<std::ffi::OsString>>,
 }
@@ -105,6 +110,7 @@ impl ServerConfig {
             journal: JournalLimits::default(),
             front_ports: PortRanges::default(),
             invocations_per_day: INVOCATIONS_PER_DAY,
+            upload_disk_reserve_percent: UPLOAD_DISK_RESERVE_PERCENT,
             compile_command: None,
         }
     }

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 use windlass::{
-    config::{self, JournalLimits, PluginTrust, ServerConfig, Tls},
+    config::{self, JournalLimits, PluginTrust, ServerConfig, Tls, UPLOAD_DISK_RESERVE_PERCENT},
     demo, dev, platform, plugin_cli,
     telemetry::{self, LogFormat},
 };
@@ -94,6 +94,10 @@ struct Server {
     /// link-local addresses (the metadata services of clouds among them) and addresses of many receivers.
     #[arg(long)]
     notification_deny: Vec<ipnet::IpNet>,
+    /// Uploads leave this share of the data directory's disk free, in percent: 0 to 99. An upload that would leave less is
+    /// refused with 507.
+    #[arg(long, default_value_t = UPLOAD_DISK_RESERVE_PERCENT, value_parser = clap::value_parser!(u8).range(0..=99))]
+    upload_disk_reserve: u8,
     /// Ed25519 public keys whose signatures of plugins (`name.wasm.sig`) are checked: a file, or a directory of `*.pub` and
     /// `*.pem`.
     #[arg(long)]
@@ -284,6 +288,7 @@ async fn serve(options: Server) -> anyhow::Result<()> {
         } else {
             options.notification_deny
         },
+        upload_disk_reserve_percent: options.upload_disk_reserve,
         trust: PluginTrust {
             keys: options.plugin_keys,
             require_signature: options.require_signed_plugins,

@@ -297,7 +297,8 @@ pub async fn start_with(
 
     let workspaces = Workspaces::new(store.clone());
     let apps = Apps::new(store.clone(), plugins.clone());
-    let packages = Packages::new(store.clone(), blobs.clone());
+    let packages = Packages::new(store.clone(), blobs.clone())
+        .with_disk_reserve(config.upload_disk_reserve_percent);
     let instances = Instances::new(store.clone(), plugins.clone());
     let servers = Servers::new(store.clone());
     let tokens = Tokens::new(store.clone());

@@ -104,6 +104,18 @@ pub enum ServiceError {
         /// When there is more, in seconds.
         renews_in_s: u64,
     },
+    /// The disk has too little free space.
+    #[error("{message}")]
+    StorageFull {
+        /// What is stored where, with the figures.
+        message: String,
+        /// The space that has to stay free, in bytes.
+        limit: u64,
+        /// The space that would be free, in bytes.
+        current: u64,
+        /// What to do.
+        mend: String,
+    },
     /// The state of things does not allow it.
     #[error("{message}")]
     Conflict {
@@ -164,6 +176,7 @@ impl ServiceError {
             | Self::Conflict { code, .. }
             | Self::Plugin { code, .. } => code,
             Self::Changed { .. } => "changed",
+            Self::StorageFull { .. } => "storage_full",
             Self::Replay => "idempotent_request_under_way",
             Self::Unavailable { .. } => "unavailable",
             Self::Internal { .. } => "internal",

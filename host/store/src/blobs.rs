@@ -155,6 +155,10 @@ pub enum BlobError {
     },
     #[error("a writer that has failed takes no more data; start again")]
     WriterFailed,
+    #[error(
+        "a blob in an object store cannot be read before it is complete; keep blobs in a directory"
+    )]
+    NotAFile,
     #[error("cannot {operation} `{}`", path.display())]
     Io {
         operation: &'static str,
@@ -182,6 +186,14 @@ pub struct BlobInfo {
     pub size_bytes: u64,
     /// When it was written last, by the clock of the file system or of the object store.
     pub modified: SystemTime,
+}
+
+/// The space of a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    pub total_bytes: u64,
+    /// What a process without privileges may still use.
+    pub free_bytes: u64,
 }
 
 /// What a collection did.
@@ -435,6 +447,25 @@ impl Blobs {
             Place::Directory(LocalDirectory { root, .. }) => Some(local_path(root, digest)),
             Place::Objects(_) => None,
         }
+    }
+
+    /// The space of the file system that the blobs are on; `None` in an object store.
+    ///
+    /// # Errors
+    /// [`BlobError::Io`].
+    pub async fn space(&self) -> Result<Option<Space>, BlobError> {
+        let Some(root) = self.inner.root().map(Path::to_owned) else {
+            return Ok(None);
+        };
+        let found = blocking(move || {
+            rustix::fs::statvfs(&root)
+                .map_err(|error| io("measure the space of", &root)(error.into()))
+        });
+        let found = found.await?;
+        Ok(Some(Space {
+            total_bytes: found.f_blocks.saturating_mul(found.f_frsize),
+            free_bytes: found.f_bavail.saturating_mul(found.f_frsize),
+        }))
     }
 
     /// Deletes a blob whether or not anything refers to it. False when there was none.
@@ -730,6 +761,27 @@ impl BlobWriter {
     #[must_use]
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes
+    }
+
+    /// Opens what was written so far for reading, before the blob has its name. The file must not be written.
+    ///
+    /// # Errors
+    /// [`BlobError::Io`]; [`BlobError::NotAFile`] in an object store. After an error nothing is left of the blob.
+    pub async fn reopen(&mut self) -> Result<File, BlobError> {
+        if !self.buffer.is_empty() {
+            self.flush().await?;
+        }
+        match &self.sink {
+            Some(Sink::Local(part)) => {
+                let path = part.path.path.clone();
+                blocking(move || File::open(&path).map_err(io("open", &path))).await
+            }
+            Some(Sink::Remote(_)) => {
+                self.abort().await;
+                Err(BlobError::NotAFile)
+            }
+            None => Err(BlobError::WriterFailed),
+        }
     }
 
     /// Ends the blob. When it returns, the blob is there and survives a loss of power.

@@ -179,12 +179,12 @@ impl Place {
 }
 
 /// The archive as a package.
-fn package(digest: Digest, size_bytes: u64) -> PackageRef {
+fn package(digest: Digest, size_bytes: u64, format: PackageFormat) -> PackageRef {
     PackageRef {
         digest,
         size_bytes,
-        format: PackageFormat::TarGz,
-        file_name: "files.tar.gz".to_owned(),
+        format,
+        file_name: "files".to_owned(),
         version: String::new(),
     }
 }

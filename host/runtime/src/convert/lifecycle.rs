@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use windlass_domain::{
     plugin::{LifecyclePlan, LifecycleRequest, Phase, StackAction, StackStep},
-    task::{Check, PackageFormat, PackageRef, Probe, Restart, Supervise},
+    task::{Check, PackageRef, Probe, Restart, Supervise},
 };
 
 use crate::{
@@ -36,13 +36,7 @@ fn package_to_guest(package: &PackageRef) -> types::PackageRef {
         version: package.version.clone(),
         digest: package.digest.to_string(),
         size_bytes: package.size_bytes,
-        format: match package.format {
-            PackageFormat::TarGz => "tar_gz",
-            PackageFormat::Zip => "zip",
-            PackageFormat::Jar => "jar",
-            PackageFormat::Plain => "plain",
-        }
-        .to_owned(),
+        format: package.format.name().to_owned(),
         file_name: package.file_name.clone(),
         attributes: Vec::new(),
     }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use utoipa_axum::{router::OpenApiRouter, routes};
 use windlass_domain::{
     Digest,
-    id::PackageId,
+    id::{PackageId, UploadId},
     name::{FileName, PackageVersion},
     order::Order,
     package::{Package, UploadRecord},
@@ -31,7 +31,9 @@ use super::{
 use crate::service::{
     Caller,
     orders::ReleasePackage,
-    packages::{BeginUpload, OverviewFilter, PackageFilter, PackageOverview, Upload},
+    packages::{
+        BeginUpload, DeletedPackage, OverviewFilter, PackageFilter, PackageOverview, Upload,
+    },
 };
 
 const PAGES: PageLimits = PageLimits {
@@ -48,7 +50,8 @@ pub(super) fn router() -> OpenApiRouter<Api> {
         .routes(routes!(upload_package, list_packages, delete_packages))
         .routes(routes!(get_package, delete_package))
         .routes(routes!(release_package))
-        .routes(routes!(list_uploads))
+        .routes(routes!(list_uploads, delete_uploads))
+        .routes(routes!(delete_upload))
         .routes(routes!(get_package_overview))
 }
 
@@ -59,13 +62,38 @@ pub(super) fn router() -> OpenApiRouter<Api> {
 struct UploadPackage {
     /// The application's id or name.
     app: String,
-    /// Version: unique for the application in the workspace.
-    version: PackageVersion,
-    /// The file's name; its ending says the format.
+    /// Version: unique for the application in the workspace. Without one, the version is made from date and time in UTC, such
+    /// as `20261201-143005`, with a suffix where that is taken.
+    version: Option<PackageVersion>,
+    /// The file's name. Content and name together decide what the file is.
     file_name: FileName,
+    /// What the file is, where content and name should not decide.
+    kind: Option<PackageKind>,
     /// Remark, at most 500 characters.
     #[serde(default)]
     remark: String,
+}
+
+/// What an uploaded file is.
+#[derive(Debug, Clone, Copy, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum PackageKind {
+    /// An archive that servers unpack: tar (plain, gz, xz, zst, bz2) or zip.
+    Archive,
+    /// A jar, war or ear. It stays one file.
+    Jar,
+    /// Any file. It stays as it is and is executable.
+    File,
+}
+
+impl From<PackageKind> for windlass_archive::Kind {
+    fn from(kind: PackageKind) -> Self {
+        match kind {
+            PackageKind::Archive => Self::Archive,
+            PackageKind::Jar => Self::Jar,
+            PackageKind::File => Self::File,
+        }
+    }
 }
 
 /// Which packages or uploads.
@@ -87,7 +115,11 @@ struct ListPackages {
     params(("ws" = String, Path, description = "The workspace's identifier."), UploadPackage,
         ("X-Content-Sha256" = Option<Digest>, Header, description = "The file's SHA-256: an upload that differs is refused.")),
     request_body(content = Vec<u8>, content_type = "application/octet-stream", description = "The file."),
-    responses((status = 201, description = "Uploaded and checked. With an idempotency key, the query, the promised digest and the length stand for the file.", body = Package)))]
+    responses((status = 201, description = "Uploaded and checked. With an idempotency key, the query, the promised digest and the length stand for the file.", body = Package),
+        (status = 413, description = "The file exceeds the workspace's `package_limit_bytes`, or the workspace its `upload_quota_bytes`.", body = Problem),
+        (status = 415, description = "The body is a form (`multipart/*` or `application/x-www-form-urlencoded`), not the file itself.", body = Problem),
+        (status = 422, description = "Servers could not unpack the file (`package_refused`, with the entry or byte and the reason), or its content does not fit its name (`package_format`). Nothing of it is stored.", body = Problem),
+        (status = 507, description = "The upload would leave too little free space on the platform's disk.", body = Problem)))]
 async fn upload_package(
     State(api): State<Api>,
     caller: Caller,
@@ -116,12 +148,30 @@ async fn upload_package(
     let begin = BeginUpload {
         version: query.version,
         file_name: query.file_name,
+        kind: query.kind.map(Into::into),
         remark: query.remark,
         expected_digest: expected_digest.transpose()?,
         content_length,
     };
     let asks_first = headers.contains_key(header::EXPECT);
+    let form = text(header::CONTENT_TYPE.as_str()).and_then(form_type);
     let mut body = request.into_body();
+    if let Some(form) = form {
+        let refused = form_refused(&form, &ws, &query.app, &begin);
+        let recorded = api.packages.record_refused(
+            caller,
+            &ws,
+            app.id,
+            begin,
+            &refused.code,
+            refused.detail.clone(),
+        );
+        recorded.await?;
+        if !asks_first {
+            read_rest(&mut body).await;
+        }
+        return Err(refused);
+    }
     let upload = match api.packages.begin(caller, &ws, app.id, begin).await {
         Ok(upload) => upload,
         Err(refused) => {
@@ -135,6 +185,33 @@ async fn upload_package(
     Ok(reply::created(
         &format!("/v1/workspaces/{ws}/packages/{}", made.0.id),
         made,
+    ))
+}
+
+/// The media type of a body, where it is that of a form: then the body is not the file itself.
+fn form_type(value: &str) -> Option<String> {
+    let media = value.split(';').next().unwrap_or_default();
+    let media = media.trim().to_ascii_lowercase();
+    (media.starts_with("multipart/") || media == "application/x-www-form-urlencoded")
+        .then(|| media.chars().take(60).collect())
+}
+
+fn form_refused(media: &str, ws: &str, app: &str, upload: &BeginUpload) -> Problem {
+    let version = upload
+        .version
+        .as_ref()
+        .map_or(String::new(), |version| format!("&version={version}"));
+    let name = upload.file_name.as_str();
+    Problem::new(
+        StatusCode::UNSUPPORTED_MEDIA_TYPE,
+        "package_media_type",
+        format!("the body has the type `{media}`, which is that of a form; the file itself must be the body"),
+    )
+    .field("Content-Type")
+    .mend(format!(
+        "Send the file as it is: curl -H \"Authorization: Bearer $TOKEN\" -H 'Content-Type: application/octet-stream' \
+         --data-binary @{name} \"$URL/v1/workspaces/{ws}/packages?app={app}{version}&file_name={name}\" \
+         (`-F` and `-d` send forms, and `-d` removes line ends from the file)"
     ))
 }
 
@@ -216,15 +293,15 @@ async fn get_package(
 
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}/packages/{id}", operation_id = "delete_package", tag = "packages",
     params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = PackageId, Path, description = "The package's id."), Confirm),
-    responses((status = 204, description = "Deleted; `confirm` is its version. Refused while a service instance uses it, also by a release that is installed or kept for a rollback, or an order that is not over.")))]
+    responses((status = 200, description = "Deleted; `confirm` is its version. The answer states by when the space on the disk is free. Refused while a service instance uses it, also by a release that is installed or kept for a rollback, or an order that has not ended.", body = DeletedPackage)))]
 async fn delete_package(
     State(api): State<Api>,
     caller: Caller,
     Path((ws, id)): Path<(String, PackageId)>,
     Query(query): Query<Confirm>,
 ) -> Reply {
-    api.packages.delete(caller, &ws, id, &query.confirm).await?;
-    Ok(reply::nothing())
+    let deleted = api.packages.delete(caller, &ws, id, &query.confirm).await?;
+    Ok(reply::json(StatusCode::OK, &deleted))
 }
 
 /// Packages to be deleted.
@@ -248,8 +325,10 @@ struct DeletePackage {
 /// What became of each.
 #[derive(Debug, Serialize, utoipa::ToSchema)]
 struct DeletedPackages {
-    /// Deleted.
+    /// Deleted packages.
     deleted: Vec<PackageId>,
+    /// The same packages, with the time by which their space is free.
+    freed: Vec<DeletedPackage>,
     /// Not deleted.
     refused: Vec<RefusedPackage>,
 }
@@ -280,11 +359,15 @@ async fn delete_packages(
         .collect();
     let mut answer = DeletedPackages {
         deleted: Vec::new(),
+        freed: Vec::new(),
         refused: Vec::new(),
     };
     for (id, outcome) in api.packages.delete_many(&ws, &asked).await? {
         match outcome {
-            Ok(()) => answer.deleted.push(id),
+            Ok(freed) => {
+                answer.deleted.push(id);
+                answer.freed.push(freed);
+            }
             Err(error) => answer.refused.push(RefusedPackage {
                 id,
                 code: error.code().to_owned(),
@@ -365,5 +448,58 @@ async fn list_uploads(
             items: found.items,
             next_cursor: found.next,
         },
+    ))
+}
+
+#[utoipa::path(delete, path = "/v1/workspaces/{ws}/packages/uploads/{id}", operation_id = "delete_upload", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier."), ("id" = UploadId, Path, description = "The upload's id.")),
+    responses((status = 204, description = "The upload record was deleted. A package that the upload made stays.")))]
+async fn delete_upload(
+    State(api): State<Api>,
+    caller: Caller,
+    Path((ws, id)): Path<(String, UploadId)>,
+) -> Reply {
+    api.packages.delete_upload(caller, &ws, id).await?;
+    Ok(reply::nothing())
+}
+
+/// Upload records to be deleted.
+#[derive(Debug, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+struct DeleteUploads {
+    /// Ids of upload records, 1 to 100.
+    uploads: Vec<UploadId>,
+}
+
+/// Upload records that were deleted.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+struct DeletedUploads {
+    /// Ids of the deleted records.
+    deleted: Vec<UploadId>,
+    /// Ids without a record in this workspace.
+    missing: Vec<UploadId>,
+}
+
+#[utoipa::path(delete, path = "/v1/workspaces/{ws}/packages/uploads", operation_id = "delete_uploads", tag = "packages",
+    params(("ws" = String, Path, description = "The workspace's identifier.")), request_body = DeleteUploads,
+    responses((status = 200, description = "The upload records were deleted. Packages that uploads made stay.", body = DeletedUploads)))]
+async fn delete_uploads(
+    State(api): State<Api>,
+    caller: Caller,
+    Path(ws): Path<String>,
+    Json(body): Json<DeleteUploads>,
+) -> Reply {
+    let deleted = api
+        .packages
+        .delete_uploads(caller, &ws, &body.uploads)
+        .await?;
+    let missing = body
+        .uploads
+        .into_iter()
+        .filter(|id| !deleted.contains(id))
+        .collect();
+    Ok(reply::json(
+        StatusCode::OK,
+        &DeletedUploads { deleted, missing },
     ))
 }

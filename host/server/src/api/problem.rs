@@ -144,7 +144,7 @@ impl From<ServiceError> for Problem {
                 ..
             } => {
                 let status = match code {
-                    "package_too_large" => StatusCode::PAYLOAD_TOO_LARGE,
+                    "package_too_large" | "upload_quota_reached" => StatusCode::PAYLOAD_TOO_LARGE,
                     _ => StatusCode::UNPROCESSABLE_ENTITY,
                 };
                 Self::new(status, code, detail)
@@ -165,6 +165,14 @@ impl From<ServiceError> for Problem {
                     .limit(limit, current)
                     .mend(mend)
             },
+            ServiceError::StorageFull {
+                limit,
+                current,
+                mend,
+                ..
+            } => Self::new(StatusCode::INSUFFICIENT_STORAGE, "storage_full", detail)
+                .limit(limit, current)
+                .mend(mend),
             ServiceError::Conflict { code, mend, .. } => {
                 Self::new(StatusCode::CONFLICT, code, detail).mend(mend)
             }

@@ -12,10 +12,12 @@ use std::{
 use tokio::io::{AsyncRead, AsyncWrite};
 use windlass_domain::{
     inbox::{Delivery, InboxEntry},
-    task::{Action, Fault, Outcome, Task, TaskId, TaskResult},
+    task::{Action, Fault, Outcome, PackageFormat, Task, TaskId, TaskResult},
     value::Value,
 };
-use windlass_protocol::{EncodeError, PLACE_FILES_VERSION, SERVER_WORK_VERSION, TaskPush, ToAgent};
+use windlass_protocol::{
+    EncodeError, PLACE_FILES_VERSION, SERVER_WORK_VERSION, TAR_FORMATS_VERSION, TaskPush, ToAgent,
+};
 use windlass_store::{
     CommitError, Entry, Key, LimitError, PAGE_MAX_ENTRIES, Prefix, Revision, StoreError, Txn,
     crash::crash_point,
@@ -364,6 +366,14 @@ fn journal_lost() -> TaskResult {
 fn needs_version(task: &Task) -> Option<(u32, &'static str)> {
     match &task.action {
         Action::PlaceFiles(_) => Some((PLACE_FILES_VERSION, "the placing of files")),
+        Action::Fetch(package) | Action::Unpack { package, .. }
+            if is_newer_format(package.format) =>
+        {
+            Some((TAR_FORMATS_VERSION, "packages of this format"))
+        }
+        Action::Activate(manifest) if is_newer_format(manifest.package.format) => {
+            Some((TAR_FORMATS_VERSION, "packages of this format"))
+        }
         Action::Script(_)
         | Action::Fetch(_)
         | Action::Unpack { .. }
@@ -375,5 +385,18 @@ fn needs_version(task: &Task) -> Option<(u32, &'static str)> {
             .instance
             .is_none()
             .then_some((SERVER_WORK_VERSION, "work that is of no service instance")),
+    }
+}
+
+/// Whether agents before [`TAR_FORMATS_VERSION`] do not know a package format.
+fn is_newer_format(format: PackageFormat) -> bool {
+    match format {
+        PackageFormat::Tar
+        | PackageFormat::TarXz
+        | PackageFormat::TarZst
+        | PackageFormat::TarBz2 => true,
+        PackageFormat::TarGz | PackageFormat::Zip | PackageFormat::Jar | PackageFormat::Plain => {
+            false
+        }
     }
 }

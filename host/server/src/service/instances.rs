@@ -695,6 +695,7 @@ pub(crate) mod tests {
             ServiceError::NotFound { .. } => "not_found",
             ServiceError::Changed { .. } => "changed",
             ServiceError::Replay => "replay",
+            ServiceError::StorageFull { .. } => "storage_full",
             ServiceError::Unavailable { .. } => "unavailable",
             ServiceError::Internal { .. } => "internal",
         }

@@ -238,6 +238,7 @@ fn denied(error: ServiceError) -> HostError {
         | ServiceError::Changed { .. }
         | ServiceError::Plugin { .. }
         | ServiceError::Replay
+        | ServiceError::StorageFull { .. }
         | ServiceError::Unavailable { .. } => "not-possible",
         ServiceError::Internal { .. } => {
             tracing::error!(

@@ -3,9 +3,13 @@
 //! | module | owns |
 //! | --- | --- |
 //! | `upload` | uploads and their records |
+//! | `examine` | the examination of what is uploaded |
+//! | `quota` | how much may be uploaded |
 //! | `overview` | what each application has |
 
+mod examine;
 mod overview;
+mod quota;
 mod upload;
 
 pub use self::{
@@ -13,12 +17,15 @@ pub use self::{
     upload::{BeginUpload, Upload},
 };
 
-use std::sync::Arc;
+use self::{examine::Examiners, quota::Quota};
+
+use std::{sync::Arc, time::UNIX_EPOCH};
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use windlass_domain::{
-    Digest,
-    id::{AppId, OrderId, PackageId},
+    Digest, Timestamp,
+    id::{AppId, OrderId, PackageId, UploadId},
     instance::ServiceInstance,
     manifest::Manifest,
     name::PackageVersion,
@@ -27,13 +34,16 @@ use windlass_domain::{
     server::Server,
     workspace::Workspace,
 };
-use windlass_store::{Blobs, Revision, Store};
+use windlass_store::{BlobDigest, Blobs, Revision, Store, Txn};
 
 use super::{
     Caller, PageOf, PageRequest, ServiceError,
     records::{self, Sort},
+    retention::RetentionSettings,
 };
 use crate::{
+    clock,
+    config::UPLOAD_DISK_RESERVE_PERCENT,
     engine,
     keys::{self, Kind},
 };
@@ -60,6 +70,19 @@ impl PackageFilter {
                 version.contains(&text.to_lowercase())
             })
     }
+}
+
+/// A package that was deleted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DeletedPackage {
+    /// The package's id.
+    pub id: PackageId,
+    /// Size of its file in bytes. The workspace's upload quota no longer counts it.
+    pub size_bytes: u64,
+    /// The file is removed from the disk by this time at the latest, unless an order that is kept still refers to it. Missing
+    /// while another package has the same file: the file is kept for that one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub space_free_by: Option<Timestamp>,
 }
 
 /// Knows which packages orders still need.
@@ -120,6 +143,8 @@ pub struct Packages {
     store: Arc<dyn Store>,
     blobs: Blobs,
     orders: Arc<dyn PackageUse>,
+    examiners: Examiners,
+    quota: Quota,
 }
 
 impl Packages {
@@ -134,7 +159,16 @@ impl Packages {
             store,
             blobs,
             orders,
+            examiners: Examiners::default(),
+            quota: Quota::new(UPLOAD_DISK_RESERVE_PERCENT),
         }
+    }
+
+    /// With another share of the disk that uploads leave free, in percent.
+    #[must_use]
+    pub fn with_disk_reserve(mut self, percent: u8) -> Self {
+        self.quota = Quota::new(percent);
+        self
     }
 
     /// One package of a workspace.
@@ -208,7 +242,7 @@ impl Packages {
 
     /// Deletes a package that nothing uses; `confirm` is its version. A service instance uses the package that it names, and
     /// those of which a release is installed on a server bound to it, now or before (what a rollback brings back); an order
-    /// that is not over uses those of its plan. Its file goes when nothing else refers to it.
+    /// that has not ended uses those of its plan. Its file is removed when nothing else refers to it: see [`DeletedPackage`].
     ///
     /// # Errors
     /// `in_use`, with the users; `confirmation_missing`; [`ServiceError::NotFound`].
@@ -218,10 +252,10 @@ impl Packages {
         ws: &str,
         id: PackageId,
         confirm: &str,
-    ) -> Result<(), ServiceError> {
+    ) -> Result<DeletedPackage, ServiceError> {
         let store = &*self.store;
         let text = id.to_string();
-        records::change(store, &caller, || async {
+        let (deleted, _) = records::change(store, &caller, || async {
             let (package, revision) = self.get(ws, id).await?;
             let version = package.version.as_str();
             records::check_confirm("package", confirm, version)?;
@@ -250,9 +284,96 @@ impl Packages {
                 .and(unused)
                 .delete(keys::package_version(ws, package.app, version))
                 .delete(keys::of_workspace(Kind::Package, ws, &text));
-            Ok((txn, ()))
+            Ok((txn, self.freed_by(&package).await?))
         })
         .await?;
+        Ok(deleted)
+    }
+
+    /// When the file of a package that is deleted now will be removed.
+    async fn freed_by(&self, package: &Package) -> Result<DeletedPackage, ServiceError> {
+        let rows = records::all(&*self.store, &keys::records(Kind::Package)).await?;
+        let mut shared = false;
+        for row in &rows {
+            let other = records::decode::<Package>(row)?;
+            shared |= other.id != package.id && other.digest == package.digest;
+        }
+        let settings = RetentionSettings::default();
+        let digest = BlobDigest::from_bytes(*package.digest.as_bytes());
+        let written = self.blobs.info(digest).await?.map(|info| info.modified);
+        let since_written = written.and_then(|written| {
+            let since = written.duration_since(UNIX_EPOCH).ok()?;
+            i64::try_from(since.as_millis()).ok()
+        });
+        let now = clock::now();
+        let may_go = since_written.map_or(now, |ms| {
+            Timestamp::from_unix_ms(ms)
+                .plus_ms(settings.blob_grace_ms)
+                .max(now)
+        });
+        let interval_ms = u64::try_from(settings.interval.as_millis()).unwrap_or(u64::MAX);
+        Ok(DeletedPackage {
+            id: package.id,
+            size_bytes: package.size_bytes,
+            space_free_by: (!shared).then(|| may_go.plus_ms(interval_ms)),
+        })
+    }
+
+    /// Deletes upload records. The packages that uploads made stay. Returns the ids that had a record.
+    ///
+    /// # Errors
+    /// `uploads_out_of_range`; [`ServiceError::NotFound`] of the workspace; errors of the store.
+    pub async fn delete_uploads(
+        &self,
+        caller: Caller,
+        ws: &str,
+        ids: &[UploadId],
+    ) -> Result<Vec<UploadId>, ServiceError> {
+        if ids.is_empty() || ids.len() > MAX_DELETIONS {
+            return Err(ServiceError::Limit {
+                code: "uploads_out_of_range",
+                field: "uploads".to_owned(),
+                message: format!(
+                    "1 to {MAX_DELETIONS} upload records can be deleted in one request; it lists {}",
+                    ids.len()
+                ),
+                limit: MAX_DELETIONS as u64,
+                current: ids.len() as u64,
+                mend: "Split the request.".to_owned(),
+            });
+        }
+        let store = &*self.store;
+        records::get::<Workspace>(store, ws).await?;
+        let (deleted, _) = records::change(store, &caller, || async {
+            let mut deleted = Vec::new();
+            let mut txn = Txn::new();
+            for id in ids {
+                let key = keys::upload(ws, &id.to_string());
+                if !deleted.contains(id) && store.get(&key).await?.is_some() {
+                    txn = txn.exists(key.clone()).delete(key);
+                    deleted.push(*id);
+                }
+            }
+            Ok((txn, deleted))
+        })
+        .await?;
+        Ok(deleted)
+    }
+
+    /// Deletes one upload record.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`].
+    pub async fn delete_upload(
+        &self,
+        caller: Caller,
+        ws: &str,
+        id: UploadId,
+    ) -> Result<(), ServiceError> {
+        let deleted = self.delete_uploads(caller, ws, &[id]).await?;
+        if deleted.is_empty() {
+            return Err(ServiceError::not_found("upload record", id));
+        }
         Ok(())
     }
 
@@ -265,7 +386,7 @@ impl Packages {
         &self,
         ws: &str,
         asked: &[(PackageId, String)],
-    ) -> Result<Vec<(PackageId, Result<(), ServiceError>)>, ServiceError> {
+    ) -> Result<Vec<(PackageId, Result<DeletedPackage, ServiceError>)>, ServiceError> {
         if asked.is_empty() || asked.len() > MAX_DELETIONS {
             return Err(ServiceError::Limit {
                 code: "packages_out_of_range",
@@ -351,11 +472,6 @@ impl Packages {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use bytes::Bytes;
-    use futures_util::StreamExt as _;
-    use windlass_domain::package::UploadOutcome;
-    use windlass_store::Txn;
-
     use super::*;
     use crate::service::{
         apps::{Apps, tests::OneStack},
@@ -364,6 +480,9 @@ pub(crate) mod tests {
         servers,
         workspaces::{UpdateWorkspace, Workspaces, tests::request as workspace},
     };
+    use bytes::Bytes;
+    use futures_util::StreamExt as _;
+    use windlass_domain::package::UploadOutcome;
 
     pub(crate) struct Ready {
         pub(crate) store: Arc<dyn Store>,
@@ -405,8 +524,9 @@ pub(crate) mod tests {
 
     pub(crate) fn request(version: &str, file_name: &str) -> BeginUpload {
         BeginUpload {
-            version: version.parse().unwrap(),
+            version: Some(version.parse().unwrap()),
             file_name: file_name.parse().unwrap(),
+            kind: None,
             remark: String::new(),
             expected_digest: None,
             content_length: None,
@@ -477,7 +597,14 @@ pub(crate) mod tests {
                 vec![b"P", b"K\x03\x04"],
                 "package_format",
             ),
-            (request("1", "a.zip"), vec![b"PK"], "package_format"),
+            (request("1", "a.zip"), vec![b"PK"], "package_refused"),
+            (request("1", "a"), vec![b"PK\x03\x04"], "package_refused"),
+            (request("1", "a.tar.gz"), vec![gzip], "package_refused"),
+            (
+                request("1", "a.rar"),
+                vec![b"Rar!\x1a\x07\0"],
+                "package_format",
+            ),
             (
                 with_digest(Digest::of(b"other")),
                 vec![b"this"],

@@ -16,7 +16,10 @@ use windlass_domain::{
     pool::Pool,
     server::Server,
     template::ProcessTemplate,
-    workspace::{Cell, DEFAULT_PACKAGE_LIMIT_BYTES, DeploymentZone, Workspace, WorkspaceKind},
+    workspace::{
+        Cell, DEFAULT_PACKAGE_LIMIT_BYTES, DEFAULT_UPLOAD_QUOTA_BYTES, DeploymentZone, Workspace,
+        WorkspaceKind,
+    },
 };
 use windlass_store::{Revision, Store, retention};
 
@@ -50,6 +53,9 @@ pub struct CreateWorkspace {
     /// Largest package in bytes: 1 to 300,000,000; 200,000,000 unless given.
     #[serde(default)]
     pub package_limit_bytes: Option<u64>,
+    /// Quota for all packages of the workspace together, in bytes: 1 to 2^50. Default: 21,474,836,480 (20 GiB).
+    #[serde(default)]
+    pub upload_quota_bytes: Option<u64>,
 }
 
 fn zone(name: &str) -> ZoneName {
@@ -81,6 +87,9 @@ pub struct UpdateWorkspace {
     /// Largest package in bytes.
     #[serde(default)]
     pub package_limit_bytes: Option<u64>,
+    /// Quota for all packages of the workspace together, in bytes. Packages that are stored already are kept.
+    #[serde(default)]
+    pub upload_quota_bytes: Option<u64>,
 }
 
 /// A cell to be added.
@@ -188,6 +197,9 @@ impl Workspaces {
             package_limit_bytes: request
                 .package_limit_bytes
                 .unwrap_or(DEFAULT_PACKAGE_LIMIT_BYTES),
+            upload_quota_bytes: request
+                .upload_quota_bytes
+                .unwrap_or(DEFAULT_UPLOAD_QUOTA_BYTES),
             created_at: clock::now(),
         };
         workspace.validate().map_err(ServiceError::of_value)?;
@@ -227,6 +239,9 @@ impl Workspaces {
                     ));
                 }
                 workspace.zones.clone_from(zones);
+            }
+            if let Some(quota) = request.upload_quota_bytes {
+                workspace.upload_quota_bytes = quota;
             }
             if let Some(limit) = request.package_limit_bytes {
                 workspace.package_limit_bytes = limit;
@@ -407,6 +422,7 @@ pub(crate) mod tests {
             zones: vec!["z1".parse().unwrap(), "z2".parse().unwrap()],
             network: "10.2.0.0/16".to_owned(),
             package_limit_bytes: None,
+            upload_quota_bytes: None,
         }
     }
 

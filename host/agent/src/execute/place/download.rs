@@ -121,6 +121,14 @@ pub enum DownloadError {
         /// What was asked for.
         expected: Digest,
     },
+    /// Not an archive.
+    #[error(
+        "the file from {address} is not an archive; static files must be a tar archive (plain, gz, xz, zst or bz2) or a zip archive; nothing was changed"
+    )]
+    NoArchive {
+        /// Where it is from.
+        address: String,
+    },
     /// The file.
     #[error(transparent)]
     File(#[from] FileError),
@@ -310,9 +318,18 @@ async fn save(
     }
     let got = Digest::from_bytes(digest.finalize().into());
     match files.sha256 {
-        Some(expected) if expected != got => Err(DownloadError::Mismatch { got, expected }),
-        Some(_) | None => Ok(package(got, bytes)),
+        Some(expected) if expected != got => {
+            return Err(DownloadError::Mismatch { got, expected });
+        }
+        Some(_) | None => {}
     }
+    drop(file);
+    let mut file = File::open(to).during("open", to)?;
+    let format = windlass_archive::archive_format(&mut file).during("read", to)?;
+    let format = format.ok_or_else(|| DownloadError::NoArchive {
+        address: address(url),
+    })?;
+    Ok(package(got, bytes, format))
 }
 
 #[cfg(test)]

@@ -1,25 +1,31 @@
 //! Uploads of packages, streamed, and their records.
 //!
 //! ```text
-//! begin ─► checks (names, duplicate, announced size) ─► write* (hashed, counted, first bytes looked at) ─► finish ─► one commit
-//!   └─ refused ─► upload record                            └─ failed or dropped: nothing is left ─► upload record
+//! begin ─► checks (names, duplicate, quota, disk) ─► write* (hashed, counted, examined) ─► finish: verdict ─► one commit
+//!   └─ refused ─► upload record                         └─ failed or dropped: nothing is left ─► upload record
 //! ```
-//! Memory use does not depend on a package's size. The blob is written first and referred to by the commit; what is left
-//! without a reference (a commit that failed) is collected later.
+//! Memory use does not depend on a package's size. The examination (`examine`) is that of the agents, and runs beside hashing and
+//! writing. The blob is written first and the commit refers to it; a blob without a reference (a commit that failed) is
+//! collected later.
 
 use bytes::Bytes;
 use windlass_domain::{
-    Digest,
+    Digest, Timestamp,
     application::Application,
     id::{AppId, PackageId, UploadId},
     name::{FileName, PackageVersion, check_length},
-    package::{MAGIC_BYTES, Package, UploadOutcome, UploadRecord, content_fits, format_of},
+    package::{Package, UploadOutcome, UploadRecord},
     task::PackageFormat,
     workspace::Workspace,
 };
 use windlass_store::{BlobDigest, BlobError, BlobWriter, Revision, Store, Txn};
 
-use super::Packages;
+use super::{
+    Packages,
+    examine::{Declared, Examination},
+    quota::Reservation,
+};
+
 use crate::{
     clock, ids,
     keys::{self, Kind},
@@ -29,10 +35,12 @@ use crate::{
 /// What is said of an upload before its bytes.
 #[derive(Debug, Clone)]
 pub struct BeginUpload {
-    /// Version: unique for the application in the workspace.
-    pub version: PackageVersion,
-    /// The file's name; says its format.
+    /// Version: unique for the application in the workspace. Without one, it is made from date and time.
+    pub version: Option<PackageVersion>,
+    /// The file's name.
     pub file_name: FileName,
+    /// What the file is; its content and name decide unless it is given.
+    pub kind: Option<windlass_archive::Kind>,
     /// Remark, at most 500 characters.
     pub remark: String,
     /// SHA-256, where the client computed it.
@@ -45,7 +53,8 @@ impl Packages {
     /// Begins an upload: nothing of the body is read before this has returned.
     ///
     /// # Errors
-    /// `version_taken`, `package_too_large` by the announced size, a remark that is too long: an upload record is left.
+    /// `version_taken`, `package_too_large` by the announced size, `upload_quota_reached`, `storage_full`, a remark that is too
+    /// long: an upload record is left.
     /// [`ServiceError::NotFound`] of the workspace or application: none is.
     pub async fn begin(
         &self,
@@ -54,40 +63,123 @@ impl Packages {
         app: AppId,
         request: BeginUpload,
     ) -> Result<Upload, ServiceError> {
-        let store = &*self.store;
-        let (workspace, _) = records::get::<Workspace>(store, ws).await?;
-        records::get::<Application>(store, &app.to_string()).await?;
-        let about = About {
-            id: UploadId::from_uuid(ids::new_uuid()),
-            packages: self.clone(),
-            format: format_of(&request.file_name),
-            caller,
-            workspace,
-            app,
-            request,
-        };
+        let about = self.about(caller, ws, app, request).await?;
         match about.check().await {
-            Ok(writer) => Ok(Upload {
-                about,
-                first: Vec::with_capacity(MAGIC_BYTES),
-                writer: Some(writer),
-                recorded: false,
-            }),
+            Ok((writer, reservation)) => {
+                let examination = self.examiners.begin(Declared {
+                    file_name: about.request.file_name.as_str().to_owned(),
+                    kind: about.request.kind,
+                    max_bytes: about
+                        .request
+                        .content_length
+                        .unwrap_or(about.workspace.package_limit_bytes),
+                });
+                Ok(Upload {
+                    about,
+                    writer: Some(writer),
+                    examination: Some(examination),
+                    reservation,
+                    recorded: false,
+                })
+            }
             Err(error) => {
                 about.record_failure(&error).await;
                 Err(error)
             }
         }
     }
+
+    /// Records that an upload was refused before anything of it was read.
+    ///
+    /// # Errors
+    /// [`ServiceError::NotFound`] of the workspace or application.
+    pub async fn record_refused(
+        &self,
+        caller: Caller,
+        ws: &str,
+        app: AppId,
+        request: BeginUpload,
+        code: &str,
+        reason: String,
+    ) -> Result<(), ServiceError> {
+        let about = self.about(caller, ws, app, request).await?;
+        let txn = about.failure(code, reason);
+        write_failure(&*self.store, about.id, txn).await;
+        Ok(())
+    }
+
+    async fn about(
+        &self,
+        caller: Caller,
+        ws: &str,
+        app: AppId,
+        request: BeginUpload,
+    ) -> Result<About, ServiceError> {
+        let store = &*self.store;
+        let (workspace, _) = records::get::<Workspace>(store, ws).await?;
+        records::get::<Application>(store, &app.to_string()).await?;
+        let version = match &request.version {
+            Some(version) => version.clone(),
+            None => self.free_version(ws, app, clock::now()).await?,
+        };
+        Ok(About {
+            id: UploadId::from_uuid(ids::new_uuid()),
+            packages: self.clone(),
+            caller,
+            workspace,
+            app,
+            version,
+            request,
+        })
+    }
+
+    /// A version from date and time (UTC) that is not taken: `20261201-143005`, then `20261201-143005-2` and so on.
+    async fn free_version(
+        &self,
+        ws: &str,
+        app: AppId,
+        now: Timestamp,
+    ) -> Result<PackageVersion, ServiceError> {
+        let mut number = 1_u64;
+        loop {
+            let version = version_of_time(now, number)?;
+            let key = keys::package_version(ws, app, version.as_str());
+            if records::indexed(&*self.store, &key).await?.is_none() {
+                return Ok(version);
+            }
+            number += 1;
+        }
+    }
 }
 
-/// An upload under way. Dropping it ends it like a failure: nothing but an upload record is left.
+fn version_of_time(now: Timestamp, number: u64) -> Result<PackageVersion, ServiceError> {
+    // RFC 3339 without its separators: `2026-12-01T14:30:05.123Z`.
+    let text: String = now
+        .to_string()
+        .chars()
+        .take_while(|char| *char != '.')
+        .filter_map(|char| match char {
+            'T' => Some('-'),
+            char if char.is_ascii_digit() => Some(char),
+            _ => None,
+        })
+        .collect();
+    let text = match number {
+        1 => text,
+        number => format!("{text}-{number}"),
+    };
+    text.parse()
+        .map_err(|error| ServiceError::of_value(("version", error)))
+}
+
+/// An upload in progress. Dropping it ends it like a failure: nothing but an upload record is left.
 pub struct Upload {
     about: About,
-    /// The first bytes, until they are enough to be looked at.
-    first: Vec<u8>,
     /// `None` once the upload has failed.
     writer: Option<BlobWriter>,
+    /// Likewise.
+    examination: Option<Examination>,
+    reservation: Reservation,
     /// Its upload record is written, or about to be by somebody else.
     recorded: bool,
 }
@@ -99,8 +191,9 @@ struct About {
     caller: Caller,
     workspace: Workspace,
     app: AppId,
+    /// As requested, or made from the time at which the upload began.
+    version: PackageVersion,
     request: BeginUpload,
-    format: PackageFormat,
 }
 
 impl Upload {
@@ -113,7 +206,7 @@ impl Upload {
     /// Adds bytes of the file. After an error the upload is over.
     ///
     /// # Errors
-    /// `package_too_large`, `package_format`.
+    /// `package_too_large`, `package_format`, `package_refused`, `upload_quota_reached`, `storage_full`.
     pub async fn write(&mut self, bytes: Bytes) -> Result<(), ServiceError> {
         match self.add(bytes).await {
             Ok(()) => Ok(()),
@@ -124,7 +217,8 @@ impl Upload {
     /// Ends the file and makes the package.
     ///
     /// # Errors
-    /// `package_empty`, `package_truncated`, `package_digest`, `package_format`, `version_taken`: an upload record is left.
+    /// `package_empty`, `package_truncated`, `package_digest`, `package_format`, `package_refused`, `version_taken`: an upload
+    /// record is left.
     pub async fn finish(mut self) -> Result<(Package, Revision), ServiceError> {
         match self.complete().await {
             Ok(made) => {
@@ -157,17 +251,14 @@ impl Upload {
     }
 
     async fn add(&mut self, bytes: Bytes) -> Result<(), ServiceError> {
-        if self.first.len() < MAGIC_BYTES && !bytes.is_empty() {
-            let wanted = (MAGIC_BYTES - self.first.len()).min(bytes.len());
-            self.first.extend_from_slice(&bytes[..wanted]);
-            if self.first.len() == MAGIC_BYTES {
-                self.about.check_format(&self.first)?;
-            }
-        }
-        let Some(writer) = &mut self.writer else {
+        let (Some(writer), Some(examination)) = (&mut self.writer, &mut self.examination) else {
             return Err(BlobError::WriterFailed.into());
         };
-        let would_be = writer.size_bytes() + bytes.len() as u64;
+        let length = bytes.len() as u64;
+        self.reservation.receive(length).await?;
+        let would_be = writer.size_bytes() + length;
+        // The examination goes on in its thread while this piece is hashed and written.
+        examination.add(&bytes).await?;
         match writer.write(bytes).await {
             Ok(()) => Ok(()),
             Err(BlobError::TooLarge { .. }) => Err(self.about.too_large(would_be)),
@@ -187,7 +278,6 @@ impl Upload {
                 mend: "upload a file of at least 1 byte".to_owned(),
             });
         }
-        self.about.check_format(&self.first)?;
         if let Some(announced) = self.about.request.content_length
             && announced != received
         {
@@ -198,9 +288,17 @@ impl Upload {
                 "upload the file again",
             ));
         }
-        let Some(writer) = self.writer.take() else {
+        let (Some(mut writer), Some(mut examination)) =
+            (self.writer.take(), self.examination.take())
+        else {
             return Err(BlobError::WriterFailed.into());
         };
+        let file = if examination.needs_file().await? {
+            Some(writer.reopen().await?)
+        } else {
+            None
+        };
+        let format = examination.finish(file).await?;
         let digest = self.about.request.expected_digest;
         let expected = digest.map(|digest| BlobDigest::from_bytes(*digest.as_bytes()));
         let written = match writer.finish(expected).await {
@@ -216,13 +314,14 @@ impl Upload {
             Err(error) => return Err(error.into()),
         };
         let digest = Digest::from_bytes(*written.digest.as_bytes());
-        self.about.commit(digest, written.size_bytes).await
+        self.about.commit(digest, written.size_bytes, format).await
     }
 
     /// Ends the upload and records why. Gives the error back.
     async fn fail(&mut self, error: ServiceError) -> ServiceError {
         // Dropped: nothing of the blob is left.
         self.writer = None;
+        self.examination = None;
         if !std::mem::replace(&mut self.recorded, true) {
             self.about.record_failure(&error).await;
         }
@@ -231,8 +330,8 @@ impl Upload {
 }
 
 impl About {
-    /// Everything that can be said before the first byte. Gives the writer of the file.
-    async fn check(&self) -> Result<BlobWriter, ServiceError> {
+    /// Checks everything that can be checked before the first byte. Returns the writer of the file and its reserved space.
+    async fn check(&self) -> Result<(BlobWriter, Reservation), ServiceError> {
         check_length("the remark", &self.request.remark, 0, 500)
             .map_err(|error| ServiceError::of_value(("remark", error)))?;
         let limit_bytes = self.workspace.package_limit_bytes;
@@ -242,11 +341,21 @@ impl About {
             return Err(self.too_large(announced));
         }
         self.check_version().await?;
-        Ok(self.packages.blobs.writer(limit_bytes).await?)
+        let Packages {
+            store,
+            blobs,
+            quota,
+            ..
+        } = &self.packages;
+        let announced = self.request.content_length;
+        let reservation = quota
+            .reserve(&**store, blobs, &self.workspace, announced)
+            .await?;
+        Ok((blobs.writer(limit_bytes).await?, reservation))
     }
 
     async fn check_version(&self) -> Result<(), ServiceError> {
-        let (version, ws) = (self.request.version.as_str(), self.workspace.name.as_str());
+        let (version, ws) = (self.version.as_str(), self.workspace.name.as_str());
         let key = keys::package_version(ws, self.app, version);
         match records::indexed(&*self.packages.store, &key).await? {
             None => Ok(()),
@@ -276,39 +385,20 @@ impl About {
         }
     }
 
-    fn check_format(&self, first: &[u8]) -> Result<(), ServiceError> {
-        if content_fits(self.format, first) {
-            return Ok(());
-        }
-        let expected = match self.format {
-            PackageFormat::TarGz => "a gzip-compressed tar archive",
-            PackageFormat::Zip | PackageFormat::Jar => "a zip archive",
-            PackageFormat::Plain => "any file",
-        };
-        Err(ServiceError::invalid(
-            "package_format",
-            "file_name",
-            format!(
-                "the content of `{}` is not what its name says: {expected} begins otherwise",
-                self.request.file_name
-            ),
-            "give the file the name of its format, or upload the right file",
-        ))
-    }
-
     async fn commit(
         &self,
         digest: Digest,
         size_bytes: u64,
+        format: PackageFormat,
     ) -> Result<(Package, Revision), ServiceError> {
         let package = Package {
             schema: Package::SCHEMA,
             id: PackageId::from_uuid(ids::new_uuid()),
             workspace: self.workspace.name.clone(),
             app: self.app,
-            version: self.request.version.clone(),
+            version: self.version.clone(),
             file_name: self.request.file_name.clone(),
-            format: self.format,
+            format,
             size_bytes,
             digest,
             remark: self.request.remark.clone(),
@@ -318,15 +408,24 @@ impl About {
         let store = &*self.packages.store;
         let ws = self.workspace.name.as_str();
         let id = package.id.to_string();
-        let version_key = keys::package_version(ws, self.app, self.request.version.as_str());
-        let record = self.record(UploadOutcome::Succeeded {
-            package: package.id,
-        });
+        let generated = self.request.version.is_none();
         records::change(store, &self.caller, || async {
             // All of it may have changed while the bytes came in.
             records::get::<Workspace>(store, ws).await?;
             records::get::<Application>(store, &self.app.to_string()).await?;
-            self.check_version().await?;
+            let mut package = package.clone();
+            if generated {
+                // Another upload of the same second may have taken the version meanwhile.
+                let now = package.created_at;
+                package.version = self.packages.free_version(ws, self.app, now).await?;
+            } else {
+                self.check_version().await?;
+            }
+            let version_key = keys::package_version(ws, self.app, package.version.as_str());
+            let mut record = self.record(UploadOutcome::Succeeded {
+                package: package.id,
+            });
+            record.version = package.version.clone();
             let txn = records::create(&package)?
                 .and(records::refer(Kind::Workspace, ws))
                 .and(records::refer(Kind::App, &self.app.to_string()))
@@ -337,7 +436,7 @@ impl About {
                     keys::upload(ws, &self.id.to_string()),
                     records::encode(&record),
                 );
-            Ok((txn, package.clone()))
+            Ok((txn, package))
         })
         .await
     }
@@ -348,7 +447,7 @@ impl About {
             id: self.id,
             workspace: self.workspace.name.clone(),
             app: self.app,
-            version: self.request.version.clone(),
+            version: self.version.clone(),
             file_name: self.request.file_name.clone(),
             uploaded_by: self.caller.name.clone(),
             finished_at: clock::now(),
