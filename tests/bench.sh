@@ -33,6 +33,7 @@ store_commits_per_s >= 30000
 store_vs_sled_ratio >= 0.85
 api_get_vs_bare_ratio >= 0.6
 upload_rss_mb <= 20
+upload_check_mb_s >= 200
 agent_binary_mb <= 10
 agent_rss_mb <= 15
 idle_agent_kb <= 40
@@ -41,7 +42,7 @@ traffic_second_tries <= 0
 traffic_share_error_pp <= 3
 traffic_least_per_s >= 500
 '
-all='bench_ready plugin_bench registry_bench bench_hostile bench_engine bench_fleet store_bench bench_api_get bench_upload agent_footprint idle_agents bench_traffic'
+all='bench_ready plugin_bench registry_bench bench_hostile bench_engine bench_fleet store_bench bench_api_get bench_upload bench_upload_check agent_footprint idle_agents bench_traffic'
 
 say() { echo "bench: $*" >&2; }
 load() { cut -d ' ' -f 1-3 /proc/loadavg; }

@@ -32,7 +32,11 @@ pub fn guest_that(kind: &str, name: &str, version: &str, mode: &str) -> Vec<u8> 
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("tests/ has a parent");
-    let path = root.join(format!("target/test-guests/test-{kind}.wasm"));
+    // Relative to the workspace, as in tests/bench.sh.
+    let target = std::env::var_os("CARGO_TARGET_DIR").unwrap_or_else(|| "target".into());
+    let path = root
+        .join(target)
+        .join(format!("test-guests/test-{kind}.wasm"));
     let mut bytes = fs::read(&path).unwrap_or_else(|_| {
         panic!("test guests are not built: run `sh plugins/build.sh --guests`")
     });

@@ -163,7 +163,7 @@ async fn a_bad_upload_leaves_nothing_but_its_record() {
             Bytes::from_static(b"short"),
             vec![],
             422,
-            "package_format",
+            "package_refused",
             json!([null, null]),
         ),
         (
@@ -417,18 +417,27 @@ fn bad_zip(entries: &[Entry<'_>]) -> Bytes {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_bad_archive_blocks_its_order_and_writes_nothing_outside() {
+async fn a_bad_archive_is_refused_at_upload_with_its_entry_and_leaves_only_a_record() {
     use tar::EntryType::{Char, Fifo, Regular, Symlink};
     let host = TestHost::start(Setup {
-        agents: 1,
+        agents: 0,
         ..Setup::default()
     })
     .await;
-    let counted = Counted::prepare(&host).await;
-    let outside = host.path().join("outside");
-    fs::create_dir(&outside).expect("a directory");
-    let absolute = outside.join("escaped").display().to_string();
-    let target = outside.display().to_string();
+    let app = json!({ "name": "counted", "tech_stack": { "name": "binary", "version": "*" } });
+    host.api
+        .post("/v1/apps", &app)
+        .await
+        .expect("an application");
+    let blobs = host.path().join("server/blobs");
+    assert!(blobs.is_dir(), "{}", blobs.display());
+    let files = || {
+        let mut files = below(&blobs);
+        files.retain(|path| path.is_file());
+        files
+    };
+    let before = files();
+    let (absolute, target) = ("/outside/escaped", "/outside");
     let zeros = vec![0; 16 << 20];
     let run = || entry(Regular, "run.sh", 0o755, b"#!/bin/sh\nexec sleep 1000000\n");
     let cases = [
@@ -439,13 +448,13 @@ async fn a_bad_archive_blocks_its_order_and_writes_nothing_outside() {
         ),
         (
             "absolute",
-            vec![run(), entry(Regular, &absolute, 0o644, b"x")],
-            "absolute path",
+            vec![run(), entry(Regular, absolute, 0o644, b"x")],
+            "the path is absolute",
         ),
         (
             "link-out",
             vec![run(), entry(Symlink, "out", 0o777, target.as_bytes())],
-            "outside the release directory",
+            "outside the archive's own directory",
         ),
         (
             "link-then-write",
@@ -454,7 +463,7 @@ async fn a_bad_archive_blocks_its_order_and_writes_nothing_outside() {
                 entry(Symlink, "here", 0o777, b"."),
                 entry(Regular, "here/escaped", 0o644, b"x"),
             ],
-            "through a link",
+            "`here` is a symbolic link in the archive",
         ),
         (
             "device",
@@ -474,7 +483,7 @@ async fn a_bad_archive_blocks_its_order_and_writes_nothing_outside() {
         (
             "bomb",
             vec![run(), entry(Regular, "zeros", 0o644, &zeros)],
-            "it looks like a bomb",
+            "like a decompression bomb",
         ),
     ];
     for (name, entries, expected) in &cases {
@@ -484,72 +493,29 @@ async fn a_bad_archive_blocks_its_order_and_writes_nothing_outside() {
             let path = host.ws(&format!(
                 "packages?app=counted&version={version}&file_name={about}"
             ));
-            let package = text(
-                &host
-                    .api
-                    .upload(&path, file)
-                    .await
-                    .expect("the server does not unpack")["id"],
-            );
-            let mut order = counted.order(&about, 0);
-            order["targets"][0]["package"] = json!(package);
-            let id = host.order(&order).await.expect("an order");
-            let blocked = host
-                .order_in(&id, &["blocked", "succeeded", "failed"])
-                .await;
-            assert_eq!(blocked["state"], "blocked", "{about}: {blocked}");
-            let nodes = items(
-                &host
-                    .api
-                    .get(&host.ws(&format!("orders/{id}/nodes")))
-                    .await
-                    .expect("nodes"),
-            );
-            let failed: Vec<&Value> = nodes
-                .iter()
-                .filter(|node| node["level"] == "step" && node["state"] == "failed")
-                .collect();
-            assert_eq!(failed.len(), 1, "{about}: {failed:?}");
-            assert_eq!(failed[0]["name"], "unpack", "{about}: {}", failed[0]);
-            let message = text(&failed[0]["message"]);
-            assert!(message.contains(expected), "{about}: {message}");
-            assert_eq!(
-                counted.executions(&about).len(),
-                0,
-                "{about}: nothing ran after it"
-            );
-            let end = json!({ "action": "cancel", "node": null });
-            accepted(
-                &ask(
-                    &host.api,
-                    Method::POST,
-                    &host.ws(&format!("orders/{id}/actions")),
-                    Some(&end),
-                    &[],
-                )
-                .await,
-                200,
-            );
-            host.order_ended(&id).await;
-            let left: Vec<PathBuf> = below(host.path())
-                .into_iter()
-                .filter(|path| {
-                    path.file_name()
-                        .and_then(|name| name.to_str())
-                        .is_some_and(|name| name == "escaped" || name.starts_with(".new-"))
-                })
-                .collect();
-            assert!(left.is_empty(), "{about}: {left:?}");
-            assert_eq!(below(&outside).len(), 0, "{about}");
+            let headers = [("content-type", "application/octet-stream")];
+            let answer = host
+                .api
+                .request(Method::POST, &path, file, &headers)
+                .await
+                .expect("an answer");
+            let problem = refused(&answer, 422, "package_refused");
+            let detail = text(&problem["detail"]);
+            let hostile = entries.last().expect("the hostile entry").name;
+            assert!(detail.contains(expected), "{about}: {detail}");
+            let named = detail.contains(&format!("entry `{hostile}`"));
+            assert!(named, "{about}: {detail}");
+            let records = host.api.get(&host.ws("packages/uploads?page_size=1")).await;
+            let record = items(&records.expect("upload records"))[0].clone();
+            assert_eq!(record["version"], version, "{record}");
+            let failed = &record["outcome"]["failed"];
+            assert_eq!(failed["code"], "package_refused", "{record}");
+            assert_eq!(failed["reason"], problem["detail"], "{record}");
+            assert_eq!(files(), before, "{about}: something of the file is left");
         }
     }
-    // The server is as good as before.
-    let id = host
-        .order(&counted.order("good", 0))
-        .await
-        .expect("an order");
-    let order = host.order_ended(&id).await;
-    counted.check_succeeded(&host, &order, "good").await;
+    let packages = host.api.get(&host.ws("packages")).await;
+    assert!(items(&packages.expect("packages")).is_empty());
 }
 
 /// Asks for a preview and for an order: both refuse alike, and nothing is made.

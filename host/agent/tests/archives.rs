@@ -311,3 +311,87 @@ fn upload_and_agent_judge_400_archives_alike_and_extract_what_the_reference_extr
         "{referenced} compared with the reference, {refused} refused"
     );
 }
+
+#[test]
+fn a_zip_of_66_000_files_with_placeholders_in_its_end_record_is_accepted() {
+    let entries: Vec<zip_writer::Raw> = (0..66_000)
+        .map(|number| {
+            let mut entry = zip_writer::Raw::new(&format!("f/{number}"), 0o100_644, b"x");
+            entry.deflate = false;
+            entry
+        })
+        .collect();
+    let shape = zip_writer::Shape {
+        zip64_end: true,
+        ..zip_writer::Shape::default()
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let path = scratch.path().join("a.zip");
+    fs::write(&path, zip_writer::write(&entries, &shape)).unwrap();
+    assert_eq!(verdict_of_file(&path, "a.zip"), Ok(PackageFormat::Zip));
+    // Without zip64, 66,000 becomes 464: what such an archive contains depends on the program that reads it.
+    let narrow = zip_writer::write(&entries, &zip_writer::Shape::default());
+    fs::write(&path, narrow).unwrap();
+    let refused = verdict_of_file(&path, "a.zip").unwrap_err();
+    assert!(refused.contains("directory"), "{refused}");
+}
+
+#[test]
+fn jars_stay_one_file_also_behind_a_script() {
+    let manifest = zip_writer::Raw::new("META-INF/MANIFEST.MF", 0o100_644, b"Main-Class: A\n");
+    let scratch = tempfile::tempdir().unwrap();
+    for prefix in [&b""[..], b"#!/bin/sh\nexec java -jar \"$0\"\n"] {
+        for adjusted in [false, true] {
+            let shape = zip_writer::Shape {
+                prefix: prefix.to_vec(),
+                adjusted,
+                ..zip_writer::Shape::default()
+            };
+            // Jars that were merged from others contain paths twice, which Java accepts.
+            let bytes = zip_writer::write(&[manifest.clone(), manifest.clone()], &shape);
+            for name in ["a.jar", "a.war", "a.EAR"] {
+                let path = scratch.path().join(name);
+                fs::write(&path, &bytes).unwrap();
+                assert_eq!(
+                    verdict_of_file(&path, name),
+                    Ok(PackageFormat::Jar),
+                    "{name}"
+                );
+                fs::write(&path, &bytes[..bytes.len() - 3]).unwrap();
+                assert!(verdict_of_file(&path, name).is_err(), "{name}, cut");
+            }
+        }
+    }
+}
+
+/// Bytes are changed at random in archives of all classes. Whatever that makes of them, there is a verdict, and not a panic.
+#[test]
+fn damaged_archives_have_a_verdict() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut random = generate::Random::new(SEED);
+    for number in 0..generate::CLASSES * 3 {
+        let generated = generate::archive(SEED ^ 1, number, scratch.path());
+        if generated.bytes.len() > 2_000_000 {
+            continue;
+        }
+        let path = scratch.path().join("damaged");
+        for _ in 0..6 {
+            let mut bytes = generated.bytes.clone();
+            for _ in 0..1 + random.below(4) {
+                // Mostly near the beginning or the end, where headers are.
+                let length = bytes.len();
+                let at = match random.below(3) {
+                    0 => random.below(length.min(1100)),
+                    1 => length - 1 - random.below(length.min(1100)),
+                    _ => random.below(length),
+                };
+                bytes[at] = random.next() as u8;
+            }
+            fs::write(&path, &bytes).unwrap();
+            let verdict = verdict_of_file(&path, &generated.name);
+            if let Some(streamed) = verdict_of_stream(&bytes, &generated.name) {
+                assert_eq!(streamed.is_ok(), verdict.is_ok(), "{}", generated.class);
+            }
+        }
+    }
+}

@@ -39,9 +39,9 @@ fn java() -> String {
 /// Behind what `JAVA_TOOL_OPTIONS` makes it say; Java 8 calls itself 1.8.
 const VERSION_OF: &str = r#"s/^[a-z]+ version "(1\.)?([0-9][0-9.]*).*/\2/p"#;
 
-/// A jar is a zip.
+/// A jar is a zip, which is found from its end: executable jars begin with a script.
 const CONFIGURE: &str = r#"[ -f "$JAR" ] || { echo "the package has no file $JAR: name the jar in it as the parameter jar" >&2; exit 1; }
-[ "$(head -c 2 "$JAR")" = PK ] || { echo "$JAR is not a jar" >&2; exit 1; }
+tail -c 65557 "$JAR" | LC_ALL=C tr '\000\n' '  ' | LC_ALL=C grep -q "$(printf 'PK\005\006')" || { echo "$JAR is not a jar" >&2; exit 1; }
 "#;
 
 impl TechStack for JavaJar {

@@ -167,12 +167,12 @@ impl TechStack for StaticSite {
         let parameters: Parameters = parse_parameters(&request.parameters)?;
         let service = &parameters.service;
         if let Some(package) = &request.package
-            && !matches!(package.format.as_str(), "tar_gz" | "zip")
+            && matches!(package.format.as_str(), "jar" | "plain")
         {
             return Err(PluginError::invalid_parameter(
                 "",
                 format!(
-                    "the package {} is one file ({}): upload the site as .tar.gz or .zip",
+                    "the package {} is one file ({}): upload the site as a tar archive (plain, gz, xz, zst, bz2) or a zip archive",
                     package.file_name, package.format
                 ),
             ));

@@ -107,7 +107,12 @@ impl Directory {
                 Some(end) => {
                     Refusal::at(len - tail + end as u64, Reason::Trailing { format: FORMAT })
                 }
-                None => Refusal::at(len, Reason::Truncated { format: FORMAT }),
+                None => Refusal::at(
+                    len,
+                    broken(
+                        "its end record is missing: the file is not a zip archive, or it ends in the middle",
+                    ),
+                ),
             };
             return Err(refusal.into());
         };

@@ -323,7 +323,10 @@ async fn again(
         Answer {
             status: match () {
                 () if makes => StatusCode::CREATED.as_u16(),
-                () if method == Method::DELETE => StatusCode::NO_CONTENT.as_u16(),
+                // Only deletions that answer with a record have a body.
+                () if method == Method::DELETE && !body.is_object() => {
+                    StatusCode::NO_CONTENT.as_u16()
+                }
                 () => StatusCode::OK.as_u16(),
             },
             location: id.filter(|_| makes).map(|id| format!("{path}/{id}")),

@@ -32,7 +32,8 @@ use crate::service::{
     Caller,
     orders::ReleasePackage,
     packages::{
-        BeginUpload, DeletedPackage, OverviewFilter, PackageFilter, PackageOverview, Upload,
+        BeginUpload, DeletedPackage, DeletedUploads, OverviewFilter, PackageFilter,
+        PackageOverview, Upload,
     },
 };
 
@@ -471,15 +472,6 @@ struct DeleteUploads {
     uploads: Vec<UploadId>,
 }
 
-/// Upload records that were deleted.
-#[derive(Debug, Serialize, utoipa::ToSchema)]
-struct DeletedUploads {
-    /// Ids of the deleted records.
-    deleted: Vec<UploadId>,
-    /// Ids without a record in this workspace.
-    missing: Vec<UploadId>,
-}
-
 #[utoipa::path(delete, path = "/v1/workspaces/{ws}/packages/uploads", operation_id = "delete_uploads", tag = "packages",
     params(("ws" = String, Path, description = "The workspace's identifier.")), request_body = DeleteUploads,
     responses((status = 200, description = "The upload records were deleted. Packages that uploads made stay.", body = DeletedUploads)))]
@@ -493,13 +485,5 @@ async fn delete_uploads(
         .packages
         .delete_uploads(caller, &ws, &body.uploads)
         .await?;
-    let missing = body
-        .uploads
-        .into_iter()
-        .filter(|id| !deleted.contains(id))
-        .collect();
-    Ok(reply::json(
-        StatusCode::OK,
-        &DeletedUploads { deleted, missing },
-    ))
+    Ok(reply::json(StatusCode::OK, &deleted))
 }

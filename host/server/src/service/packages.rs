@@ -85,6 +85,15 @@ pub struct DeletedPackage {
     pub space_free_by: Option<Timestamp>,
 }
 
+/// Upload records that were deleted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct DeletedUploads {
+    /// Ids of the deleted records.
+    pub deleted: Vec<UploadId>,
+    /// Ids without a record in this workspace.
+    pub missing: Vec<UploadId>,
+}
+
 /// Knows which packages orders still need.
 #[async_trait]
 pub trait PackageUse: Send + Sync + 'static {
@@ -319,7 +328,7 @@ impl Packages {
         })
     }
 
-    /// Deletes upload records. The packages that uploads made stay. Returns the ids that had a record.
+    /// Deletes upload records. The packages that uploads made stay.
     ///
     /// # Errors
     /// `uploads_out_of_range`; [`ServiceError::NotFound`] of the workspace; errors of the store.
@@ -328,7 +337,7 @@ impl Packages {
         caller: Caller,
         ws: &str,
         ids: &[UploadId],
-    ) -> Result<Vec<UploadId>, ServiceError> {
+    ) -> Result<DeletedUploads, ServiceError> {
         if ids.is_empty() || ids.len() > MAX_DELETIONS {
             return Err(ServiceError::Limit {
                 code: "uploads_out_of_range",
@@ -343,18 +352,23 @@ impl Packages {
             });
         }
         let store = &*self.store;
-        records::get::<Workspace>(store, ws).await?;
         let (deleted, _) = records::change(store, &caller, || async {
-            let mut deleted = Vec::new();
-            let mut txn = Txn::new();
+            records::get::<Workspace>(store, ws).await?;
+            let mut txn = Txn::new().exists(keys::record(Kind::Workspace, ws));
+            let mut answer = DeletedUploads::default();
             for id in ids {
                 let key = keys::upload(ws, &id.to_string());
-                if !deleted.contains(id) && store.get(&key).await?.is_some() {
+                if answer.deleted.contains(id) || answer.missing.contains(id) {
+                    continue;
+                }
+                if store.get(&key).await?.is_some() {
                     txn = txn.exists(key.clone()).delete(key);
-                    deleted.push(*id);
+                    answer.deleted.push(*id);
+                } else {
+                    answer.missing.push(*id);
                 }
             }
-            Ok((txn, deleted))
+            Ok((txn, answer))
         })
         .await?;
         Ok(deleted)
@@ -370,10 +384,16 @@ impl Packages {
         ws: &str,
         id: UploadId,
     ) -> Result<(), ServiceError> {
-        let deleted = self.delete_uploads(caller, ws, &[id]).await?;
-        if deleted.is_empty() {
-            return Err(ServiceError::not_found("upload record", id));
-        }
+        let store = &*self.store;
+        let key = keys::upload(ws, &id.to_string());
+        records::change(store, &caller, || async {
+            if store.get(&key).await?.is_none() {
+                return Err(ServiceError::not_found("upload record", id));
+            }
+            let txn = Txn::new().exists(key.clone()).delete(key.clone());
+            Ok((txn, ()))
+        })
+        .await?;
         Ok(())
     }
 
