@@ -31,13 +31,14 @@ use crate::{
     config::DataDir,
     crash,
     execute::{ActionError, Context, become_user, cgroup, environment, kill_marked},
-    files::{FileError, make_dir, read_json, remove_file, remove_tree, sync_dir, write_json},
+    files::{FileError, make_dir, read_json, remove_file, sync_dir, write_json},
     instance::{InstanceDir, expand},
     shim::{
         client::{self, Found, Watch},
         host::describe,
         spec::{Mode, RunDir, RunIdentity, Spec},
     },
+    tree::remove_tree,
     users,
 };
 

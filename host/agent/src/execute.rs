@@ -34,6 +34,7 @@ use crate::{
     cache, clock,
     config::{DataDir, Policy},
     files::{FileError, chain},
+    housekeeping::Housekeeping,
     instance::{InstanceDir, InstanceError},
     mask::Masker,
     net::Platform,
@@ -57,6 +58,8 @@ pub struct Context {
     pub balancers: Balancers,
     /// The subtree for process trees, where there is one.
     pub cgroup: Option<Cgroup>,
+    /// Removal of old releases.
+    pub housekeeping: Housekeeping,
 }
 
 /// One task to carry out.
@@ -126,6 +129,11 @@ pub enum ActionError {
     /// Something else has the name.
     #[error("`{0}` is there and is no directory: nothing was changed")]
     NotADirectory(String),
+    /// Another process replaced the directory meanwhile.
+    #[error(
+        "another process replaced `{0}` while the new files were unpacked; it was left as it is. Stop what writes there, then retry the step"
+    )]
+    Exchanged(String),
     /// Of no instance.
     #[error(
         "the task is of no service instance, and there is nothing to {0} without one: only scripts, checks and files by absolute path are possible"
@@ -188,6 +196,7 @@ impl ActionError {
             | Self::Download(_)
             | Self::Root(_)
             | Self::NotADirectory(_)
+            | Self::Exchanged(_)
             | Self::NoInstance(_)
             | Self::App(_)
             | Self::Worker(_) => None,
@@ -321,7 +330,20 @@ async fn carry_out(
         },
     };
     cancelled.store(true, Ordering::Relaxed);
-    ended
+    let mut ended = ended?;
+    if let (Action::Check(_), Outcome::Succeeded, Some(id)) =
+        (&task.action, ended.outcome, task.instance)
+    {
+        let instance = InstanceDir::of(&context.data, task, None)?;
+        let warnings = context.housekeeping.remove_old_releases(id, instance).await;
+        if !warnings.is_empty() {
+            ended.message = format!(
+                "warning: old releases are left on this server, which need disk space: {}",
+                warnings.join("; ")
+            );
+        }
+    }
+    Ok(ended)
 }
 
 /// What can be done without a service instance.

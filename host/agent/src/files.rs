@@ -3,17 +3,10 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
-    os::{
-        fd::OwnedFd,
-        unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
-    },
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
 };
 
-use rustix::{
-    fs::{AtFlags, Dir, Gid, Mode, OFlags, Uid, chownat, fchown, fstat, openat, statat},
-    io::Errno,
-};
 use serde::{Serialize, de::DeserializeOwned};
 
 /// A file operation that failed.
@@ -128,65 +121,12 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileErro
     }
 }
 
-/// Gives a directory to another owner, with everything in it that is its owner's now. No link is followed, and nothing of
-/// others is touched: who may write in the directory cannot lead the change elsewhere. Repeated after a crash, it goes on.
-///
-/// # Errors
-/// When something cannot be given away.
-pub fn give_tree(path: &Path, from: u32, uid: u32, gid: u32) -> Result<(), FileError> {
-    let give = || -> io::Result<()> {
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(path, flags, Mode::empty())?;
-        give_dir(&dir, from, Uid::from_raw(uid), Gid::from_raw(gid))
-    };
-    give().during("give away", path)
-}
-
-fn give_dir(dir: &OwnedFd, from: u32, uid: Uid, gid: Gid) -> io::Result<()> {
-    for entry in Dir::read_from(dir)? {
-        let entry = entry?;
-        let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") {
-            continue;
-        }
-        let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match openat(dir, name, flags, Mode::empty()) {
-            Ok(below) => give_dir(&below, from, uid, gid)?,
-            Err(Errno::NOTDIR | Errno::LOOP) => {
-                if statat(dir, name, AtFlags::SYMLINK_NOFOLLOW)?.st_uid == from {
-                    let flags = AtFlags::SYMLINK_NOFOLLOW;
-                    chownat(dir, name, Some(uid), Some(gid), flags)?;
-                }
-            }
-            // Gone meanwhile.
-            Err(Errno::NOENT) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    // Itself last: as long as it is the old owner's, there is something left to do.
-    if fstat(dir)?.st_uid == from {
-        fchown(dir, Some(uid), Some(gid))?;
-    }
-    Ok(())
-}
-
 /// Removes a file; one that does not exist is removed already.
 ///
 /// # Errors
 /// When it exists and cannot be removed.
 pub fn remove_file(path: &Path) -> Result<(), FileError> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).during("remove", path),
-        Ok(()) | Err(_) => Ok(()),
-    }
-}
-
-/// Removes a directory with everything in it; one that does not exist is removed already. Follows no links.
-///
-/// # Errors
-/// When it exists and cannot be removed.
-pub fn remove_tree(path: &Path) -> Result<(), FileError> {
-    match fs::remove_dir_all(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).during("remove", path),
         Ok(()) | Err(_) => Ok(()),
     }

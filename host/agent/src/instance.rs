@@ -20,10 +20,8 @@ use windlass_domain::{
 use crate::{
     config::DataDir,
     crash,
-    files::{
-        Context as _, FileError, give_tree, make_dir, read_json, remove_file, remove_tree,
-        sync_dir, write_json,
-    },
+    files::{Context as _, FileError, make_dir, read_json, remove_file, sync_dir, write_json},
+    tree::{give_tree, remove_tree},
     users::User,
 };
 
@@ -193,7 +191,8 @@ impl InstanceDir {
         Ok(write_json(&self.release_package(release)?, package, 0o644)?)
     }
 
-    /// Makes a release the installed one: link, manifests, and old releases away. Every step can be repeated after a crash.
+    /// Makes a release the installed one: link and manifests. Every step can be repeated after a crash. Old releases stay until
+    /// [`InstanceDir::prune`].
     ///
     /// # Errors
     /// When the release is not there or a step fails.
@@ -220,36 +219,37 @@ impl InstanceDir {
         fs::rename(&fresh, self.current()).during("switch", &self.current())?;
         sync_dir(&self.path)?;
         crash::point("activate_switched");
-        let keep: Vec<&str> = [&after.current, &after.previous]
+        Ok(())
+    }
+
+    /// Removes every release that is neither installed nor the previous one. Continues after a failure.
+    #[must_use]
+    pub fn prune(&self) -> Vec<FileError> {
+        let installed = match self.installed() {
+            Ok(installed) => installed,
+            Err(error) => return vec![error],
+        };
+        let keep: Vec<&str> = [&installed.current, &installed.previous]
             .into_iter()
             .flatten()
             .map(|manifest| manifest.release.as_str())
             .collect();
-        self.prune(&keep)
-    }
-
-    /// Removes every release that is not named.
-    fn prune(&self, keep: &[&str]) -> Result<(), InstanceError> {
         let dir = self.releases();
-        for entry in fs::read_dir(&dir).during("list", &dir)? {
-            let path = entry.during("list", &dir)?.path();
-            let name = path
-                .file_name()
-                .and_then(|name| name.to_str())
-                .unwrap_or_default();
-            let kept = keep
+        let listed = fs::read_dir(&dir).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let entries = match listed.during("list", &dir) {
+            Ok(entries) => entries,
+            Err(error) => return vec![error],
+        };
+        let is_old = |name: &str| {
+            !keep
                 .iter()
-                .any(|keep| name == *keep || name.strip_suffix(".json") == Some(*keep));
-            if kept {
-                continue;
-            }
-            if path.is_dir() {
-                remove_tree(&path)?;
-            } else {
-                remove_file(&path)?;
-            }
-        }
-        Ok(())
+                .any(|keep| name == *keep || name.strip_suffix(".json") == Some(*keep))
+        };
+        entries
+            .into_iter()
+            .filter(|entry| is_old(entry.file_name().to_str().unwrap_or_default()))
+            .filter_map(|entry| remove_tree(&entry.path()).err())
+            .collect()
     }
 
     /// Removes what an interrupted unpacking left.

@@ -23,6 +23,7 @@ pub mod crash;
 pub mod execute;
 pub mod facts;
 pub mod files;
+pub mod housekeeping;
 pub mod instance;
 pub mod journal;
 pub mod mask;
@@ -34,6 +35,7 @@ pub mod register;
 pub mod session;
 pub mod shim;
 pub mod stop_all;
+pub mod tree;
 pub mod unpack;
 pub mod users;
 
@@ -124,6 +126,7 @@ pub async fn run(data: &DataDir) -> Result<(), RunError> {
         policy: config.policy,
         platform: platform.clone(),
         cgroup,
+        housekeeping: housekeeping::Housekeeping::default(),
     });
     let agent = Agent::open(context)?;
     let stop = CancellationToken::new();

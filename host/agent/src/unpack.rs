@@ -23,12 +23,7 @@ use windlass_domain::task::{PackageFormat, PackageRef};
 
 use tree::Tree;
 
-use crate::{
-    clock,
-    config::Policy,
-    files::{FileError, remove_tree},
-    users::User,
-};
+use crate::{clock, config::Policy, files::FileError, tree::remove_tree, users::User};
 
 /// Why a package is not unpacked.
 #[derive(Debug, thiserror::Error)]

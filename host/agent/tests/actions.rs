@@ -3,6 +3,7 @@
 use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::PathBuf,
 };
 
 use windlass_domain::{
@@ -252,7 +253,10 @@ async fn secrets_are_hidden_everywhere() {
     let result = gateway.run(task.clone()).await;
     assert_eq!(result.outcome, Outcome::Succeeded, "{result:?}");
     assert_eq!(result.output, "a [secret] b\n[secret] end\n");
-    assert_eq!(gateway.state().output[&task.id], result.output);
+    until("live output", || {
+        (gateway.state().output.get(&task.id) == Some(&result.output)).then_some(())
+    })
+    .await;
     agent.kill();
     // Nothing that the agent keeps holds it.
     let mut files = vec![agent.dir.path().to_owned()];
@@ -774,4 +778,100 @@ async fn a_check_that_is_revoked_or_too_late_leaves_no_try_behind() {
         })
         .await;
     }
+}
+
+/// Sets or clears the immutable flag of a file.
+fn set_immutable(path: &std::path::Path, flag: &str) {
+    let status = std::process::Command::new("chattr")
+        .arg(flag)
+        .arg(path)
+        .status();
+    assert!(
+        status.unwrap().success(),
+        "chattr {flag} {}",
+        path.display()
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_old_release_that_cannot_be_removed_is_a_warning_after_the_health_check() {
+    if !is_root() {
+        eprintln!("skipped: only root can make a file immutable");
+        return;
+    }
+    let gateway = Gateway::start().await;
+    let mut agent = TestAgent::register(&gateway).await;
+    agent.start();
+    let mut order = Order::new();
+    let package = package(
+        &gateway,
+        b"#!/bin/sh\nexec sleep 600\n".to_vec(),
+        PackageFormat::Plain,
+        "app",
+    );
+    let instance = agent
+        .data()
+        .join("instances")
+        .join(order.instance.to_string());
+    let mut messages = Vec::new();
+    for release in ["r1", "r2", "r3", "r4"] {
+        let manifest = order.manifest(release, &package);
+        let fetch = order.task(Action::Fetch(package.clone()));
+        let unpack = order.task(Action::Unpack {
+            package: package.clone(),
+            release: release.into(),
+        });
+        let activate = order.task(Action::Activate(Box::new(manifest)));
+        let check = order.task(Action::Check(Check {
+            probe: Probe::Script(script("true")),
+            interval_ms: 10,
+            try_timeout_ms: 10_000,
+            healthy_for_ms: 0,
+        }));
+        for task in [fetch, unpack, activate, check] {
+            let result = gateway.run(task).await;
+            assert_eq!(result.outcome, Outcome::Succeeded, "{release}: {result:?}");
+            messages.push(result.message);
+        }
+        let linked = fs::read_link(instance.join("current")).unwrap();
+        assert_eq!(linked, PathBuf::from(format!("releases/{release}")));
+        if release == "r1" {
+            // As a mount point or a file of somebody else would: it cannot be removed.
+            let keep = instance.join("releases/r1/a/b");
+            fs::create_dir_all(&keep).unwrap();
+            fs::write(keep.join("immutable"), "").unwrap();
+            set_immutable(&keep.join("immutable"), "+i");
+        }
+    }
+    let warnings: Vec<&String> = messages.iter().filter(|text| !text.is_empty()).collect();
+    let left: Vec<PathBuf> = fs::read_dir(instance.join("releases"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    let is_pit = |path: &&PathBuf| path.to_string_lossy().contains("/.removing-");
+    for pit in left.iter().filter(is_pit) {
+        let mut dirs = vec![pit.clone()];
+        while let Some(dir) = dirs.pop() {
+            for entry in fs::read_dir(&dir).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    dirs.push(path);
+                } else {
+                    set_immutable(&path, "-i");
+                }
+            }
+        }
+    }
+    // r3 and r4 both met it: it is tried again with each release.
+    assert_eq!(warnings.len(), 2, "{messages:?}");
+    for warning in warnings {
+        assert!(
+            warning.starts_with("warning:")
+                && warning.contains("immutable")
+                && warning.contains("Operation not permitted"),
+            "{warning}"
+        );
+    }
+    assert!(left.contains(&instance.join("releases/r3")), "{left:?}");
+    assert!(!left.contains(&instance.join("releases/r1")), "{left:?}");
 }

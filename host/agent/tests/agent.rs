@@ -13,6 +13,7 @@ mod crashes;
 mod network;
 mod processes;
 mod queries;
+mod races;
 mod soak;
 mod support;
 mod upgrade;

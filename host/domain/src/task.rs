@@ -304,7 +304,8 @@ pub struct TaskResult {
     pub output: String,
     /// Bytes that were dropped from `output`.
     pub dropped_bytes: u64,
-    /// What happened, for people: which limit, file or probe, and what to do; at most 4 KiB. Empty on success.
+    /// What happened, for people: which limit, file or probe, and what to do; at most 4 KiB. On success
+    /// it is empty, a note (which files were placed), or a warning that begins with `warning:`.
     pub message: String,
     /// Why it ended so, where the outcome alone does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

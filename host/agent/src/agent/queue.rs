@@ -11,12 +11,13 @@ use super::{Agent, Event, Lane, Running};
 use crate::{
     clock, crash,
     execute::{self, Job},
-    files::{chain, remove_file, remove_tree},
+    files::{chain, remove_file},
     journal::{Entry, Known},
     shim::{
         client::{self, Found},
         spec::RunDir,
     },
+    tree::remove_tree,
 };
 
 impl Agent {

@@ -8,13 +8,14 @@ use windlass_protocol::TaskPush;
 use super::{Agent, RESERVE_BYTES, UNKNOWN_RUNS_KEPT};
 use crate::{
     execute,
-    files::{chain, remove_tree},
+    files::chain,
     instance::InstanceDir,
     journal::{self, Entry, Known},
     shim::{
         client::{self, Found},
         spec::RunDir,
     },
+    tree::remove_tree,
 };
 
 impl Agent {

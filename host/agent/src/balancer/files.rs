@@ -18,11 +18,9 @@ use windlass_protocol::SecretText;
 use super::tally::Kept;
 use crate::{
     config::DataDir,
-    files::{
-        Context as _, FileError, make_dir, read_json, remove_file, remove_tree, write_durable,
-        write_json,
-    },
+    files::{Context as _, FileError, make_dir, read_json, remove_file, write_durable, write_json},
     shim::spec::RunDir,
+    tree::remove_tree,
 };
 
 /// The directory of one load balancer.

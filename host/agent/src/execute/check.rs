@@ -11,13 +11,14 @@ use super::{
 };
 use crate::{
     app, clock,
-    files::{chain, remove_tree},
+    files::chain,
     instance::InstanceDir,
     probe::{self, Streak},
     shim::{
         client,
         spec::{End, RunDir},
     },
+    tree::remove_tree,
     users,
 };
 

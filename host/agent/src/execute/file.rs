@@ -6,7 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{Mode as FileMode, OFlags, ResolveFlags, openat2};
+use rustix::fs::{Mode as FileMode, OFlags, openat2};
 use windlass_domain::task::Task;
 
 use super::{ActionError, Context, become_user};
@@ -14,6 +14,7 @@ use crate::{
     clock,
     files::{Context as _, FileError},
     instance::InstanceDir,
+    tree::{self, BENEATH, BelowError},
     users::{self, User},
 };
 
@@ -75,11 +76,6 @@ pub(super) fn write_file(
     Ok(written?)
 }
 
-/// No links on the way, and nothing above the directory that it starts from.
-const BENEATH: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_SYMLINKS)
-    .union(ResolveFlags::NO_MAGICLINKS);
-
 /// The allowed root that an absolute path is below, and the path from there.
 pub(super) fn allowed_root(
     context: &Context,
@@ -105,50 +101,18 @@ pub(super) fn allowed_root(
     Ok((root.clone(), relative.to_owned()))
 }
 
-/// Opens a directory below a root, never through a link; what is missing on the way is made, and belongs to the user. `path` is
-/// what was asked for.
+/// [`tree::open_below`] for a task: missing directories belong to its user. `path` is what the task named.
 pub(super) fn open_below(
     root: &Path,
     relative: &Path,
     user: &User,
     path: &str,
 ) -> Result<OwnedFd, ActionError> {
-    let open_root = std::fs::File::open(root).during("open", root)?;
-    let mut dir = OwnedFd::from(open_root);
-    let shown = root.join(relative);
-    for part in relative.components() {
-        let std::path::Component::Normal(part) = part else {
-            continue;
-        };
-        let open = |dir: &OwnedFd| {
-            openat2(
-                dir,
-                part,
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                FileMode::empty(),
-                BENEATH,
-            )
-        };
-        dir = match open(&dir) {
-            Ok(below) => below,
-            Err(rustix::io::Errno::NOENT) => {
-                rustix::fs::mkdirat(&dir, part, FileMode::from_raw_mode(0o755))
-                    .during("make a directory for", &shown)?;
-                let below = open(&dir).during("open a directory of", &shown)?;
-                own(&below, user).during("give away a directory of", &shown)?;
-                below
-            }
-            Err(rustix::io::Errno::LOOP | rustix::io::Errno::XDEV | rustix::io::Errno::NOTDIR) => {
-                return Err(ActionError::Path(path.to_owned()));
-            }
-            Err(error) => {
-                return Err(error)
-                    .during("open a directory of", &shown)
-                    .map_err(Into::into);
-            }
-        };
-    }
-    Ok(dir)
+    let owner = become_user(user).map(|user| (user.uid, user.gid));
+    tree::open_below(root, relative, owner).map_err(|error| match error {
+        BelowError::NotADirectory => ActionError::Path(path.to_owned()),
+        BelowError::File(error) => error.into(),
+    })
 }
 
 /// Gives a file or directory to a user that is not the agent's own.

@@ -2,26 +2,24 @@
 //!
 //! | step | when it fails, or the agent dies in it |
 //! | --- | --- |
-//! | download to `downloads/` | the file is removed; after a death it is written anew |
-//! | unpack beside the directory, as its user | removed; after a death by the next attempt. See [`crate::unpack`] |
+//! | download to `downloads/` | the file is removed; after a death it is downloaded again |
+//! | unpack into a [`WorkDir`] beside the directory, as its user | removed; after a death by the next attempt. See [`crate::unpack`] |
 //! | exchange the two | one step of the kernel: the old files are there or the new ones, never a part of them |
-//! | remove the old files | removed by the next attempt |
+//! | remove the old files | the step succeeds with a warning that names what is left |
 //!
-//! The directory lies strictly below one of the policy's roots, and is reached without links.
+//! The directory is strictly below one of the policy's roots, and is reached without links. Its user can usually write in the
+//! directory around it, and rename or exchange anything there at any time. So the agent works through handles only, and removes
+//! the old files only when they are the directory that it found at the beginning.
 
 mod download;
 
 use std::{
-    fs,
-    os::{
-        fd::{AsRawFd as _, OwnedFd},
-        unix::fs::DirBuilderExt as _,
-    },
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, atomic::AtomicBool},
 };
 
-use rustix::fs::{AtFlags, CWD, FileType, RenameFlags, renameat_with, statat};
+use rustix::fs::{AtFlags, FileType, RenameFlags, renameat_with, statat};
 use windlass_domain::{
     Digest,
     task::{FilesRef, PackageFormat, PackageRef, Task},
@@ -32,14 +30,18 @@ use super::{
     file::{allowed_root, open_below},
 };
 use crate::{
-    files::{Context as _, make_dir, remove_file, remove_tree},
+    files::{Context as _, chain, make_dir, read_json, remove_file, write_json},
+    tree::{WorkDir, WorkDirRecord},
     unpack,
     users::{self, User},
 };
 pub(super) use download::DownloadError;
 use download::download;
 
-/// Places files; says what was placed.
+/// What the new files are called in the work directory, and the old ones after the exchange.
+const FILES: &str = "files";
+
+/// Places files. Returns a sentence that describes what was placed, with a warning where old files are left.
 pub(super) async fn place_files(
     context: &Arc<Context>,
     task: &Task,
@@ -47,54 +49,63 @@ pub(super) async fn place_files(
     cancelled: &Arc<AtomicBool>,
 ) -> Result<String, ActionError> {
     let user = users::resolve(task.run_as.as_deref(), &context.policy)?;
-    let place = Place::open(context, files, &user)?;
+    let place = Arc::new(Place::open(context, files, &user)?);
     let downloads = context.data.downloads();
     make_dir(&downloads, 0o700)?;
     let archive = downloads.join(format!("{}.{}", task.id.order, task.id.node));
     let placed = async {
         let package = download(context, files, &archive).await?;
-        let said = format!(
+        let text = format!(
             "placed an archive of {} bytes with the SHA-256 {}",
             package.size_bytes, package.digest
         );
-        unpack_beside(context, &place, &archive, package, &user, cancelled).await?;
-        // Nothing is awaited between the end of the unpacking and this.
-        place.exchange()?;
-        Ok::<String, ActionError>(said)
+        let warning = replace(context, &place, &archive, package, &user, cancelled).await?;
+        Ok::<String, ActionError>(match warning {
+            Some(warning) => format!("{text}; warning: the old files are still there: {warning}"),
+            None => text,
+        })
     };
     let placed = placed.await;
-    let work = place.work();
-    let clean = move || remove_file(&archive).and_then(|()| remove_tree(&work));
-    let cleaned = tokio::task::spawn_blocking(clean).await;
-    let said = placed?;
-    cleaned.map_err(ActionError::Worker)??;
-    Ok(said)
+    if let Err(error) = remove_file(&archive) {
+        tracing::warn!(error = %chain(&error), "failed to remove a downloaded archive");
+    }
+    placed
 }
 
-async fn unpack_beside(
+/// Unpacks and exchanges; the text is why the old files could not be removed.
+async fn replace(
     context: &Arc<Context>,
-    place: &Place,
+    place: &Arc<Place>,
     archive: &Path,
     package: PackageRef,
     user: &User,
     cancelled: &Arc<AtomicBool>,
-) -> Result<(), ActionError> {
-    let (work, fresh, archive) = (place.work(), place.fresh(), archive.to_owned());
-    let (context, owner) = (context.clone(), become_user(user));
-    let cancelled = cancelled.clone();
-    let unpacked = move || -> Result<(), ActionError> {
-        // What an attempt left that died.
-        remove_tree(&work)?;
-        // Its user has to get through it, and nobody has to see what is in it.
-        fs::DirBuilder::new()
-            .mode(0o711)
-            .create(&work)
-            .during("make", &work)?;
+) -> Result<Option<String>, ActionError> {
+    let (context, place, archive) = (context.clone(), place.clone(), archive.to_owned());
+    let (owner, cancelled) = (become_user(user), cancelled.clone());
+    let work = move || -> Result<Option<String>, ActionError> {
+        place.remove_leftovers()?;
+        let work = WorkDir::create(&place.parent, place.around())?;
+        write_json(&place.record, &work.record(place.around())?, 0o600)?;
         let (owner, policy) = (owner.as_ref(), &context.policy);
-        unpack::unpack(&archive, &package, &fresh, owner, policy, &cancelled)?;
-        Ok(())
+        let fresh = work.path().join(FILES);
+        let exchanged = unpack::unpack(&archive, &package, &fresh, owner, policy, &cancelled)
+            .map_err(ActionError::from)
+            .and_then(|()| place.exchange(&work));
+        let removed = work
+            .remove(&place.parent, place.around())
+            .and_then(|()| remove_file(&place.record));
+        let warning = removed.err().map(|error| chain(&error));
+        match (exchanged, warning) {
+            (Ok(()), warning) => Ok(warning),
+            (Err(error), None) => Err(error),
+            (Err(error), Some(warning)) => {
+                tracing::warn!(error = %warning, "failed to remove a work directory");
+                Err(error)
+            }
+        }
     };
-    tokio::task::spawn_blocking(unpacked)
+    tokio::task::spawn_blocking(work)
         .await
         .map_err(ActionError::Worker)?
 }
@@ -105,8 +116,12 @@ struct Place {
     parent: OwnedFd,
     /// Name of the directory that is replaced.
     name: String,
-    /// As asked for.
+    /// Device and inode of the directory that is replaced; `None`: there is none yet.
+    old: Option<(u64, u64)>,
+    /// As requested.
     shown: String,
+    /// Identifies the work directory of the last attempt for this directory, in the agent's own data.
+    record: PathBuf,
 }
 
 impl Place {
@@ -125,56 +140,68 @@ impl Place {
         };
         let parent = relative.parent().unwrap_or(Path::new(""));
         let parent = open_below(&root, parent, user, &shown)?;
-        let place = Self {
+        let record = format!("{}.work.json", Digest::of(shown.as_bytes()).short());
+        let mut place = Self {
             parent,
             name: name.to_owned(),
+            old: None,
             shown,
+            record: context.data.downloads().join(record),
         };
-        place.is_there()?;
+        place.old = place.identity()?;
         Ok(place)
     }
 
-    /// Whether there is a directory to be replaced. Anything else of its name is in the way.
-    fn is_there(&self) -> Result<bool, ActionError> {
+    /// The directory around, for messages.
+    fn around(&self) -> &Path {
+        let shown = Path::new(&self.shown);
+        shown.parent().unwrap_or(shown)
+    }
+
+    /// Device and inode of the directory to be replaced. Anything else with its name is in the way.
+    fn identity(&self) -> Result<Option<(u64, u64)>, ActionError> {
         match statat(&self.parent, self.name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::Directory => Ok(true),
+            Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::Directory => {
+                Ok(Some((found.st_dev, found.st_ino)))
+            }
             Ok(_) => Err(ActionError::NotADirectory(self.shown.clone())),
-            Err(rustix::io::Errno::NOENT) => Ok(false),
+            Err(rustix::io::Errno::NOENT) => Ok(None),
             Err(error) => Err(error)
-                .during("look at", Path::new(&self.shown))
+                .during("inspect", Path::new(&self.shown))
                 .map_err(Into::into),
         }
     }
 
-    fn around(&self) -> PathBuf {
-        PathBuf::from(format!("/proc/self/fd/{}", self.parent.as_raw_fd()))
+    /// Removes the work directory of an attempt that died.
+    fn remove_leftovers(&self) -> Result<(), ActionError> {
+        // A record that cannot be read was not written completely; then its directory is still empty.
+        let record = read_json::<WorkDirRecord>(&self.record).unwrap_or_default();
+        if let Some(left) = record.and_then(|record| WorkDir::reopen(&self.parent, &record))
+            && let Err(error) = left.remove(&self.parent, self.around())
+        {
+            tracing::warn!(error = %chain(&error), "failed to remove the work directory of an earlier attempt");
+        }
+        Ok(remove_file(&self.record)?)
     }
 
-    /// A directory beside it that is ours: named by it, so that the next attempt finds what this one leaves.
-    fn work_name(&self) -> String {
-        format!(".windlass-{}", Digest::of(self.name.as_bytes()).short())
-    }
-
-    fn work(&self) -> PathBuf {
-        self.around().join(self.work_name())
-    }
-
-    /// Where the new files are unpacked, and the old ones are afterwards.
-    fn fresh(&self) -> PathBuf {
-        self.work().join("files")
-    }
-
-    fn exchange(&self) -> Result<(), ActionError> {
-        let fresh = self.fresh();
-        let flags = if self.is_there()? {
-            RenameFlags::EXCHANGE
-        } else {
-            RenameFlags::NOREPLACE
+    /// Exchanges the new files with the old ones. What is then in the work directory is removed, so it must be the directory
+    /// that was there at the beginning: anything else is put back.
+    fn exchange(&self, work: &WorkDir) -> Result<(), ActionError> {
+        let shown = Path::new(&self.shown);
+        let rename =
+            |flags| renameat_with(work.dir(), FILES, &self.parent, self.name.as_str(), flags);
+        let Some(old) = self.old else {
+            rename(RenameFlags::NOREPLACE).during("create", shown)?;
+            return Ok(rustix::fs::fsync(&self.parent).during("sync what is around", shown)?);
         };
-        renameat_with(CWD, &fresh, &self.parent, self.name.as_str(), flags)
-            .during("replace", Path::new(&self.shown))?;
-        rustix::fs::fsync(&self.parent).during("sync what is around", Path::new(&self.shown))?;
-        Ok(())
+        rename(RenameFlags::EXCHANGE).during("replace", shown)?;
+        let found =
+            statat(work.dir(), FILES, AtFlags::SYMLINK_NOFOLLOW).during("inspect", shown)?;
+        if (found.st_dev, found.st_ino) != old {
+            rename(RenameFlags::EXCHANGE).during("restore", shown)?;
+            return Err(ActionError::Exchanged(self.shown.clone()));
+        }
+        Ok(rustix::fs::fsync(&self.parent).during("sync what is around", shown)?)
     }
 }
 

@@ -6,8 +6,8 @@ use windlass_domain::task::{PackageRef, Task};
 
 use super::{ActionError, Context, become_user};
 use crate::{
-    files::remove_tree,
     instance::{InstanceDir, check_file_name},
+    tree::remove_tree,
     unpack, users,
 };
 
@@ -19,6 +19,9 @@ pub(super) async fn unpack_release(
     cancelled: &Arc<AtomicBool>,
 ) -> Result<(), ActionError> {
     check_file_name(&package.file_name)?;
+    if let Some(id) = task.instance {
+        context.housekeeping.finish(id).await;
+    }
     let user = users::resolve(task.run_as.as_deref(), &context.policy)?;
     let instance = InstanceDir::of(&context.data, task, Some(&user))?;
     // While an application runs, its data stays its user's: it is handed over when the release becomes the installed one.

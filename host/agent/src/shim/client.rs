@@ -15,7 +15,8 @@ use windlass_domain::Timestamp;
 use super::spec::{RunDir, RunIdentity, RunStatus, Spec};
 use crate::{
     crash,
-    files::{Context as _, FileError, make_dir, read_json, remove_tree, sync_dir},
+    files::{Context as _, FileError, make_dir, read_json, sync_dir},
+    tree::remove_tree,
 };
 
 /// What a run directory shows.
