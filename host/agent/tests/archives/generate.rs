@@ -731,7 +731,7 @@ const ALL: [Class; CLASSES] = [
         hostile(random, &raws, "both as a directory and as")
     }),
     ("a device", |random, _| {
-        let kind = random.one_of(&[b'3', b'4', b'6']);
+        let kind = random.one_of(b"346");
         hostile(
             random,
             &[Raw::new("device", kind, 0o666)],
@@ -799,11 +799,11 @@ const ALL: [Class; CLASSES] = [
         hostile(random, &[raw], "checksum")
     }),
     ("an unknown type", |random, _| {
-        let kind = random.one_of(&[b'D', b'M', b'N', b'A', b'9', 0xff]);
+        let kind = random.one_of(b"DMNA9\xff");
         hostile(random, &[Raw::new("x", kind, 0o644)], "not supported")
     }),
     ("content of a directory", |random, _| {
-        let kind = random.one_of(&[b'5', b'2', b'1']);
+        let kind = random.one_of(b"521");
         let raw = Raw::new("x", kind, 0o755)
             .link("run.sh")
             .content(b"hidden content");

@@ -62,7 +62,7 @@ impl Raw {
         }
         put(&mut block, 0, &name[..name.len().min(100)]);
         put(&mut block, 100, format!("{:07o}\0", self.mode).as_bytes());
-        put(&mut block, 108, b"0000000\00000000\0");
+        put(&mut block, 108, b"0000000\x000000000\x00");
         let size = self.size.unwrap_or(self.content.len() as u64);
         if self.binary_numbers || size >= 1 << 33 {
             let mut field = [0_u8; 12];

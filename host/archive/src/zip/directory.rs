@@ -141,12 +141,6 @@ impl Directory {
         };
         let mut offset = u64::from(offset);
         let mut directory_end = end_at;
-        let wide = entries == u16::MAX
-            || entries_here == u16::MAX
-            || size == u32::MAX
-            || offset == u64::from(u32::MAX)
-            || disks.0 == u16::MAX
-            || disks.1 == u16::MAX;
         if let Some(found) = End64::find(source, end_at)? {
             // Fields that fit are stated twice; the narrow ones are only placeholders where all their bits are set.
             let fits = |narrow: u64, placeholder: u64, value: u64| {
@@ -167,8 +161,6 @@ impl Directory {
             directory.size = found.size;
             offset = found.offset;
             directory_end = found.at;
-        } else if wide && disks != (0, 0) {
-            return Err(several());
         } else if disks != (0, 0) || entries_here != entries {
             return Err(several());
         }

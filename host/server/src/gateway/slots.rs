@@ -400,3 +400,59 @@ fn is_newer_format(format: PackageFormat) -> bool {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use windlass_domain::{
+        Digest, Timestamp,
+        id::{InstanceId, OrderId},
+        task::PackageRef,
+    };
+
+    use super::*;
+
+    #[test]
+    fn tasks_with_a_newer_package_format_need_an_agent_that_knows_it() {
+        for (format, expected) in [
+            (PackageFormat::TarGz, None),
+            (PackageFormat::Zip, None),
+            (PackageFormat::Jar, None),
+            (PackageFormat::Plain, None),
+            (PackageFormat::Tar, Some(TAR_FORMATS_VERSION)),
+            (PackageFormat::TarXz, Some(TAR_FORMATS_VERSION)),
+            (PackageFormat::TarZst, Some(TAR_FORMATS_VERSION)),
+            (PackageFormat::TarBz2, Some(TAR_FORMATS_VERSION)),
+        ] {
+            let package = PackageRef {
+                digest: Digest::of(b"package"),
+                size_bytes: 7,
+                format,
+                file_name: "shop".to_owned(),
+                version: "1.0.0".to_owned(),
+            };
+            let unpack = Action::Unpack {
+                package: package.clone(),
+                release: "r".to_owned(),
+            };
+            for action in [Action::Fetch(package), unpack] {
+                let task = Task {
+                    id: TaskId {
+                        order: OrderId::from_uuid(uuid::Uuid::nil()),
+                        node: 1,
+                        attempt: 1,
+                    },
+                    instance: Some(InstanceId::from_uuid(uuid::Uuid::nil())),
+                    release: None,
+                    fence: 1,
+                    expires_at: Timestamp::default(),
+                    timeout_ms: 1000,
+                    run_as: None,
+                    env: std::collections::BTreeMap::new(),
+                    action,
+                };
+                let needed = needs_version(&task).map(|(version, _)| version);
+                assert_eq!(needed, expected, "{format:?}");
+            }
+        }
+    }
+}
