@@ -236,6 +236,9 @@ impl TestHost {
                 &self.listen.to_string(),
                 "--agent-listen",
                 &self.agent_listen.to_string(),
+                // The receivers of the tests are on this machine.
+                "--notification-allow",
+                "127.0.0.0/8",
             ])
             .arg("--plugins")
             .arg(&self.plugins)

@@ -84,17 +84,17 @@ async fn channels_are_told_what_happens_to_orders() {
     the_robot_can_check_its_messages(&robot);
     let mails = mail.taken();
     let about: Vec<&String> = mails.iter().filter(|mail| mail.contains(&id)).collect();
-    assert!(about.len() >= 3, "{mails:?}");
+    for receiver in ["RCPT TO:<ops@example.com>", "RCPT TO:<dev@example.com>"] {
+        let to = about.iter().filter(|mail| mail.contains(receiver));
+        assert!(to.count() >= 3, "{receiver}: {mails:?}");
+    }
     for mail in about {
-        for part in [
-            "RCPT TO:<ops@example.com>",
-            "RCPT TO:<dev@example.com>",
-            "From: ",
-            "Subject: [windlass test] told",
-        ] {
+        for part in ["From: ", "Subject: [windlass test] told"] {
             assert!(mail.contains(part), "{part}: {mail}");
         }
     }
+    each_receiver_of_a_mail_has_its_own_outcome(&host, &mail).await;
+    a_redirect_is_not_followed_and_ends_the_delivery(&host).await;
 
     // An order that tells nobody.
     let mut quiet = scene.order("quiet", 1);
@@ -395,6 +395,78 @@ async fn told(host: &TestHost, order: &str, moments: &[&str]) {
     .await;
 }
 
+/// Sends a test message to a new channel and waits for its end.
+async fn test_message(host: &TestHost, name: &str, target: Value) -> Value {
+    let id = channel(host, name, target).await;
+    let path = host.ws(&format!("notification-channels/{id}/test"));
+    let test = host.api.post(&path, &json!({})).await.expect("a test");
+    ended(host, &text(&test["id"])).await
+}
+
+async fn each_receiver_of_a_mail_has_its_own_outcome(host: &TestHost, mail: &Mail) {
+    let target = json!({
+        "kind": "email", "server": "127.0.0.1", "port": mail.port, "security": "none", "user": "windlass",
+        "password_secret": "mail-password", "from": "windlass@example.com",
+        "to": ["removed@example.com", "present@example.com"],
+    });
+    let delivery = test_message(host, "mail-partly", target).await;
+    assert_eq!(delivery["state"], "given_up", "{delivery}");
+    let attempt = &delivery["last_attempts"][0];
+    let receivers = attempt["receivers"].as_array().expect("outcomes");
+    let outcomes: Vec<(&Value, &Value, bool)> = receivers
+        .iter()
+        .map(|one| (&one["receiver"], &one["answer_code"], one["error"] == ""))
+        .collect();
+    assert_eq!(
+        outcomes,
+        [
+            (&json!("removed@example.com"), &json!(550), false),
+            (&json!("present@example.com"), &json!(250), true),
+        ],
+        "{delivery}"
+    );
+    let error = text(&attempt["error"]);
+    assert!(
+        error.starts_with("1 of 2 receivers did not get it (removed@example.com)"),
+        "{error}"
+    );
+    assert_eq!(error.matches("no such mailbox").count(), 1, "{error}");
+    let taken = mail.taken();
+    assert!(
+        taken
+            .iter()
+            .any(|mail| mail.contains("RCPT TO:<present@example.com>")),
+        "{taken:?}"
+    );
+}
+
+async fn a_redirect_is_not_followed_and_ends_the_delivery(host: &TestHost) {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let url = format!("http://{}/old", listener.local_addr().expect("its address"));
+    std::thread::spawn(move || {
+        for mut connection in listener.incoming().flatten() {
+            let moved = "HTTP/1.1 301 Moved Permanently\r\nLocation: /new\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            if read_request(&connection).is_some() {
+                drop(connection.write_all(moved.as_bytes()));
+            }
+        }
+    });
+    let target = json!({ "kind": "webhook", "url": url });
+    let delivery = test_message(host, "moved", target).await;
+    let attempt = &delivery["last_attempts"][0];
+    assert_eq!(
+        (
+            &delivery["attempts"],
+            &attempt["permanent"],
+            &attempt["answer_code"]
+        ),
+        (&json!(1), &json!(true), &json!(301)),
+        "{delivery}"
+    );
+    let error = text(&attempt["error"]);
+    assert!(error.contains("redirects are not followed"), "{error}");
+}
+
 async fn denied_and_wrong_channels_are_told_of(host: &TestHost) {
     let wrong =
         json!({ "name": "wrong", "target": { "kind": "webhook", "url": "gopher://example.com" } });
@@ -420,7 +492,7 @@ async fn denied_and_wrong_channels_are_told_of(host: &TestHost) {
         (
             "metadata",
             json!({ "kind": "webhook", "url": "http://169.254.169.254/latest" }),
-            "sends nothing to",
+            "sends no notifications to",
         ),
         (
             "unset",
@@ -720,6 +792,7 @@ fn converse(connection: &TcpStream, refused: &mut bool) -> Option<String> {
                 say("235 welcome")?;
             }
             "AUTH" => say("535 who are you?")?,
+            "RCPT" if line.contains("removed@") => say("550 no such mailbox")?,
             "MAIL" | "RCPT" if known => say("250 go on")?,
             "MAIL" | "RCPT" => say("530 log in first")?,
             "DATA" => {

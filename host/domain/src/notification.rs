@@ -379,6 +379,26 @@ pub struct Attempt {
     pub answer_code: Option<u16>,
     /// What went wrong; empty: it was taken. Never holds a secret.
     pub error: String,
+    /// Whether the receiver refused for good, so that another attempt would not help.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub permanent: bool,
+    /// The outcome for each receiver of an e-mail that this attempt was sent to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub receivers: Vec<ReceiverOutcome>,
+}
+
+/// What became of an e-mail at one of its receivers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ReceiverOutcome {
+    /// The receiver's address.
+    pub receiver: String,
+    /// The mail server's answer; absent: there was none.
+    pub answer_code: Option<u16>,
+    /// Why the receiver did not get the e-mail; empty: the mail server accepted it.
+    pub error: String,
+    /// Whether the mail server refused the receiver for good.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub permanent: bool,
 }
 
 /// One message to one channel. Delivered at least once: receivers know a repetition by the id.
@@ -404,6 +424,9 @@ pub struct Delivery {
     pub max_attempts: u32,
     /// The last attempts, oldest first.
     pub last_attempts: Vec<Attempt>,
+    /// Receivers of an e-mail that are done: they got it, or refused it for good. Further attempts leave them out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub done_receivers: Vec<String>,
     /// When it is attempted next.
     pub next_at: Option<Timestamp>,
     /// When it was made.
@@ -419,13 +442,19 @@ impl Delivery {
     /// Notes an attempt. `jitter` in thousandths shortens the pause by up to a half, so that many do not come back at once.
     pub fn attempted(&mut self, attempt: Attempt, jitter: u16) {
         let at = attempt.at;
-        let taken = attempt.error.is_empty();
+        let (taken, permanent) = (attempt.error.is_empty(), attempt.permanent);
+        let done = attempt
+            .receivers
+            .iter()
+            .filter(|one| one.error.is_empty() || one.permanent);
+        self.done_receivers
+            .extend(done.map(|one| one.receiver.clone()));
         self.record(attempt);
         self.next_at = None;
         if taken {
             self.state = DeliveryState::Delivered;
             self.ended_at = Some(at);
-        } else if self.attempts >= self.max_attempts {
+        } else if permanent || self.attempts >= self.max_attempts {
             self.state = DeliveryState::GivenUp;
             self.ended_at = Some(at);
         } else {
@@ -457,14 +486,17 @@ impl Delivery {
             took_ms: 0,
             answer_code: None,
             error: error.to_owned(),
+            permanent: true,
+            receivers: Vec::new(),
         });
         self.state = DeliveryState::GivenUp;
         self.next_at = None;
         self.ended_at = Some(at);
     }
 
-    /// Sends it again, with as many attempts as at first. What was attempted stays on record.
+    /// Sends it again to every receiver, with as many attempts as at first. What was attempted stays on record.
     pub fn send_again(&mut self, at: Timestamp) {
+        self.done_receivers.clear();
         self.state = DeliveryState::Pending;
         self.max_attempts = self.attempts + MAX_ATTEMPTS;
         self.next_at = Some(at);
@@ -507,6 +539,7 @@ mod tests {
             attempts: 0,
             max_attempts: MAX_ATTEMPTS,
             last_attempts: Vec::new(),
+            done_receivers: Vec::new(),
             next_at: Some(at(0)),
             created_at: at(0),
             ended_at: None,
@@ -519,7 +552,52 @@ mod tests {
             took_ms: 1,
             answer_code: None,
             error: error.to_owned(),
+            permanent: false,
+            receivers: Vec::new(),
         }
+    }
+
+    #[test]
+    fn a_permanent_refusal_ends_a_delivery_after_one_attempt() {
+        let mut refused = delivery();
+        refused.attempted(
+            Attempt {
+                permanent: true,
+                ..attempt(1, "moved")
+            },
+            0,
+        );
+        assert_eq!(
+            (refused.state, refused.attempts),
+            (DeliveryState::GivenUp, 1)
+        );
+    }
+
+    #[test]
+    fn receivers_that_are_done_are_left_out_until_a_person_sends_again() {
+        let receiver = |receiver: &str, error: &str, permanent| ReceiverOutcome {
+            receiver: receiver.to_owned(),
+            answer_code: None,
+            error: error.to_owned(),
+            permanent,
+        };
+        let mut delivery = delivery();
+        let receivers = vec![
+            receiver("a@x", "", false),
+            receiver("b@x", "unknown", true),
+            receiver("c@x", "busy", false),
+        ];
+        delivery.attempted(
+            Attempt {
+                receivers,
+                ..attempt(1, "b@x, c@x")
+            },
+            0,
+        );
+        assert_eq!(delivery.state, DeliveryState::Pending);
+        assert_eq!(delivery.done_receivers, ["a@x", "b@x"]);
+        delivery.send_again(at(2));
+        assert!(delivery.done_receivers.is_empty());
     }
 
     #[test]

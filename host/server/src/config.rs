@@ -31,6 +31,8 @@ pub struct ServerConfig {
     pub tls: Tls,
     /// Networks that notifications are not sent to.
     pub notification_deny: Vec<ipnet::IpNet>,
+    /// Exceptions from these networks.
+    pub notification_allow: Vec<crate::notify::destination::Allowed>,
     /// Which plugin files are trusted.
     pub trust: PluginTrust,
     /// How the call journal is kept.
@@ -105,7 +107,11 @@ impl ServerConfig {
             plugins: plugins.to_owned(),
             shipped_plugins: shipped_plugins(),
             tls: Tls::ByAddress,
-            notification_deny: crate::notify::request::denied_by_default(),
+            notification_deny: crate::notify::destination::denied_by_default(),
+            // Everything of a local installation is on this machine.
+            notification_allow: ["127.0.0.0/8", "::1/128"]
+                .map(|network| network.parse().expect("it is a network"))
+                .into(),
             trust: PluginTrust::default(),
             journal: JournalLimits::default(),
             front_ports: PortRanges::default(),

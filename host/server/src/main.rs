@@ -91,9 +91,13 @@ struct Server {
     #[arg(long, requires = "tls_certificate")]
     tls_key: Option<PathBuf>,
     /// A network that notifications are not sent to, for example 10.0.0.0/8; repeat it for more. It replaces the default:
-    /// link-local addresses (the metadata services of clouds among them) and addresses of many receivers.
+    /// loopback, link-local, metadata services of clouds, multicast and reserved addresses.
     #[arg(long)]
     notification_deny: Vec<ipnet::IpNet>,
+    /// An exception from the denied networks: a network such as 127.0.0.0/8, or one port of one address such as
+    /// 127.0.0.1:25 (a local mail relay). Repeat it for more.
+    #[arg(long)]
+    notification_allow: Vec<windlass::notify::destination::Allowed>,
     /// Uploads leave this share of the data directory's disk free, in percent: 0 to 99. An upload that would leave less is
     /// refused with 507.
     #[arg(long, default_value_t = UPLOAD_DISK_RESERVE_PERCENT, value_parser = clap::value_parser!(u8).range(0..=99))]
@@ -284,10 +288,11 @@ async fn serve(options: Server) -> anyhow::Result<()> {
         shipped_plugins: shipped,
         tls,
         notification_deny: if options.notification_deny.is_empty() {
-            windlass::notify::request::denied_by_default()
+            windlass::notify::destination::denied_by_default()
         } else {
             options.notification_deny
         },
+        notification_allow: options.notification_allow,
         upload_disk_reserve_percent: options.upload_disk_reserve,
         trust: PluginTrust {
             keys: options.plugin_keys,

@@ -11,9 +11,11 @@
 //! | fan-out | its one commit was made or was not: each channel gets one delivery |
 //! | attempt | made again after the start: receivers know a repetition by the delivery's id |
 //!
-//! One attempt per channel at a time, [`AT_ONCE`] altogether; a channel that does not answer holds up no other. Owns the rows
+//! One attempt per channel at a time, [`AT_ONCE_IN_A_WORKSPACE`] in a workspace, [`AT_ONCE`] altogether; a channel that does not
+//! answer holds up no other, and a workspace no other workspace. Owns the rows
 //! `delivery-due/…`; `service::notifications` owns channels and what people do with deliveries.
 
+pub mod destination;
 mod dingtalk;
 mod email;
 mod message;
@@ -36,6 +38,7 @@ use windlass_domain::{
     id::{ChannelId, DeliveryId},
     notification::{
         Attempt, Channel, ChannelTarget, Delivery, DeliveryState, MAX_ATTEMPTS, Notice,
+        ReceiverOutcome,
     },
     workspace::Workspace,
 };
@@ -55,7 +58,11 @@ use message::Message;
 use request::Requests;
 
 /// Attempts that are made at the same time.
-pub const AT_ONCE: usize = 16;
+pub const AT_ONCE: usize = 128;
+/// Of these, attempts for one workspace: receivers that do not answer hold up no other workspace.
+pub const AT_ONCE_IN_A_WORKSPACE: usize = 4;
+/// Of these, attempts that repeat a failed one: the rest is for channels that may answer at once.
+const REPEATED_AT_ONCE: usize = 2;
 /// Before everything is read again after the store failed.
 const AGAIN: Duration = Duration::from_secs(1);
 /// What a row below `delivery-due` holds.
@@ -66,6 +73,12 @@ const A_DUE_DELIVERY: &str = "a due delivery";
 pub(crate) struct Due {
     pub(crate) channel: ChannelId,
     pub(crate) at: Timestamp,
+    /// The workspace that the attempt counts for.
+    #[serde(default)]
+    pub(crate) workspace: String,
+    /// Whether an attempt failed before.
+    #[serde(default)]
+    pub(crate) repeated: bool,
 }
 
 /// Why an attempt failed. The text is kept with the delivery: never a secret in it.
@@ -76,6 +89,10 @@ pub(crate) struct SendError {
     pub(crate) code: Option<u16>,
     /// What is wrong, and what to do.
     pub(crate) message: String,
+    /// Whether another attempt would not help.
+    pub(crate) permanent: bool,
+    /// The outcome for each receiver, where there are several.
+    pub(crate) receivers: Vec<ReceiverOutcome>,
 }
 
 impl SendError {
@@ -83,7 +100,82 @@ impl SendError {
         Self {
             code: None,
             message: message.into(),
+            permanent: false,
+            receivers: Vec::new(),
         }
+    }
+
+    /// An answer with another status than 2xx.
+    pub(crate) fn answered(who: &str, code: u16, message: impl Into<String>) -> Self {
+        let mut error = Self::new(message);
+        error.code = Some(code);
+        // 304 and others that lead nowhere are answers like any other.
+        if matches!(code, 301 | 302 | 303 | 307 | 308) {
+            error.permanent = true;
+            error.message = format!(
+                "{who} answered {code}, a redirect; redirects are not followed. Set the channel's `url` to the address that it redirects to, then send the notification again"
+            );
+        }
+        error
+    }
+}
+
+/// A message that was accepted.
+#[derive(Debug, Default)]
+pub(crate) struct Sent {
+    /// The receiver's answer.
+    pub(crate) code: Option<u16>,
+    /// The outcome for each receiver, where there are several.
+    pub(crate) receivers: Vec<ReceiverOutcome>,
+}
+
+impl Sent {
+    fn answered(code: u16) -> Self {
+        Self {
+            code: Some(code),
+            receivers: Vec::new(),
+        }
+    }
+}
+
+/// Attempts that are in progress.
+#[derive(Default)]
+struct InProgress {
+    channels: HashSet<ChannelId>,
+    /// All attempts, and those that repeat a failed one, by workspace.
+    workspaces: BTreeMap<String, (usize, usize)>,
+}
+
+impl InProgress {
+    fn begin(&mut self, due: &Due) {
+        self.channels.insert(due.channel);
+        let (all, repeated) = self.workspaces.entry(due.workspace.clone()).or_default();
+        *all += 1;
+        *repeated += usize::from(due.repeated);
+    }
+
+    fn end(&mut self, due: &Due) {
+        self.channels.remove(&due.channel);
+        if let Some((all, repeated)) = self.workspaces.get_mut(&due.workspace) {
+            *all = all.saturating_sub(1);
+            *repeated = repeated.saturating_sub(usize::from(due.repeated));
+            if *all == 0 {
+                self.workspaces.remove(&due.workspace);
+            }
+        }
+    }
+
+    /// How many attempts a workspace has in progress; `None`: it has no room for this one.
+    fn room(&self, due: &Due) -> Option<usize> {
+        let (all, repeated) = self
+            .workspaces
+            .get(&due.workspace)
+            .copied()
+            .unwrap_or_default();
+        let free = !self.channels.contains(&due.channel)
+            && all < AT_ONCE_IN_A_WORKSPACE
+            && (!due.repeated || repeated < REPEATED_AT_ONCE);
+        free.then_some(all)
     }
 }
 
@@ -123,12 +215,12 @@ impl Schedule {
         }
     }
 
-    /// Takes the first delivery that is due and whose channel is free.
-    fn take(&mut self, now: Timestamp, busy: &HashSet<ChannelId>) -> Option<(DeliveryId, Due)> {
+    /// Takes a delivery that is due: of the workspace with the fewest attempts in progress, the oldest one whose channel is free.
+    fn take(&mut self, now: Timestamp, busy: &InProgress) -> Option<(DeliveryId, Due)> {
         let due = self.by_time.iter().take_while(|(at, _)| *at <= now);
         let (_, id) = due
-            .copied()
-            .find(|(_, id)| !busy.contains(&self.by_id[id].channel))?;
+            .filter_map(|(_, id)| Some((busy.room(&self.by_id[id])?, *id)))
+            .min_by_key(|(in_progress, _)| *in_progress)?;
         let due = self.by_id.get(&id)?.clone();
         self.remove(id);
         Some((id, due))
@@ -209,17 +301,17 @@ impl Notifier {
                 schedule.put(id, due);
             }
         }
-        let mut busy = HashSet::new();
-        let mut sending: JoinSet<(ChannelId, Result<(), ServiceError>)> = JoinSet::new();
+        let mut busy = InProgress::default();
+        let mut sending: JoinSet<(Due, Result<(), ServiceError>)> = JoinSet::new();
         self.fan_out(unreadable).await?;
         loop {
             let now = clock::now();
             while sending.len() < AT_ONCE
                 && let Some((id, due)) = schedule.take(now, &busy)
             {
-                busy.insert(due.channel);
+                busy.begin(&due);
                 let notifier = self.clone();
-                sending.spawn(async move { (due.channel, notifier.attempt(id).await) });
+                sending.spawn(async move { (due, notifier.attempt(id).await) });
             }
             let next = schedule.next_after(now);
             tokio::select! {
@@ -230,10 +322,10 @@ impl Notifier {
                 }
                 change = changes.next() => apply(&mut schedule, change.map_err(watched)?, unreadable),
                 Some(ended) = sending.join_next() => {
-                    let Ok((channel, attempted)) = ended else {
-                        return Err(ServiceError::Unavailable { message: "an attempt broke off".to_owned() });
+                    let Ok((due, attempted)) = ended else {
+                        return Err(ServiceError::Unavailable { message: "an attempt to send a notification was interrupted".to_owned() });
                     };
-                    busy.remove(&channel);
+                    busy.end(&due);
                     attempted?;
                 }
                 () = sleep_until(next) => {}
@@ -290,18 +382,27 @@ impl Notifier {
                 let sent = self.send(&channel, &delivery).await;
                 crash_point("notify.after_send");
                 let at = clock::now();
-                let (answer_code, error) = match sent {
-                    Ok(code) => (code, String::new()),
+                let took_ms = at.since_ms(before);
+                let attempt = match sent {
+                    Ok(sent) => Attempt {
+                        at,
+                        took_ms,
+                        answer_code: sent.code,
+                        error: String::new(),
+                        permanent: false,
+                        receivers: sent.receivers,
+                    },
                     Err(error) => {
-                        tracing::info!(delivery.id = %id, channel.name = %channel.name, attempt = delivery.attempts + 1, reason = %error, "a notification was not taken");
-                        (error.code, error.message)
+                        tracing::info!(delivery.id = %id, channel.name = %channel.name, attempt = delivery.attempts + 1, reason = %error, "a notification was not delivered");
+                        Attempt {
+                            at,
+                            took_ms,
+                            answer_code: error.code,
+                            error: error.message,
+                            permanent: error.permanent,
+                            receivers: error.receivers,
+                        }
                     }
-                };
-                let attempt = Attempt {
-                    at,
-                    took_ms: at.since_ms(before),
-                    answer_code,
-                    error,
                 };
                 let [high, low] = ids::random_bytes::<2>();
                 made = Some(attempt.clone());
@@ -334,7 +435,7 @@ impl Notifier {
         }
     }
 
-    async fn send(&self, channel: &Channel, delivery: &Delivery) -> Result<Option<u16>, SendError> {
+    async fn send(&self, channel: &Channel, delivery: &Delivery) -> Result<Sent, SendError> {
         let workspace = channel.workspace.as_str();
         let region = records::find::<Workspace>(&*self.parts.store, workspace).await;
         let region = region.ok().flatten();
@@ -363,7 +464,8 @@ impl Notifier {
                 dingtalk::send(requests, url, &token, security, &secrets, &message).await
             }
             ChannelTarget::Email { .. } => {
-                email::send(requests, &channel.target, &secrets, &message).await
+                let done = &delivery.done_receivers;
+                email::send(requests, &channel.target, done, &secrets, &message).await
             }
         }
     }
@@ -424,6 +526,7 @@ pub(crate) fn new_delivery(
         attempts: 0,
         max_attempts,
         last_attempts: Vec::new(),
+        done_receivers: Vec::new(),
         next_at: Some(at),
         created_at: at,
         ended_at: None,
@@ -447,6 +550,8 @@ pub(crate) fn due_row(delivery: &Delivery) -> Txn {
             let due = Due {
                 channel: delivery.channel,
                 at,
+                workspace: delivery.workspace.to_string(),
+                repeated: delivery.attempts > 0,
             };
             Txn::new().put(key, records::encode(&due))
         }
@@ -523,7 +628,7 @@ mod tests {
         let notifier = Notifier::new(NotifierParts {
             store: store.clone(),
             secrets: Arc::new(NoSecrets),
-            requests: Requests::new(Vec::new()),
+            requests: Requests::new(destination::Destinations::new(Vec::new(), Vec::new())),
         });
         let running = tokio::spawn(notifier.run(stop.clone()));
         let mut fanned_out = async |key: Key| {
@@ -565,6 +670,47 @@ mod tests {
         assert_eq!(unreadable.decode(&key, b"7", "a number"), Some(7));
     }
 
+    fn due(channel: ChannelId, at: Timestamp, workspace: &str, repeated: bool) -> Due {
+        Due {
+            channel,
+            at,
+            workspace: workspace.to_owned(),
+            repeated,
+        }
+    }
+
+    #[test]
+    fn a_workspace_whose_receivers_hang_holds_up_no_other() {
+        let at = Timestamp::from_unix_ms;
+        let mut schedule = Schedule::default();
+        // A hundred channels of one workspace are due before the one of another.
+        for number in 1..=101u128 {
+            let workspace = if number == 101 { "small" } else { "large" };
+            schedule.put(
+                DeliveryId::from_uuid(Uuid::from_u128(number)),
+                due(
+                    ChannelId::from_uuid(Uuid::from_u128(number)),
+                    at(1),
+                    workspace,
+                    number <= 90,
+                ),
+            );
+        }
+        let mut busy = InProgress::default();
+        let mut taken = Vec::new();
+        while let Some((_, due)) = schedule.take(at(5), &busy) {
+            busy.begin(&due);
+            taken.push((due.workspace, due.repeated));
+        }
+        let count = |workspace: &str, repeated| {
+            let same = |one: &&(String, bool)| one.0 == workspace && one.1 == repeated;
+            taken.iter().filter(same).count()
+        };
+        assert_eq!(count("small", false), 1, "{taken:?}");
+        assert_eq!((count("large", true), count("large", false)), (2, 2));
+        assert_eq!(taken[1].0, "small", "the one with the fewest comes next");
+    }
+
     #[test]
     fn a_busy_channel_holds_up_no_other() {
         let channel = |number| ChannelId::from_uuid(Uuid::from_u128(number));
@@ -572,30 +718,20 @@ mod tests {
         let at = Timestamp::from_unix_ms;
         let mut schedule = Schedule::default();
         for (number, of, when) in [(1, 1, 10), (2, 1, 20), (3, 2, 30), (4, 2, 99)] {
-            schedule.put(
-                delivery(number),
-                Due {
-                    channel: channel(of),
-                    at: at(when),
-                },
-            );
+            schedule.put(delivery(number), due(channel(of), at(when), "w", false));
         }
-        let mut busy = HashSet::new();
-        let mut take =
-            |now, busy: &HashSet<ChannelId>| schedule.take(at(now), busy).map(|(id, _)| id);
+        let mut busy = InProgress::default();
+        let mut take = |now, busy: &InProgress| schedule.take(at(now), busy).map(|(id, _)| id);
         assert_eq!(take(5, &busy), None);
         assert_eq!(take(50, &busy), Some(delivery(1)));
-        busy.insert(channel(1));
+        busy.begin(&due(channel(1), at(10), "w", false));
         assert_eq!(take(50, &busy), Some(delivery(3)));
         assert_eq!(take(50, &busy), None);
-        busy.clear();
+        busy.end(&due(channel(1), at(10), "w", false));
         assert_eq!(take(50, &busy), Some(delivery(2)));
         assert_eq!(schedule.next_after(at(50)), Some(at(99)));
         // Put again it stands once.
-        let again = Due {
-            channel: channel(2),
-            at: at(70),
-        };
+        let again = due(channel(2), at(70), "w", false);
         schedule.put(delivery(4), again);
         assert_eq!(schedule.next_after(at(50)), Some(at(70)));
         assert_eq!(schedule.by_time.len(), 1);

@@ -59,7 +59,7 @@ use crate::{
         secrets::{SecretError, SecretVault},
     },
     ids,
-    notify::{Notifier, NotifierParts, request::Requests},
+    notify::{Notifier, NotifierParts, destination::Destinations, request::Requests},
     service::{
         ServiceError,
         activation_codes::ActivationCodes,
@@ -420,7 +420,10 @@ pub async fn start_with(
     let notifier = Notifier::new(NotifierParts {
         store: store.clone(),
         secrets: Arc::new(secrets.clone()),
-        requests: Requests::new(config.notification_deny.clone()),
+        requests: Requests::new(Destinations::new(
+            config.notification_deny.clone(),
+            config.notification_allow.clone(),
+        )),
     });
     keepers.spawn(notifier.run(keepers_stop.clone()));
     let stop_retention = keepers_stop.clone();

@@ -11,7 +11,7 @@ use serde_json::json;
 use windlass_domain::notification::DingTalkSecurity;
 use windlass_protocol::SecretText;
 
-use super::{Secrets, SendError, hmac_sha256, message::Message, request::Requests};
+use super::{Secrets, SendError, Sent, hmac_sha256, message::Message, request::Requests};
 use crate::clock;
 
 /// What the robot answers.
@@ -29,7 +29,7 @@ pub(super) async fn send(
     security: &DingTalkSecurity,
     secrets: &Secrets<'_>,
     message: &Message,
-) -> Result<Option<u16>, SendError> {
+) -> Result<Sent, SendError> {
     let mut url = Url::parse(url).map_err(|_| SendError::new("the channel's url is not one"))?;
     url.query_pairs_mut()
         .append_pair("access_token", token.reveal());
@@ -52,15 +52,12 @@ pub(super) async fn send(
             .body(body)
     };
     let answer = requests.send(url, build).await?;
-    let fail = |message| SendError {
-        code: Some(answer.status),
-        message,
-    };
+    let fail = |message| SendError::answered("the robot", answer.status, message);
     if !(200..300).contains(&answer.status) {
         return Err(fail(format!("the robot answered {}", answer.status)));
     }
     match serde_json::from_slice::<Verdict>(&answer.body) {
-        Ok(Verdict { errcode: 0, .. }) => Ok(Some(answer.status)),
+        Ok(Verdict { errcode: 0, .. }) => Ok(Sent::answered(answer.status)),
         Ok(Verdict { errcode, errmsg }) => {
             // It may repeat what was sent.
             let told: String = errmsg

@@ -8,7 +8,7 @@ use reqwest::Url;
 use windlass_domain::notification::WebhookMethod;
 use windlass_protocol::SecretText;
 
-use super::{SendError, hmac_sha256, message::Message, request::Requests};
+use super::{SendError, Sent, hmac_sha256, message::Message, request::Requests};
 use crate::clock;
 
 pub(super) async fn send(
@@ -17,7 +17,7 @@ pub(super) async fn send(
     method: WebhookMethod,
     key: Option<&SecretText>,
     message: &Message,
-) -> Result<Option<u16>, SendError> {
+) -> Result<Sent, SendError> {
     let mut url = Url::parse(url).map_err(|_| SendError::new("the channel's url is not one"))?;
     let timestamp = (clock::now().unix_ms() / 1000).to_string();
     let signed = match method {
@@ -52,12 +52,10 @@ pub(super) async fn send(
     };
     let answer = requests.send(url, build).await?;
     if (200..300).contains(&answer.status) {
-        return Ok(Some(answer.status));
+        return Ok(Sent::answered(answer.status));
     }
-    Err(SendError {
-        code: Some(answer.status),
-        message: format!("the receiver answered {}", answer.status),
-    })
+    let text = format!("the receiver answered {}", answer.status);
+    Err(SendError::answered("the receiver", answer.status, text))
 }
 
 fn signature(key: &SecretText, timestamp: &str, signed: &str) -> String {
