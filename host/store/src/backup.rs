@@ -28,7 +28,7 @@ use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -99,6 +99,10 @@ pub struct Manifest {
 pub enum BackupError {
     #[error("`{}` exists already; choose another name", path.display())]
     ArchiveExists { path: PathBuf },
+    #[error(
+        "`{}` exists already: another backup is being written, or one was interrupted; if none is running, delete the file, or choose another name for the archive", path.display()
+    )]
+    PartialExists { path: PathBuf },
     #[error("`{}` is not empty; restore into a new or an empty directory", path.display())]
     TargetNotEmpty { path: PathBuf },
     #[error("`{}` is no data directory: it has no `{STORE_DIRECTORY}`", path.display())]
@@ -142,7 +146,8 @@ pub async fn backup(
     files: &[SmallFile],
     archive: &Path,
 ) -> Result<Manifest, BackupError> {
-    if archive.exists() {
+    // Also a link that leads nowhere has the name.
+    if archive.symlink_metadata().is_ok() {
         return Err(BackupError::ArchiveExists {
             path: archive.to_owned(),
         });
@@ -382,13 +387,18 @@ impl ArchiveWriter {
         let mut path = OsString::from(target);
         path.push(".partial");
         let path = PathBuf::from(path);
+        // A new file that only its owner can read, or none: never a file or link that somebody put there before.
         let file = OpenOptions::new()
-            .create(true)
-            .truncate(true)
+            .create_new(true)
             .write(true)
             .mode(0o600)
             .open(&path)
-            .map_err(io("create", &path))?;
+            .map_err(|error| match error.kind() {
+                std::io::ErrorKind::AlreadyExists => {
+                    BackupError::PartialExists { path: path.clone() }
+                }
+                _ => io("create", &path)(error),
+            })?;
         Ok(Self {
             partial: PartialFile {
                 path,
@@ -492,6 +502,7 @@ impl ArchiveWriter {
         blocking(move || {
             if let Some((file, _)) = file {
                 file.sync_all().map_err(io("sync", &partial.path))?;
+                check_name(&file, &partial.path)?;
             }
             // Not over a file that appeared meanwhile.
             std::fs::hard_link(&partial.path, &partial.target)
@@ -503,6 +514,23 @@ impl ArchiveWriter {
         .await?;
         Ok(manifest)
     }
+}
+
+/// Whether a name still means the file that was written: in a directory that others can write to it may mean another.
+fn check_name(file: &File, path: &Path) -> Result<(), BackupError> {
+    let inspect = |meta: std::io::Result<std::fs::Metadata>| {
+        meta.map(|meta| (meta.dev(), meta.ino()))
+            .map_err(io("inspect", path))
+    };
+    if inspect(file.metadata())? == inspect(std::fs::symlink_metadata(path))? {
+        return Ok(());
+    }
+    Err(BackupError::Interrupted {
+        reason: format!(
+            "another process replaced `{}` while the backup was written; write it into a directory that only you can write to",
+            path.display()
+        ),
+    })
 }
 
 /// One frame that was read.

@@ -232,6 +232,48 @@ async fn a_backup_of_a_running_platform_is_one_state() {
 }
 
 #[tokio::test]
+async fn a_backup_never_writes_to_a_file_or_link_that_was_there_before() {
+    use std::os::unix::fs::symlink;
+    let dir = tempfile::tempdir().unwrap();
+    let data = dir.path().join("data");
+    filled(&data).await;
+    let other = dir.path().join("of-somebody");
+    std::fs::write(&other, "kept").unwrap();
+    let archive = dir.path().join("backup");
+    let partial = dir.path().join("backup.partial");
+    let make = async || backup_directory(&data, &[], &archive).await;
+    let put_file = || {
+        std::fs::write(&partial, "kept").unwrap();
+        let open = std::fs::Permissions::from_mode(0o666);
+        std::fs::set_permissions(&partial, open).unwrap();
+    };
+    let put_link = || symlink(&other, &partial).unwrap();
+    let put_dangling_link = || symlink(dir.path().join("nowhere"), &partial).unwrap();
+    for put in [&put_file as &dyn Fn(), &put_link, &put_dangling_link] {
+        put();
+        let refused = make().await;
+        assert!(
+            matches!(refused, Err(BackupError::PartialExists { .. })),
+            "{refused:?}"
+        );
+        std::fs::remove_file(&partial).unwrap();
+    }
+    symlink(dir.path().join("nowhere"), &archive).unwrap();
+    let refused = make().await;
+    assert!(
+        matches!(refused, Err(BackupError::ArchiveExists { .. })),
+        "{refused:?}"
+    );
+    std::fs::remove_file(&archive).unwrap();
+    assert!(!dir.path().join("nowhere").exists());
+    assert_eq!(std::fs::read_to_string(&other).unwrap(), "kept");
+    make().await.unwrap();
+    let mode = std::fs::metadata(&archive).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(!partial.exists());
+}
+
+#[tokio::test]
 async fn altered_and_cut_off_backups_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let data = directory.path().join("data");
