@@ -4,6 +4,7 @@
 //! here is what is stored and what the API returns.
 
 pub mod activation;
+pub mod address;
 pub mod application;
 pub mod certificate;
 pub mod diagnosis;

@@ -1,12 +1,14 @@
 //! Servers: a record plus a live agent session. Source: spec "Servers".
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    address::refuse_reported,
     id::{ActivationCodeId, InstanceId, ServerId},
     name::{CellName, InvalidValue, ServerName, TagKey, WorkspaceName, check_length},
+    text,
     time::Timestamp,
 };
 
@@ -63,8 +65,12 @@ pub struct Server {
 pub struct MachineFacts {
     /// Host name.
     pub host_name: String,
-    /// Addresses without loopback.
+    /// Addresses at which the server can be reached, as its agent reports them: at most 64, without loopback, link-local,
+    /// multicast and reserved ones.
     pub addresses: Vec<String>,
+    /// Addresses that the agent reports and that are not used, each with the reason; at most 8.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub refused_addresses: Vec<String>,
     /// For example `debian 12`.
     pub os: String,
     /// Kernel release.
@@ -85,6 +91,38 @@ pub struct MachineFacts {
     pub allowed_users: Vec<String>,
     /// Whether tasks may run as root there.
     pub root_enabled: bool,
+}
+
+/// Addresses of a server that are kept.
+const MAX_ADDRESSES: usize = 64;
+/// Refused addresses that are shown.
+const MAX_REFUSED: usize = 8;
+
+impl MachineFacts {
+    /// Takes over the addresses that an agent reports. Their text is replaced by the address's own form, so that nothing else
+    /// gets into a configuration.
+    #[must_use]
+    pub fn with_reported_addresses(mut self, reported: &[String]) -> Self {
+        self.addresses = Vec::new();
+        self.refused_addresses = Vec::new();
+        for text in reported.iter().take(MAX_ADDRESSES) {
+            let refused = match text.parse::<IpAddr>() {
+                Ok(address) => match refuse_reported(address) {
+                    None => {
+                        self.addresses.push(address.to_string());
+                        continue;
+                    }
+                    Some(reason) => reason,
+                },
+                Err(_) => "it is not an address",
+            };
+            if self.refused_addresses.len() < MAX_REFUSED {
+                self.refused_addresses
+                    .push(format!("{}: {refused}", text::one_line(text, 60)));
+            }
+        }
+        self
+    }
 }
 
 /// Whether an agent session is up.

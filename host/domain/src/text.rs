@@ -43,6 +43,29 @@ pub fn first_of<T: AsRef<str>>(
     }
 }
 
+/// A text from outside in one line that can be shown or logged: characters that are invisible, end the line, change the colour
+/// or turn the direction of what follows are escaped (`\\n`, `\\u{1b}`), and what is longer than so many characters is cut.
+#[must_use]
+pub fn one_line(text: &str, max_chars: usize) -> String {
+    let mut line = String::new();
+    for (place, c) in text.chars().enumerate() {
+        if place == max_chars {
+            line.push_str(CUT);
+            break;
+        }
+        let plain = c == ' ' || c == '\'' || c == '"' || c == '\\';
+        let turns = matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if turns {
+            line.extend(c.escape_unicode());
+        } else if plain {
+            line.push(c);
+        } else {
+            line.extend(c.escape_debug());
+        }
+    }
+    line
+}
+
 /// Cuts a text to [`MESSAGE_MAX_BYTES`].
 pub fn cut_message(text: &mut String) {
     cut(text, MESSAGE_MAX_BYTES);
@@ -63,6 +86,22 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn a_text_from_outside_becomes_one_harmless_line() {
+        for (text, shown) in [
+            ("web-3 is \"up\", it's ü", "web-3 is \"up\", it's ü"),
+            ("a\nFAKE log line", "a\\nFAKE log line"),
+            ("\u{1b}[31mred\u{7}", "\\u{1b}[31mred\\u{7}"),
+            ("\u{202e}evil\u{2028}", "\\u{202e}evil\\u{2028}"),
+            ("0123456789abc", "0123456789…"),
+        ] {
+            assert_eq!(
+                one_line(text, if text.len() == 13 { 10 } else { 100 }),
+                shown
+            );
+        }
+    }
 
     #[test]
     fn a_variant_is_told_as_in_json() {

@@ -7,12 +7,13 @@
 //! Decided on resolved addresses, just before they are connected to. Knows nothing of HTTP or mail.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     str::FromStr,
     sync::Arc,
 };
 
 use ipnet::IpNet;
+use windlass_domain::address::carried_ipv4;
 
 /// Networks that nothing is sent to unless the operator replaces the list (`--notification-deny`).
 const DENIED: [&str; 16] = [
@@ -116,56 +117,13 @@ impl Destinations {
         match ip {
             IpAddr::V4(_) => denied(ip),
             IpAddr::V6(v6) => {
-                denied(ip) || carried(v6).into_iter().any(|v4| denied(IpAddr::V4(v4)))
+                denied(ip)
+                    || carried_ipv4(v6)
+                        .into_iter()
+                        .any(|v4| denied(IpAddr::V4(v4)))
             }
         }
     }
-}
-
-/// The IPv4 addresses that an IPv6 address may carry, by every scheme whose prefix or form it has.
-fn carried(address: Ipv6Addr) -> Vec<Ipv4Addr> {
-    let bytes = address.octets();
-    let at = |places: [usize; 4]| {
-        let [a, b, c, d] = places.map(|place| bytes[place]);
-        Ipv4Addr::new(a, b, c, d)
-    };
-    let last = at([12, 13, 14, 15]);
-    let mut found = Vec::new();
-    // IPv4-compatible (RFC 4291), IPv4-mapped, IPv4-translated (RFC 2765).
-    let head = &bytes[..12];
-    let compatible = head.iter().all(|byte| *byte == 0);
-    let mapped = head[..10].iter().all(|byte| *byte == 0) && head[10..] == [0xff, 0xff];
-    let translated = head[..8].iter().all(|byte| *byte == 0) && head[8..] == [0xff, 0xff, 0, 0];
-    if compatible || mapped || translated {
-        found.push(last);
-    }
-    // NAT64: the well-known prefix (RFC 6052) and the one for local use (RFC 8215), in which an operator may place the
-    // address at any of the positions of RFC 6052.
-    if bytes[..6] == [0, 0x64, 0xff, 0x9b, 0, 0] {
-        found.push(last);
-    }
-    if bytes[..6] == [0, 0x64, 0xff, 0x9b, 0, 1] {
-        found.extend([
-            last,
-            at([6, 7, 9, 10]),
-            at([7, 9, 10, 11]),
-            at([9, 10, 11, 12]),
-        ]);
-    }
-    // 6to4 (RFC 3056).
-    if bytes[..2] == [0x20, 0x02] {
-        found.push(at([2, 3, 4, 5]));
-    }
-    // Teredo (RFC 4380): the server, and the client with all bits inverted.
-    if bytes[..4] == [0x20, 0x01, 0, 0] {
-        found.push(at([4, 5, 6, 7]));
-        found.push(Ipv4Addr::from_bits(!last.to_bits()));
-    }
-    // ISATAP (RFC 5214), with and without the universal bit.
-    if matches!(bytes[8..12], [0 | 2, 0, 0x5e, 0xfe]) {
-        found.push(last);
-    }
-    found
 }
 
 #[cfg(test)]

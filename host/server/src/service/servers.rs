@@ -20,6 +20,7 @@ use windlass_domain::{
     manifest::Manifest,
     name::{CellName, ServerName, TagKey},
     server::{ConnectionState, MachineFacts, MachineState, ReleaseState, Server},
+    text::one_line,
     value::Value,
     workspace::Workspace,
 };
@@ -45,6 +46,10 @@ use crate::{
 const TRIES: u32 = 100;
 /// Servers of one name prefix that are looked at for a free number.
 const MAX_NUMBER: u32 = 100_000;
+/// Longest text that an agent reports of its machine; what is longer is cut.
+const MAX_FACT_CHARS: usize = 200;
+/// Users of an agent's allow-list that are kept. An OS user's name has at most 32 characters.
+const MAX_ALLOWED_USERS: usize = 64;
 
 /// Forgets what was released to a server while it was bound to service instances of the workspace.
 async fn forget_installed(store: &dyn Store, ws: &str, id: ServerId) -> Result<(), ServiceError> {
@@ -515,20 +520,28 @@ fn key_hash(public_key: &str) -> Digest {
 }
 
 fn machine(facts: &ServerFacts) -> MachineFacts {
+    // An agent is not trusted: what it reports is bounded and free of control characters before it is stored or shown.
+    let line = |text: &str| one_line(text, MAX_FACT_CHARS);
     MachineFacts {
-        host_name: facts.host_name.clone(),
-        addresses: facts.addresses.clone(),
-        os: facts.os.clone(),
-        kernel: facts.kernel.clone(),
-        arch: facts.arch.clone(),
+        host_name: line(&facts.host_name),
+        os: line(&facts.os),
+        kernel: line(&facts.kernel),
+        arch: line(&facts.arch),
         cores: facts.cores,
         memory_bytes: facts.memory_bytes,
         disk_bytes: facts.disk_bytes,
-        agent_version: facts.agent_version.clone(),
-        agent_user: facts.agent_user.clone(),
-        allowed_users: facts.allowed_users.clone(),
+        agent_version: line(&facts.agent_version),
+        agent_user: line(&facts.agent_user),
+        allowed_users: facts
+            .allowed_users
+            .iter()
+            .take(MAX_ALLOWED_USERS)
+            .map(|user| line(user))
+            .collect(),
         root_enabled: facts.root_enabled,
+        ..MachineFacts::default()
     }
+    .with_reported_addresses(&facts.addresses)
 }
 
 /// Why a registration was not accepted.
@@ -967,5 +980,39 @@ pub(crate) mod tests {
         // Nothing new: no write.
         servers.note(id, note).await.unwrap();
         assert_eq!(servers.get("prod", id).await.unwrap().1, second);
+    }
+
+    #[test]
+    fn what_an_agent_reports_is_bounded_escaped_and_checked() {
+        let facts = ServerFacts {
+            host_name: "web\nFAKE \u{1b}[2J".to_owned() + &"x".repeat(30_000),
+            allowed_users: vec!["u".repeat(10_000); 10_000],
+            addresses: [
+                "169.254.169.254",
+                "127.0.0.1",
+                "255.255.255.255",
+                "0.0.0.0",
+                "224.0.0.1",
+                "10.0.0.1\n server evil 10.0.0.2",
+                "64:ff9b::a9fe:a9fe",
+                "10.2.0.7",
+                "2001:DB8::7",
+            ]
+            .map(str::to_owned)
+            .into(),
+            ..ServerFacts::default()
+        };
+        let machine = machine(&facts);
+        assert_eq!(machine.addresses, ["10.2.0.7", "2001:db8::7"]);
+        assert_eq!(machine.refused_addresses.len(), 7, "{machine:?}");
+        let refused = machine.refused_addresses.join("|");
+        assert!(
+            refused.contains("127.0.0.1: it is a loopback address"),
+            "{refused}"
+        );
+        let stored = serde_json::to_string(&machine).expect("facts are JSON");
+        assert!(stored.len() < 20_000, "{}", stored.len());
+        assert!(!machine.host_name.chars().any(char::is_control));
+        assert!(!refused.chars().any(char::is_control), "{refused}");
     }
 }

@@ -7,6 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use windlass_domain::{
+    address::refuse_back_end,
     id::{PoolId, ServerId},
     instance::ServiceInstance,
     load_balancer::{BackEnd, Listener, LoadBalancer, MAX_WEIGHT, Origin, check_weight},
@@ -186,13 +187,13 @@ impl LoadBalancers {
             for attach in &request {
                 let (server, _) = servers::in_workspace(store, ws, attach.server).await?;
                 if let Some(address) = attach.address
-                    && !is_reachable(address)
+                    && let Some(reason) = refuse_back_end(address)
                 {
                     return Err(ServiceError::invalid(
                         "invalid_value",
                         "address",
                         format!(
-                            "{address} is no server's address: link-local, multicast and unspecified ones are refused"
+                            "{address} cannot be the address of a server: {reason}"
                         ),
                         "give an address at which the load balancer reaches the server",
                     ));
@@ -215,13 +216,18 @@ impl LoadBalancers {
                 let weight = weight.unwrap_or(MAX_WEIGHT);
                 let address = attach.address.or(before.and_then(|before| before.address));
                 if address.is_none() && configuration::first_address(&server).is_none() {
+                    let refused = &server.facts.refused_addresses;
+                    let refused = match refused.is_empty() {
+                        true => String::new(),
+                        false => format!(" (it reports {})", refused.join("; ")),
+                    };
                     return Err(ServiceError::conflict(
                         "server_without_address",
                         format!(
-                            "the agent of the server `{}` reports no address",
+                            "The agent of the server `{}` reports no address that can be used{refused}.",
                             server.name
                         ),
-                        "give `address`",
+                        "Set `address` to an address at which the load balancer reaches the server.",
                     ));
                 }
                 checked_weight(weight)?;
@@ -446,16 +452,6 @@ async fn expect_in_service(
         | None => return Ok(()),
     };
     Err(ServiceError::conflict("server_taken_out", why, mend))
-}
-
-/// Whether an address can be a server's. Metadata services of clouds have link-local ones.
-const fn is_reachable(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => {
-            !(v4.is_link_local() || v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast())
-        }
-        IpAddr::V6(v6) => !(v6.is_unicast_link_local() || v6.is_unspecified() || v6.is_multicast()),
-    }
 }
 
 fn checked_weight(weight: u32) -> Result<(), ServiceError> {

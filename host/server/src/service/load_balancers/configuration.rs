@@ -6,6 +6,7 @@ use std::{
 };
 
 use windlass_domain::{
+    address::refuse_reported,
     id::{PoolId, ServerId},
     instance::{Binding, ServiceInstance},
     load_balancer::{
@@ -54,6 +55,8 @@ pub(super) fn first_address(server: &Server) -> Option<IpAddr> {
         .addresses
         .iter()
         .filter_map(|address| address.parse().ok())
+        // What an earlier version stored is judged as well.
+        .filter(|address| refuse_reported(*address).is_none())
         .collect();
     let v4 = addresses.iter().find(|address| address.is_ipv4());
     v4.or_else(|| addresses.first()).copied()
