@@ -448,6 +448,11 @@ async fn a_plugin_is_uploaded_recorded_previewed_compared_and_deleted() {
         }
     })
     .await;
+    let default = host.api.get("/v1/plugins/asked").await.expect("the plugin");
+    assert_eq!(
+        default["pin"], "pinned to 1.1.0 by promotion of asked@1.1.0 (4 equal answers in a row)",
+        "{default}"
+    );
 
     // --- one that answers otherwise is not, and the evidence says where
     host.api

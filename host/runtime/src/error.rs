@@ -91,7 +91,7 @@ pub enum RejectionCode {
     Unsigned,
     /// Its signature fits none of the known keys.
     SignatureInvalid,
-    /// Another file already provides this name and version with other bytes.
+    /// This name and version is already provided with other bytes, by another file or by this file before it was overwritten.
     DuplicateVersion,
     /// The platform could not keep its bytes.
     NotKept,

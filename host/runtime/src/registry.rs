@@ -13,7 +13,7 @@
 //! ```
 //!
 //! A file that is rejected never displaces what it provided before: that stays active, across restarts, until the file is
-//! removed or good again.
+//! removed or good again. Overwriting the file of a version with other bytes of the same version is such a rejection.
 
 mod accept;
 mod provide;
@@ -113,6 +113,9 @@ pub struct Decisions {
     pub approved: BTreeSet<Digest>,
     /// Name → version that is the default instead of the highest.
     pub pinned: BTreeMap<String, Version>,
+    /// Name → who or what pinned it, to follow the word "by". Names that were pinned by older versions of the platform have none.
+    #[serde(default)]
+    pub pin_reasons: BTreeMap<String, String>,
     /// Digests that failed again and again, until an operator decides. Shown, and nothing else: nothing is switched by itself.
     #[serde(default)]
     pub failing: BTreeMap<Digest, Failing>,

@@ -153,7 +153,7 @@ async fn a_version_that_fails_never_displaces_the_running_one() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn one_version_has_one_set_of_bytes_unless_its_own_file_is_replaced() {
+async fn a_version_keeps_its_bytes_when_its_file_is_overwritten_in_place() {
     let home = Home::new();
     let first = stack("1.0.0");
     let mut second = stack("1.0.0");
@@ -174,13 +174,110 @@ async fn one_version_has_one_set_of_bytes_unless_its_own_file_is_replaced() {
         ]
     );
     fs::remove_file(home.file("b.wasm")).unwrap();
+    until(&plugins, "b removed", |list| list.len() == 1).await;
+
+    // Overwritten by a rename, and by writing into the file itself.
+    let running = windlass_domain::Digest::of(&first);
+    let rejected = [
+        "a.wasm stack@1.0.0 Active default",
+        "a.wasm Rejected DuplicateVersion",
+    ];
     home.drop_file("a.wasm", &second);
-    let digest = windlass_domain::Digest::of(&second);
-    until(&plugins, "a replaced", |list| {
-        list.iter()
-            .any(|status| status.is_default && status.digest == Some(digest))
+    until(&plugins, "a rejected", |list| {
+        state_of(list, "a.wasm") == Some(PluginState::Rejected)
     })
     .await;
+    assert_eq!(outline(&plugins), rejected);
+    let text = plugins.list()[1].rejection.clone().unwrap().text;
+    assert!(text.contains("overwritten"), "{text}");
+    assert!(text.contains("Raise the version"), "{text}");
+    home.drop_file("a.wasm", &first);
+    until(&plugins, "a restored", |list| list.len() == 1).await;
+    fs::write(home.file("a.wasm"), &second).unwrap();
+    until(&plugins, "a rejected again", |list| {
+        state_of(list, "a.wasm") == Some(PluginState::Rejected)
+    })
+    .await;
+    assert_eq!(
+        plugins.get("stack", None).unwrap().reference().digest,
+        running
+    );
+    plugins.close().await;
+    drop(plugins);
+
+    // Also after a restart, and when the file was overwritten again while no server was running.
+    second.extend_from_slice(&[0, 5, 1, b'y', 1, 2, 3]);
+    home.drop_file("a.wasm", &second);
+    let plugins = home.open().await;
+    assert_eq!(outline(&plugins), rejected);
+    plugins
+        .get("stack", None)
+        .unwrap()
+        .lifecycle(&lifecycle(json!({})))
+        .await
+        .unwrap();
+    assert_eq!(
+        plugins.get("stack", None).unwrap().reference().digest,
+        running
+    );
+
+    // A higher version replaces it, as a new build should.
+    home.drop_file("a.wasm", &stack("1.1.0"));
+    until(&plugins, "replaced by 1.1.0", |list| {
+        list.iter()
+            .any(|status| status.is_default && status.digest != Some(running))
+    })
+    .await;
+    assert_eq!(
+        outline(&plugins),
+        ["- stack@1.0.0 Retired", "a.wasm stack@1.1.0 Active default"]
+    );
+    plugins.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pin_is_visible_with_its_reason_and_holds_back_later_versions() {
+    let home = Home::new();
+    home.drop_file("one.wasm", &stack("1.0.0"));
+    let plugins = home.open().await;
+    assert_eq!(plugins.list()[0].pin, None);
+    plugins.decide(|decisions| {
+        decisions
+            .pinned
+            .insert("stack".into(), Version::new(1, 0, 0));
+        decisions
+            .pin_reasons
+            .insert("stack".into(), "promotion of stack@1.0.0 (by hand)".into());
+    });
+    home.drop_file("two.wasm", &stack("1.1.0"));
+    until(&plugins, "two active", |list| list.len() == 2).await;
+    until(&plugins, "two loaded", |list| {
+        list.iter()
+            .all(|status| status.state == PluginState::Active)
+    })
+    .await;
+    for status in plugins.list() {
+        assert_eq!(
+            status.pin.as_deref(),
+            Some("pinned to 1.0.0 by promotion of stack@1.0.0 (by hand)")
+        );
+        assert_eq!(
+            status.is_default,
+            status.file.as_deref() == Some("one.wasm")
+        );
+    }
+
+    // A pin to a version that was removed has no effect, which is visible too.
+    fs::remove_file(home.file("one.wasm")).unwrap();
+    until(&plugins, "two is the default", |list| {
+        list.iter()
+            .any(|status| status.is_default && status.file.as_deref() == Some("two.wasm"))
+    })
+    .await;
+    let pin = plugins.list().into_iter().find_map(|status| status.pin);
+    assert!(pin.is_some_and(|pin| pin.contains("not active")));
+    plugins.decide(|decisions| decisions.pinned.clear());
+    assert!(plugins.list().iter().all(|status| status.pin.is_none()));
     plugins.close().await;
 }
 

@@ -223,6 +223,9 @@ impl Inner {
                             plugin.file = name,
                             "plugin is active"
                         );
+                        if provides_another {
+                            table.log_held_back(&known.descriptor);
+                        }
                     }
                     if let Some(before) = before.filter(|before| *before != digest) {
                         table.retired(before);
@@ -245,7 +248,8 @@ impl Inner {
         self.changed();
     }
 
-    /// Keeps a candidate for good, unless another file already provides its version.
+    /// Keeps a candidate for good, unless a file already provides its version with other bytes: another file, or this file
+    /// before it was overwritten.
     async fn accept(
         self: &Arc<Self>,
         name: &str,
@@ -264,19 +268,21 @@ impl Inner {
             size_bytes,
             signed_by,
         };
-        if let Some(other) = self.table().provider_of(
-            &known.descriptor.name,
-            &known.descriptor.version,
-            name,
-            digest,
-        ) {
-            return Err(Rejection::new(
-                RejectionCode::DuplicateVersion,
+        if let Some(other) =
+            self.table()
+                .provider_of(&known.descriptor.name, &known.descriptor.version, digest)
+        {
+            let (plugin, version) = (&known.descriptor.name, &known.descriptor.version);
+            let text = if other == name {
                 format!(
-                    "the file `{other}` already provides {}@{} with other bytes: raise the version, or remove one of the files",
-                    known.descriptor.name, known.descriptor.version
-                ),
-            ));
+                    "the file was overwritten with other bytes of the same version {plugin}@{version}; the previous bytes stay active. Raise the version and drop the plugin again, or restore the previous file"
+                )
+            } else {
+                format!(
+                    "the file `{other}` already provides {plugin}@{version} with other bytes: raise the version, or remove one of the files"
+                )
+            };
+            return Err(Rejection::new(RejectionCode::DuplicateVersion, text));
         }
         if staged.is_some() || self.table().known.get(&digest) != Some(&known) {
             let (keep, known) = (self.keep.clone(), known.clone());

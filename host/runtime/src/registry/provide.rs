@@ -190,7 +190,7 @@ impl Inner {
     fn file_name_for(&self, plugin: &PluginRef) -> Result<String, Rejection> {
         let table = self.table();
         let file = format!("{}-{}.wasm", plugin.name, plugin.version);
-        if let Some(other) = table.provider_of(&plugin.name, &plugin.version, "", plugin.digest) {
+        if let Some(other) = table.provider_of(&plugin.name, &plugin.version, plugin.digest) {
             return Err(Rejection::new(
                 RejectionCode::DuplicateVersion,
                 format!(

@@ -51,6 +51,9 @@ pub struct PluginStatus {
     pub descriptor: Option<Arc<Descriptor>>,
     /// Whether it is what its bare name stands for.
     pub is_default: bool,
+    /// Why the default of this name is not its highest version, for example `pinned to 1.2.0 by promotion of stack@1.2.0`;
+    /// `null` when the name is not pinned.
+    pub pin: Option<String>,
     /// Whether its wishes are granted; true when it has none.
     pub approved: bool,
     /// Size in bytes, once they were read.

@@ -49,20 +49,18 @@ impl Table {
             .collect()
     }
 
-    /// Another file that provides the same name and version with other bytes.
+    /// The file that provides the same name and version with other bytes. A file that was overwritten still provides its
+    /// accepted bytes, so it can be found itself.
     pub(super) fn provider_of(
         &self,
         plugin: &str,
         version: &Version,
-        file: &str,
         digest: Digest,
     ) -> Option<String> {
         self.files.iter().find_map(|(name, entry)| {
             let active = entry.active.filter(|active| *active != digest)?;
             let known = self.known.get(&active)?;
-            let same = name != file
-                && known.descriptor.name == plugin
-                && known.descriptor.version == *version;
+            let same = known.descriptor.name == plugin && known.descriptor.version == *version;
             same.then(|| name.clone())
         })
     }
@@ -136,6 +134,50 @@ impl Table {
             .map(|(_, digest)| *digest)
     }
 
+    /// Why the default of a name is not simply its highest version; `None` if the name is not pinned.
+    pub(super) fn pin(&self, name: &str) -> Option<String> {
+        let version = self.decisions.pinned.get(name)?;
+        let mut text = format!("pinned to {version}");
+        if let Some(reason) = self.decisions.pin_reasons.get(name) {
+            text.push_str(" by ");
+            text.push_str(reason);
+        }
+        let is_usable = self
+            .candidates(name)
+            .iter()
+            .any(|(candidate, _)| candidate == version);
+        if !is_usable {
+            text.push_str(
+                "; this version is not active, so the highest active version is the default",
+            );
+        }
+        Some(text)
+    }
+
+    /// Logs that a version which has just become active is not the default, although it is higher than the pinned one.
+    pub(super) fn log_held_back(&self, descriptor: &Descriptor) {
+        let (name, version) = (&descriptor.name, &descriptor.version);
+        let is_higher = self
+            .decisions
+            .pinned
+            .get(name)
+            .is_some_and(|pinned| pinned < version);
+        let is_default = self
+            .choose(name, &self.candidates(name))
+            .and_then(|digest| self.known.get(&digest))
+            .is_some_and(|known| known.descriptor.version == *version);
+        if is_higher
+            && !is_default
+            && let Some(pin) = self.pin(name)
+        {
+            tracing::warn!(
+                plugin.name = name,
+                plugin.version = %version,
+                "the new version is active but not the default: the plugin is {pin}. Unpin the plugin to use its highest version"
+            );
+        }
+    }
+
     pub(super) fn get(
         &self,
         name: &str,
@@ -172,6 +214,12 @@ impl Table {
     pub(super) fn list(&self) -> Vec<PluginStatus> {
         let provided = self.provided();
         let defaults = self.defaults();
+        let pins: BTreeMap<&String, String> = self
+            .decisions
+            .pinned
+            .keys()
+            .filter_map(|name| Some((name, self.pin(name)?)))
+            .collect();
         let mut plugins: Vec<PluginStatus> = self
             .known
             .iter()
@@ -193,6 +241,7 @@ impl Table {
                     kind: Some(known.kind),
                     descriptor: Some(Arc::clone(&known.descriptor)),
                     is_default: defaults.contains(digest),
+                    pin: pins.get(&known.descriptor.name).cloned(),
                     approved: self.is_approved(*digest),
                     size_bytes: Some(known.size_bytes),
                     signed_by: known.signed_by.clone(),
@@ -224,6 +273,7 @@ impl Table {
                 kind: None,
                 descriptor: None,
                 is_default: false,
+                pin: None,
                 approved: false,
                 size_bytes: entry.size_bytes.filter(|_| !entry.loading),
                 signed_by: None,

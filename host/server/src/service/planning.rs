@@ -281,14 +281,17 @@ fn expanded(
     input: PlanInput,
     answer: &StrategyPlan,
 ) -> Result<Plan, ServiceError> {
-    expand::expand(input, answer).map_err(|bad| ServiceError::Plugin {
-        code: "plan_refused",
-        message: format!(
-            "the plan that `{}` made is refused: {bad}",
-            strategy.reference().name
-        ),
-        mend: "change the order's parameters or limits, or mend the plugin; no server was touched"
-            .to_owned(),
+    expand::expand(input, answer).map_err(|bad| {
+        let plugin = strategy.reference();
+        invalid(
+            "plan_refused",
+            "/strategy".to_owned(),
+            format!(
+                "the plan of the strategy `{}@{}` is refused: {bad}",
+                plugin.name, plugin.version
+            ),
+            "change the order's parameters or limits, fix the strategy, or choose another one; no server was touched",
+        )
     })
 }
 

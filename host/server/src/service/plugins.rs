@@ -24,6 +24,9 @@ use super::{
 use crate::keys;
 pub use users::{PluginUsers, UsedBy, VersionUsers};
 
+/// Characters of the reason that is stored with a pin.
+const PIN_REASON_MAX_CHARS: usize = 120;
+
 /// What an operator decides about one plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -154,7 +157,7 @@ impl PluginService {
             || async {
                 let (mut row, guard) = read(store).await?;
                 let failing = row.decisions.failing.contains_key(&digest);
-                apply(&mut row.decisions, digest, &version, decision);
+                apply(&mut row.decisions, digest, &version, decision, &caller.name);
                 let mut txn = write(&row, guard)?;
                 if decision == Decision::ClearFailing && failing {
                     txn = txn.and(PluginEvents::put(
@@ -296,14 +299,15 @@ impl PluginService {
         self.refresh().await
     }
 
-    /// The part of a transaction that makes a version the default.
-    pub(crate) async fn pinning(&self, plugin: &PluginRef) -> Result<Txn, ServiceError> {
+    /// The part of a transaction that makes a version the default. `by` is who or what pinned it, as shown at the plugin.
+    pub(crate) async fn pinning(&self, plugin: &PluginRef, by: &str) -> Result<Txn, ServiceError> {
         let (mut row, guard) = read(&*self.store).await?;
         apply(
             &mut row.decisions,
             plugin.digest,
             &(plugin.name.clone(), plugin.version.clone()),
             Decision::Pin,
+            by,
         );
         write(&row, guard)
     }
@@ -430,11 +434,13 @@ fn write(row: &Row, guard: Txn) -> Result<Txn, ServiceError> {
     Ok(guard.put(keys::plugin_decisions(), value))
 }
 
+/// Changes the decisions. `by` is who or what decided; it is shown at a pinned plugin.
 fn apply(
     decisions: &mut Decisions,
     digest: Digest,
     version: &(String, semver::Version),
     decision: Decision,
+    by: &str,
 ) {
     match decision {
         Decision::Approve => {
@@ -459,9 +465,14 @@ fn apply(
             decisions
                 .pinned
                 .insert(version.0.clone(), version.1.clone());
+            decisions.pin_reasons.insert(
+                version.0.clone(),
+                by.chars().take(PIN_REASON_MAX_CHARS).collect(),
+            );
         }
         Decision::Unpin => {
             decisions.pinned.remove(&version.0);
+            decisions.pin_reasons.remove(&version.0);
         }
         Decision::ClearFailing => {
             decisions.failing.remove(&digest);
@@ -491,6 +502,7 @@ mod tests {
             kind: None,
             descriptor: Some(Arc::new(descriptor)),
             is_default: false,
+            pin: None,
             approved: false,
             size_bytes: None,
             signed_by: None,
@@ -528,9 +540,9 @@ mod tests {
             (Decision::Pin, Decision::Unpin),
         ] {
             let mut decisions = Decisions::default();
-            apply(&mut decisions, digest, &version, there);
+            apply(&mut decisions, digest, &version, there, "admin");
             assert_ne!(decisions, Decisions::default(), "{there:?}");
-            apply(&mut decisions, digest, &version, back);
+            apply(&mut decisions, digest, &version, back, "admin");
             assert_eq!(decisions, Decisions::default(), "{back:?}");
         }
     }
@@ -544,6 +556,7 @@ mod tests {
             Digest::of(b"a"),
             &("a".to_owned(), semver::Version::new(1, 0, 0)),
             Decision::Revoke,
+            "admin",
         );
         let txn = write(&row, guard).unwrap();
         store.commit(txn.clone()).await.unwrap();

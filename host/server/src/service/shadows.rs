@@ -335,7 +335,17 @@ impl Shadows {
                 ))
                 .and(caller.with.clone());
             if start.against.is_some() {
-                txn = txn.and(self.service.pinning(&against).await?);
+                txn = txn.and(
+                    self.service
+                        .pinning(
+                            &against,
+                            &format!(
+                                "{} as the baseline of a comparison with {}",
+                                caller.name, candidate.version
+                            ),
+                        )
+                        .await?,
+                );
             }
             if let Committed::Done(_) = records::commit(&*self.store, txn).await? {
                 self.service.refresh().await?;
@@ -458,7 +468,17 @@ impl Shadows {
             ));
         }
         if state == ShadowState::Promoted {
-            txn = txn.and(self.service.pinning(&shadow.candidate).await?);
+            txn = txn.and(
+                self.service
+                    .pinning(
+                        &shadow.candidate,
+                        &format!(
+                            "promotion of {}@{} ({reason})",
+                            name, shadow.candidate.version
+                        ),
+                    )
+                    .await?,
+            );
         }
         match records::commit(&*self.store, txn).await? {
             Committed::Conflict => Ok(None),

@@ -88,6 +88,7 @@ impl PluginService {
                 .remove(&(name.clone(), descriptor.version.clone()));
             if decisions.pinned.get(&name) == Some(&descriptor.version) {
                 decisions.pinned.remove(&name);
+                decisions.pin_reasons.remove(&name);
             }
         })
         .await
