@@ -65,8 +65,8 @@ impl Cells {
         }
         if !takes_traffic {
             return Err(PluginError::not_possible(
-                "a blue-green release moves traffic between cells, and none of the applications takes traffic from a pool: \
-                 give their service instances pools, or choose the strategy `grouped`",
+                "None of the applications in this order has a pool, so a blue-green release has no traffic to move. Add a \
+                 pool to at least one of their service instances, or use the strategy `grouped` with `grouping` `by-cell`.",
             ));
         }
         Ok(cells)

@@ -28,6 +28,11 @@ fn shift_only(mut application: Application) -> Application {
     application
 }
 
+fn without_pools(mut application: Application) -> Application {
+    application.has_pools = false;
+    application
+}
+
 /// A plan as an indented outline: one line per node.
 fn outline(plan: &ReleasePlan) -> Vec<String> {
     let mut depths: Vec<usize> = Vec::new();
@@ -115,6 +120,41 @@ fn five_steps_in_order() {
 }
 
 #[test]
+fn an_application_without_pools_is_released_in_steps_2_and_4_only() {
+    for applications in [
+        vec![app("shop"), without_pools(app("batch"))],
+        vec![without_pools(app("batch")), app("shop")],
+        vec![shift_only(app("shop")), without_pools(app("batch"))],
+    ] {
+        let plan = BlueGreen::plan(request(&json!({}), applications)).unwrap();
+        let mut step = String::new();
+        let mut nodes = Vec::new();
+        for line in outline(&plan) {
+            match line.strip_prefix("  ") {
+                None => step = line[..1].to_owned(),
+                Some(node) if node.contains("batch") => {
+                    nodes.push(format!("{step} {}", node.trim_start()));
+                }
+                Some(_) => {}
+            }
+        }
+        assert_eq!(
+            nodes,
+            [
+                "2 batch: application",
+                "2 batch: parallel 1",
+                "2 batch1: Weight::Remembered",
+                "2 batch3: Weight::Remembered",
+                "4 batch: application",
+                "4 batch: parallel 1",
+                "4 batch0: Weight::Remembered",
+                "4 batch2: Weight::Remembered",
+            ]
+        );
+    }
+}
+
+#[test]
 fn green_can_be_chosen() {
     let plan = BlueGreen::plan(request(&json!({ "green": "a" }), vec![app("shop")])).unwrap();
     let outline = outline(&plan);
@@ -139,10 +179,6 @@ fn what_is_missing_is_said() {
         let mut shop = app("shop");
         shop.servers.retain(|server| server.cell != cell);
         shop
-    };
-    let without_pools = |mut application: Application| {
-        application.has_pools = false;
-        application
     };
     for (cells, parameters, applications, says) in [
         (
@@ -191,7 +227,13 @@ fn what_is_missing_is_said() {
             "a,b",
             json!({}),
             vec![without_pools(app("shop"))],
-            "none of the applications takes traffic from a pool",
+            "or use the strategy `grouped` with `grouping` `by-cell`",
+        ),
+        (
+            "a,b",
+            json!({}),
+            vec![without_pools(app("shop")), without_pools(app("api"))],
+            "None of the applications in this order has a pool",
         ),
         (
             "a,b",
