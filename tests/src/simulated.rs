@@ -9,7 +9,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -17,7 +17,8 @@ use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use uuid::Uuid;
 use windlass::engine::{
-    Agents, Engine, EngineParts, NoRollback, PlannedRollback, Planning, store_json,
+    AGENT_LOST_AFTER, Agents, Engine, EngineParts, NoRollback, PlannedRollback, Planning,
+    store_json,
     traffic::{SimulatedPools, TrafficPools},
 };
 use windlass_domain::{
@@ -65,7 +66,8 @@ pub fn epoch() -> JournalEpoch {
 
 /// Sessions that are always up, except for servers that were taken away.
 pub struct Sessions {
-    offline: Mutex<HashSet<ServerId>>,
+    /// Servers whose session was taken away, and when.
+    offline: Mutex<HashMap<ServerId, Instant>>,
     nudges: mpsc::Sender<ServerId>,
 }
 
@@ -87,7 +89,7 @@ impl Sessions {
         if online {
             offline.remove(&server)
         } else {
-            offline.insert(server)
+            offline.insert(server, Instant::now())
         };
     }
 }
@@ -102,7 +104,12 @@ impl Agents for Sessions {
             .offline
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
-            .contains(&server)
+            .contains_key(&server)
+    }
+
+    fn silent_for(&self, server: ServerId) -> Option<Duration> {
+        let offline = self.offline.lock().unwrap_or_else(PoisonError::into_inner);
+        offline.get(&server).map(Instant::elapsed)
     }
 
     fn nudge(&self, server: ServerId) {
@@ -299,6 +306,40 @@ impl Fleet {
         (answer, journal): (Arc<Answer>, Journal),
         steered: impl FnOnce(Arc<SimulatedPools>) -> Arc<dyn TrafficPools>,
     ) -> Self {
+        let lost_after = AGENT_LOST_AFTER;
+        let answers = (answer, journal);
+        Self::assemble(
+            store, blobs, planning, members, answers, steered, lost_after,
+        )
+        .await
+    }
+
+    /// Likewise, with a time after which the outcome of a step on a disconnected server counts as unknown.
+    ///
+    /// # Panics
+    /// When the engine cannot start.
+    pub async fn with_lost_time(
+        store: Arc<dyn Store>,
+        blobs: Blobs,
+        planning: GivenPlans,
+        answer: Arc<Answer>,
+        lost_after: Duration,
+    ) -> Self {
+        let members = planning.members.clone();
+        let pools = |pools: Arc<SimulatedPools>| pools as Arc<dyn TrafficPools>;
+        let answers = (answer, Journal::default());
+        Self::assemble(store, blobs, planning, members, answers, pools, lost_after).await
+    }
+
+    async fn assemble(
+        store: Arc<dyn Store>,
+        blobs: Blobs,
+        planning: impl Planning + 'static,
+        members: Vec<(ServerId, String)>,
+        (answer, journal): (Arc<Answer>, Journal),
+        steered: impl FnOnce(Arc<SimulatedPools>) -> Arc<dyn TrafficPools>,
+        agent_lost_after: Duration,
+    ) -> Self {
         let (sessions, nudged) = Sessions::new();
         let pools = Arc::new(SimulatedPools::new(store.clone()));
         let engine = Engine::new(EngineParts {
@@ -307,6 +348,7 @@ impl Fleet {
             agents: sessions.clone(),
             planning: Arc::new(planning),
             pools: steered(pools.clone()),
+            agent_lost_after,
         });
         let executed = Arc::new(Mutex::new(Vec::new()));
         let agents = SimulatedAgents::start(
@@ -318,6 +360,7 @@ impl Fleet {
                 tasks: TaskTracker::new(),
                 journal,
                 reported: HashSet::new(),
+                sessions: Some(sessions.clone()),
             },
             nudged,
         );
@@ -420,6 +463,7 @@ impl SimulatedAgents {
             tasks: TaskTracker::new(),
             journal: Journal::default(),
             reported: HashSet::new(),
+            sessions: None,
         };
         Self::start(task, nudged)
     }
@@ -452,6 +496,8 @@ struct FleetTask {
     tasks: TaskTracker,
     journal: Journal,
     reported: HashSet<TaskId>,
+    /// A server whose session was taken away reports nothing.
+    sessions: Option<Arc<Sessions>>,
 }
 
 impl FleetTask {
@@ -500,6 +546,10 @@ impl FleetTask {
                     outcome
                 }
             };
+            let sessions = self.sessions.as_ref();
+            if sessions.is_some_and(|sessions| !sessions.is_online(server)) {
+                continue;
+            }
             let engine = self.engine.clone();
             let task = entry.task.id;
             self.tasks.spawn(async move {

@@ -56,7 +56,7 @@ use crate::{
 
 pub use stage::no_way_back;
 pub use traffic::{MAX_CELL_SHARE, MAX_WEIGHTS};
-pub use unit::{takes_offline, takes_out, unit_state};
+pub use unit::{takes_offline, takes_out, unit_state, unreached_servers};
 pub use weights::weights_before;
 
 /// How many nodes one call starts, ends or resets at most.

@@ -43,6 +43,8 @@ pub struct ServerConfig {
     pub invocations_per_day: u32,
     /// The share of the data directory's disk that uploads leave free, in percent.
     pub upload_disk_reserve_percent: u8,
+    /// How long an agent may be disconnected before the outcome of a step on its server counts as unknown.
+    pub agent_lost_after: Duration,
     /// The program that compiles plugins; this program's own subcommand unless given (tests run in another program).
     pub compile_command: Option<Vec<std::ffi::OsString>>,
 }
@@ -117,6 +119,7 @@ impl ServerConfig {
             front_ports: PortRanges::default(),
             invocations_per_day: INVOCATIONS_PER_DAY,
             upload_disk_reserve_percent: UPLOAD_DISK_RESERVE_PERCENT,
+            agent_lost_after: crate::engine::AGENT_LOST_AFTER,
             compile_command: None,
         }
     }

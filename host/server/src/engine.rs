@@ -70,6 +70,8 @@ use traffic::TrafficPools;
 const QUEUE: usize = 4096;
 /// How long the servers of an instance are taken for those that were read.
 const MEMBERS_FOR: Duration = Duration::from_millis(100);
+/// How long an agent may be disconnected before the outcome of a step on its server counts as unknown, unless it is configured.
+pub const AGENT_LOST_AFTER: Duration = Duration::from_secs(60);
 /// Servers of an instance, each with its cell's identifier.
 pub(crate) type Members = Arc<[(ServerId, String)]>;
 /// How long an order stays with a server that no longer says it is alive.
@@ -82,6 +84,10 @@ pub trait Agents: Send + Sync + 'static {
 
     /// Whether a session is up.
     fn is_online(&self, server: ServerId) -> bool;
+
+    /// For how long no session has been up; `None` while one is. Counted from the last message of the agent, or from the
+    /// start of the platform for an agent that has not connected since.
+    fn silent_for(&self, server: ServerId) -> Option<Duration>;
 
     /// A slot of the server's inbox changed: push it. Only a hint; the gateway watches the inbox too.
     fn nudge(&self, server: ServerId);
@@ -242,6 +248,8 @@ pub(crate) struct Shared {
     pub(crate) planning: Arc<dyn Planning>,
     pub(crate) pools: Arc<dyn TrafficPools>,
     pub(crate) live: live::LiveOutput,
+    /// How long an agent may be disconnected before the outcome of a step on its server counts as unknown.
+    pub(crate) agent_lost_after: Duration,
     keeper: OnceLock<Keeper>,
     /// Held while weights are weighed and set: two changes never count on each other's members.
     pub(crate) weighing: tokio::sync::Mutex<()>,
@@ -273,6 +281,8 @@ pub struct EngineParts {
     pub planning: Arc<dyn Planning>,
     /// Load balancers.
     pub pools: Arc<dyn TrafficPools>,
+    /// How long an agent may be disconnected before the outcome of a step on its server counts as unknown.
+    pub agent_lost_after: Duration,
 }
 
 impl Engine {
@@ -285,6 +295,7 @@ impl Engine {
             agents,
             planning,
             pools,
+            agent_lost_after,
         } = parts;
         let shared = Shared {
             store,
@@ -293,6 +304,7 @@ impl Engine {
             planning,
             pools,
             live: live::LiveOutput::default(),
+            agent_lost_after,
             keeper: OnceLock::new(),
             weighing: tokio::sync::Mutex::new(()),
             members: tokio::sync::Mutex::default(),

@@ -353,6 +353,9 @@ struct Inner {
     parts: GatewayParts,
     reports: OnceLock<Arc<dyn TaskReports>>,
     sessions: Mutex<HashMap<ServerId, Arc<Session>>>,
+    /// When agents that are disconnected were last heard. Locked after `sessions`.
+    last_heard: Mutex<HashMap<ServerId, Instant>>,
+    started_at: Instant,
     grants: Grants,
     attempts: Attempts,
     evictions: events::Evictions,
@@ -369,6 +372,8 @@ impl Gateway {
                 parts,
                 reports: OnceLock::new(),
                 sessions: Mutex::default(),
+                last_heard: Mutex::default(),
+                started_at: Instant::now(),
                 grants: Grants::default(),
                 attempts: Attempts::default(),
                 evictions: events::Evictions::default(),
@@ -429,6 +434,23 @@ impl Gateway {
     #[must_use]
     pub fn is_online(&self, server: ServerId) -> bool {
         self.sessions_map().contains_key(&server)
+    }
+
+    /// For how long a server has been without a session; `None` while it has one.
+    #[must_use]
+    pub fn silent_for(&self, server: ServerId) -> Option<Duration> {
+        let sessions = self.sessions_map();
+        if sessions.contains_key(&server) {
+            return None;
+        }
+        let last_heard = self.last_heard();
+        let since = last_heard.get(&server).copied();
+        Some(since.unwrap_or(self.inner.started_at).elapsed())
+    }
+
+    fn last_heard(&self) -> std::sync::MutexGuard<'_, HashMap<ServerId, Instant>> {
+        let map = &self.inner.last_heard;
+        map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The server's inbox changed: look at it again. Only a hint; the gateway watches the inbox too.

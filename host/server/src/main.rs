@@ -124,6 +124,9 @@ struct Server {
     /// Invocations of public commands that a workspace may make in a day (UTC).
     #[arg(long, default_value_t = INVOCATIONS_PER_DAY, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     invocations_per_day: u32,
+    /// Seconds for which an agent may be disconnected before the outcome of a step that runs on its server counts as unknown.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    agent_lost_after_s: u64,
 }
 
 #[derive(Args)]
@@ -305,6 +308,7 @@ async fn serve(options: Server) -> anyhow::Result<()> {
         },
         front_ports: options.front_ports,
         invocations_per_day: options.invocations_per_day,
+        agent_lost_after: Duration::from_secs(options.agent_lost_after_s),
         compile_command: None,
     })
     .await?;

@@ -360,6 +360,7 @@ pub async fn start_with(
         agents: sessions,
         planning: Arc::new(planner.clone()),
         pools,
+        agent_lost_after: config.agent_lost_after,
     });
     let orders = Orders::new(engine.clone(), planner);
     let diagnoses = Diagnoses::new(DiagnosesParts {

@@ -2,11 +2,15 @@
 //!
 //! Looks at the plan and the progress, and changes neither.
 
+use std::collections::BTreeSet;
+
 use crate::{
     dispatch::steps_of,
+    id::ServerId,
+    order::Control,
     plan::{NodeIndex, NodeKind, Plan, StepTemplate, TrafficAction},
     plugin::{Phase, UnitState},
-    progress::{NodeState, Progress, StageRollback},
+    progress::{Admission, NodeState, Progress, StageRollback},
 };
 
 /// How far a unit got: what a rollback is planned from.
@@ -29,6 +33,40 @@ pub fn unit_state(plan: &Plan, progress: &Progress, unit: NodeIndex) -> UnitStat
     } else {
         UnitState::Untouched
     }
+}
+
+/// The servers on which an order that is being cancelled has started nothing and has no weight to restore: other orders may
+/// work on them, however long the rest of the order takes to end.
+#[must_use]
+pub fn unreached_servers(plan: &Plan, progress: &Progress) -> BTreeSet<ServerId> {
+    let restores_weights = progress
+        .shifts
+        .iter()
+        .any(|leaf| progress.node(*leaf).shifted.is_some());
+    if progress.control != Control::Cancelling || restores_weights {
+        return BTreeSet::new();
+    }
+    let (mut unreached, mut reached) = (BTreeSet::new(), BTreeSet::new());
+    for node in &progress.unit_nodes {
+        let NodeKind::Unit { unit } = plan.nodes[*node as usize].kind else {
+            continue;
+        };
+        let Some(unit) = plan.units.get(unit as usize) else {
+            continue;
+        };
+        let untouched = progress.node(*node).admission == Admission::None
+            && progress
+                .children(*node)
+                .iter()
+                .all(|leaf| progress.node(*leaf).attempt == 0);
+        if untouched {
+            unreached.insert(unit.server);
+        } else {
+            // Another application on the same server.
+            reached.insert(unit.server);
+        }
+    }
+    &unreached - &reached
 }
 
 /// Whether a unit's turn takes its server out of service: it is drained, or what serves is changed. One that does neither

@@ -64,6 +64,10 @@ pub(crate) use revise::Revise;
 /// an order was loaded, because agents have to come back first.
 const ANSWER_GRACE_MS: u64 = 60_000;
 
+/// Bounds of the interval at which running steps are checked for agents that were lost.
+const MIN_LOST_CHECK_MS: u64 = 50;
+const MAX_LOST_CHECK_MS: u64 = 5_000;
+
 /// Something for an order.
 pub(crate) enum Command {
     /// An event, from a person or from the executor.
@@ -149,6 +153,10 @@ struct Actor {
     performing: HashMap<Effect, AbortHandle>,
     /// When something has to be looked at although nobody reported: sorted by time.
     deadlines: BTreeSet<(Timestamp, NodeIndex, u32)>,
+    /// When running steps are next checked for agents that were lost.
+    lost_check_at: Timestamp,
+    /// Servers that were unlocked before the end of this order, which is being cancelled.
+    unlocked: BTreeSet<ServerId>,
     loaded_at: Timestamp,
     back: mpsc::WeakSender<Command>,
 }
@@ -190,6 +198,8 @@ impl Actor {
             effects: JoinSet::new(),
             performing: HashMap::new(),
             deadlines: BTreeSet::new(),
+            lost_check_at: clock::now(),
+            unlocked: BTreeSet::new(),
             loaded_at: clock::now(),
             back,
         };
@@ -706,7 +716,29 @@ impl Actor {
             }
         }
         self.perform(batch.effects);
+        self.unlock_unreached().await;
         Ok(())
+    }
+
+    /// Unlocks servers that a cancelled order never reached, without waiting for those that it did reach.
+    async fn unlock_unreached(&mut self) {
+        // A rollback works under the locks of the order that it rolls back, which may go on after it.
+        if self.progress.control != Control::Cancelling || self.order.lock_owner != self.order.id {
+            return;
+        }
+        let mut unreached = reducer::unreached_servers(&self.plan, &self.progress);
+        unreached.retain(|server| !self.unlocked.contains(server));
+        if unreached.is_empty() {
+            return;
+        }
+        let unlocked =
+            initialise::unlock_servers(&self.engine.shared, &unreached, self.order.id).await;
+        match unlocked {
+            Ok(()) => self.unlocked.extend(unreached),
+            Err(error) => {
+                tracing::warn!(order.id = %self.order.id, error = &error as &dyn std::error::Error, "failed to unlock the servers that a cancelled order did not reach; they are unlocked when it ends");
+            }
+        }
     }
 
     async fn show_state(&mut self, batch: &mut Batch) -> Result<(), Stopped> {
@@ -966,6 +998,29 @@ impl Actor {
         longest.max(self.loaded_at).plus_ms(ANSWER_GRACE_MS)
     }
 
+    /// Whether the agent that runs a step has been disconnected for so long that its answer is not awaited any more. The time
+    /// counts from the start of the step at the earliest, so that a retry gives the agent time to come back.
+    fn is_lost(&self, node: NodeIndex, now: Timestamp) -> bool {
+        let Some((_, _, unit)) = dispatch::unit_of(&self.plan, node) else {
+            return false;
+        };
+        let shared = &self.engine.shared;
+        let started = self.progress.node(node).started_at;
+        let awaited_ms = now.since_ms(started.unwrap_or(self.loaded_at).max(self.loaded_at));
+        Duration::from_millis(awaited_ms) >= shared.agent_lost_after
+            && shared
+                .agents
+                .silent_for(unit.server)
+                .is_some_and(|silent| silent >= shared.agent_lost_after)
+    }
+
+    fn lost_check_interval_ms(&self) -> u64 {
+        let lost_after = self.engine.shared.agent_lost_after.as_millis();
+        u64::try_from(lost_after / 8).map_or(MAX_LOST_CHECK_MS, |interval| {
+            interval.clamp(MIN_LOST_CHECK_MS, MAX_LOST_CHECK_MS)
+        })
+    }
+
     fn next_deadline(&self) -> Option<Timestamp> {
         let step = self.deadlines.first().map(|(at, ..)| *at);
         let progress = match (self.plan.progress_deadline_ms, self.order.last_progress_at) {
@@ -976,7 +1031,8 @@ impl Actor {
             }
             (Some(_), Some(_)) | (None, _) | (_, None) => None,
         };
-        step.into_iter().chain(progress).min()
+        let lost = step.map(|_| self.lost_check_at);
+        step.into_iter().chain(progress).chain(lost).min()
     }
 
     async fn overdue(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<(), Stopped> {
@@ -989,11 +1045,23 @@ impl Actor {
             self.fold(Command::internal(Event::ProgressDeadline), commands)
                 .await?;
         }
+        let mut due = BTreeSet::new();
         while let Some((at, node, attempt)) = self.deadlines.first().copied() {
             if at > now {
                 break;
             }
             self.deadlines.pop_first();
+            due.insert((node, attempt));
+        }
+        if self.lost_check_at <= now {
+            self.lost_check_at = now.plus_ms(self.lost_check_interval_ms());
+            let running = self
+                .deadlines
+                .iter()
+                .map(|(_, node, attempt)| (*node, *attempt));
+            due.extend(running.filter(|(node, _)| self.is_lost(*node, now)));
+        }
+        for (node, attempt) in due {
             let row = self.progress.node(node);
             if !row.state.is_busy() || row.attempt != attempt {
                 continue;
@@ -1026,7 +1094,6 @@ impl Actor {
         let store = &*self.engine.shared.store;
         let key = rows::slot(unit.server, self.order.id, unit_index);
         let slot = rows::read::<InboxEntry>(store, &key, "an inbox entry").await?;
-        let delivery_ms = self.plan.delivery_deadline_ms;
         let (outcome, fault, message) = match slot {
             Some((entry, revision)) if entry.epoch.is_none() => {
                 // Never pushed. Taking the slot away first keeps it so.
@@ -1036,7 +1103,7 @@ impl Actor {
                         Outcome::Refused,
                         Fault::NotDelivered,
                         format!(
-                            "not delivered: the agent of {} was not connected for {delivery_ms} ms",
+                            "not delivered: the agent of {} is not connected. Start it, then retry the step",
                             unit.server_name
                         ),
                     ),
@@ -1044,14 +1111,18 @@ impl Actor {
                 }
             }
             // Pushed: looked at again when its time is up.
-            Some(_) if started.is_some_and(|started| now < self.answer_deadline(step, started)) => {
+            Some(_)
+                if !self.is_lost(node, now)
+                    && started.is_some_and(|started| now < self.answer_deadline(step, started)) =>
+            {
                 return Ok(None);
             }
             Some(_) | None => (
                 Outcome::Unknown,
                 Fault::NotReported,
                 format!(
-                    "the agent of {} did not report in time: whether the step ran cannot be known",
+                    "the agent of {} did not report in time: whether the step ran cannot be known. Check the server, then \
+                     retry or ignore the step",
                     unit.server_name
                 ),
             ),

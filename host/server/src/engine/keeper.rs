@@ -475,6 +475,10 @@ mod tests {
             true
         }
 
+        fn silent_for(&self, _: ServerId) -> Option<std::time::Duration> {
+            None
+        }
+
         fn nudge(&self, _: ServerId) {}
     }
 

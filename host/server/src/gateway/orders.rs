@@ -1,5 +1,7 @@
 //! The seam between the gateway and the engine, both ways: who is connected, and who takes results.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use windlass_domain::{
     Timestamp,
@@ -20,6 +22,10 @@ impl Agents for Gateway {
 
     fn is_online(&self, server: ServerId) -> bool {
         Gateway::is_online(self, server)
+    }
+
+    fn silent_for(&self, server: ServerId) -> Option<Duration> {
+        Gateway::silent_for(self, server)
     }
 
     fn nudge(&self, server: ServerId) {

@@ -474,6 +474,11 @@ impl Entered {
             .is_some_and(|current| current.id == self.session.id);
         if is_current {
             sessions.remove(&self.session.server);
+            let silent_ms = clock::now().since_ms(self.session.last_heard());
+            let now = Instant::now();
+            let heard = now.checked_sub(Duration::from_millis(silent_ms));
+            let mut last_heard = self.gateway.last_heard();
+            last_heard.insert(self.session.server, heard.unwrap_or(now));
         }
         is_current
     }

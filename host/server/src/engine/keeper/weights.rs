@@ -220,6 +220,10 @@ mod tests {
             server != self.0
         }
 
+        fn silent_for(&self, server: ServerId) -> Option<std::time::Duration> {
+            (server == self.0).then_some(std::time::Duration::ZERO)
+        }
+
         fn nudge(&self, _: ServerId) {}
     }
 
