@@ -3,8 +3,7 @@
 use serde_json::{Value, json};
 use windlass_tests::{
     host::{Setup, TestHost, eventually, text},
-    release::upload,
-    scene::{Scene, act, nodes, refusal, step},
+    scene::{Scene, act, nodes, refusal},
 };
 
 async fn run(host: &TestHost, mut order: Value) -> String {
@@ -130,22 +129,19 @@ async fn a_rollback_waits_for_what_passes(host: &TestHost, scene: &Scene) {
 async fn an_odd_archive_harms_nobody(host: &TestHost, scene: &Scene) {
     let long = |start: &[u8]| [start, &[0xff; 40_000]].concat();
     for (version, name) in [("9.0.0", long(b"")), ("9.0.1", long(b"a"))] {
-        let package = upload(host, "scene", version, archive(&name)).await;
-        let mut order = scene.order("odd archive", 0);
-        order["targets"][0]["package"] = package.into();
-        let order = run(host, order).await;
-        let blocked = host.order_in(&order, &["blocked"]).await;
-        assert!(text(&blocked["state_reason"]).len() <= 5000, "{blocked}");
-        let unpack = step(&nodes(host, &order).await, "agent-1", "unpack").clone();
-        let message = text(&unpack["message"]);
-        assert!(
-            (1..=4096).contains(&message.len()) && message.contains("name"),
-            "{message}"
+        let path = host.ws(&format!(
+            "packages?app=scene&version={version}&file_name=scene.tar.gz"
+        ));
+        let (status, code, detail) = refusal(host.api.upload(&path, archive(&name)).await);
+        assert_eq!(
+            (status, code.as_str()),
+            (422, "package_refused"),
+            "{detail}"
         );
-        act(host, &order, &json!({ "action": "cancel" }))
-            .await
-            .expect("it is ended");
-        host.order_ended(&order).await;
+        assert!(
+            detail.len() <= 4096 && detail.contains("the name is not UTF-8"),
+            "{detail}"
+        );
     }
     assert!(!host.server_log().contains("panicked"));
     scene.check_serves(host, 1).await;

@@ -31,7 +31,7 @@ use crate::{
     config::DataDir,
     crash,
     execute::{ActionError, Context, become_user, cgroup, environment, kill_marked},
-    files::{FileError, make_dir, read_json, remove_file, sync_dir, write_json},
+    files::{chain, make_dir, read_json, remove_file, sync_dir, write_json},
     instance::{InstanceDir, expand},
     shim::{
         client::{self, Found, Watch},
@@ -115,7 +115,7 @@ pub(crate) async fn start(
             crash::point("app_recorded");
             make_dir(&instance.apps(), 0o711)?;
             client::start(&dir, &spec, None).await?;
-            remove_old(&instance, &record.dir)?;
+            remove_old(&instance, &record.dir);
         }
         // This task started it before the agent died; whether it is to be launched again is not this task's to decide.
         Found::Lost(_) => return Ok(()),
@@ -331,8 +331,9 @@ async fn stop_shims(
     Ok(())
 }
 
-/// Removes the directories (with the logs) of all but the newest application and the one before it.
-fn remove_old(instance: &InstanceDir, newest: &str) -> Result<(), FileError> {
+/// Removes the directories (with the logs) of all but the newest application and the previous one. Housekeeping: a failure is a
+/// warning, because the application has started.
+fn remove_old(instance: &InstanceDir, newest: &str) {
     let mut others: Vec<(Option<std::time::SystemTime>, PathBuf)> = fs::read_dir(instance.apps())
         .into_iter()
         .flatten()
@@ -348,9 +349,10 @@ fn remove_old(instance: &InstanceDir, newest: &str) -> Result<(), FileError> {
     others.sort();
     others.pop();
     for (_, path) in others {
-        remove_tree(&path)?;
+        if let Err(error) = remove_tree(&path) {
+            tracing::warn!(error = %chain(&error), "failed to remove the directory of an old application");
+        }
     }
-    Ok(())
 }
 
 /// Every recorded application.
@@ -472,6 +474,6 @@ pub async fn relaunch(
     make_dir(&instance.apps(), 0o711)?;
     let dir = record.run_dir(&instance);
     client::start(&dir, &spec, None).await?;
-    remove_old(&instance, &record.dir)?;
+    remove_old(&instance, &record.dir);
     await_running(&dir).await
 }

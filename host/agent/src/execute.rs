@@ -129,6 +129,26 @@ pub enum ActionError {
     /// Something else has the name.
     #[error("`{0}` is there and is no directory: nothing was changed")]
     NotADirectory(String),
+    /// The directory belongs to somebody else, and its user could have put it there.
+    #[error(
+        "`{path}` belongs to another user than `{user}`, who can rename what is in the directory around it: it is not replaced. Run the step as its owner, or change its owner to `{user}`"
+    )]
+    NotOwner {
+        /// The directory.
+        path: String,
+        /// The user of the step.
+        user: String,
+    },
+    /// Another process replaced the directory, and it could not be put back.
+    #[error(
+        "another process replaced `{path}` while the new files were unpacked; what it put there is in `{kept}` now. Stop what writes there, move it back, then retry the step"
+    )]
+    NotRestored {
+        /// The directory.
+        path: String,
+        /// Where it is now.
+        kept: String,
+    },
     /// Another process replaced the directory meanwhile.
     #[error(
         "another process replaced `{0}` while the new files were unpacked; it was left as it is. Stop what writes there, then retry the step"
@@ -197,6 +217,8 @@ impl ActionError {
             | Self::Root(_)
             | Self::NotADirectory(_)
             | Self::Exchanged(_)
+            | Self::NotOwner { .. }
+            | Self::NotRestored { .. }
             | Self::NoInstance(_)
             | Self::App(_)
             | Self::Worker(_) => None,
@@ -277,7 +299,10 @@ async fn carry_out(
                 )
                 .await?;
                 let in_use = [package.digest].into();
-                cache::evict(&context.data, &context.policy, &in_use)?;
+                // Housekeeping: the package is there.
+                if let Err(error) = cache::evict(&context.data, &context.policy, &in_use) {
+                    tracing::warn!(error = %chain(&error), "failed to remove old packages from the cache");
+                }
                 Ok(Ended::new(Outcome::Succeeded, ""))
             }
             Action::Unpack { package, release } => {

@@ -217,6 +217,12 @@ impl WorkDir {
         Ok(Self { name, dir })
     }
 
+    /// Its name when it was created.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// The handle.
     #[must_use]
     pub fn dir(&self) -> &OwnedFd {

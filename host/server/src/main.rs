@@ -32,7 +32,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Run the platform server.
-    Server(Server),
+    Server(Box<Server>),
     /// Run a server with agents of its own on this machine, in a workspace `dev`.
     Dev(Dev),
     /// Show three releases of a real application on three agents.
@@ -206,7 +206,7 @@ fn run(command: Command) -> anyhow::Result<ExitCode> {
     runtime.block_on(async {
         match command {
             Command::Plugin(command) => return plugin_cli::run(command).await,
-            Command::Server(options) => serve(options).await?,
+            Command::Server(options) => serve(*options).await?,
             Command::Dev(Dev {
                 data,
                 listen,

@@ -9,7 +9,8 @@
 //!
 //! The directory is strictly below one of the policy's roots, and is reached without links. Its user can usually write in the
 //! directory around it, and rename or exchange anything there at any time. So the agent works through handles only, and removes
-//! the old files only when they are the directory that it found at the beginning.
+//! the old files only when they are the directory that it found at the beginning. Where others can write in the directory around,
+//! that directory must belong to the step's user: anything else could have been put there to be removed by root.
 
 mod download;
 
@@ -20,6 +21,7 @@ use std::{
 };
 
 use rustix::fs::{AtFlags, FileType, RenameFlags, renameat_with, statat};
+use serde::{Deserialize, Serialize};
 use windlass_domain::{
     Digest,
     task::{FilesRef, PackageFormat, PackageRef, Task},
@@ -30,7 +32,7 @@ use super::{
     file::{allowed_root, open_below},
 };
 use crate::{
-    files::{Context as _, chain, make_dir, read_json, remove_file, write_json},
+    files::{Context as _, FileError, chain, make_dir, read_json, remove_file, write_json},
     tree::{WorkDir, WorkDirRecord},
     unpack,
     users::{self, User},
@@ -86,12 +88,26 @@ async fn replace(
     let work = move || -> Result<Option<String>, ActionError> {
         place.remove_leftovers()?;
         let work = WorkDir::create(&place.parent, place.around())?;
-        write_json(&place.record, &work.record(place.around())?, 0o600)?;
+        let mut record = Record {
+            work: work.record(place.around())?,
+            removable: place.old.into_iter().collect(),
+        };
+        write_json(&place.record, &record, 0o600)?;
         let (owner, policy) = (owner.as_ref(), &context.policy);
         let fresh = work.path().join(FILES);
         let exchanged = unpack::unpack(&archive, &package, &fresh, owner, policy, &cancelled)
             .map_err(ActionError::from)
-            .and_then(|()| place.exchange(&work));
+            .and_then(|()| {
+                let fresh = identity(work.dir(), FILES)?;
+                record.removable.extend(fresh);
+                write_json(&place.record, &record, 0o600)?;
+                place.exchange(&work, fresh)
+            });
+        if let Err(ActionError::NotRestored { .. }) = &exchanged {
+            // What is in the work directory is somebody else's: it stays, and is forgotten.
+            remove_file(&place.record)?;
+            return exchanged.map(|()| None);
+        }
         let removed = work
             .remove(&place.parent, place.around())
             .and_then(|()| remove_file(&place.record));
@@ -108,6 +124,23 @@ async fn replace(
     tokio::task::spawn_blocking(work)
         .await
         .map_err(ActionError::Worker)?
+}
+
+/// What is recorded about an attempt before anything is moved, so that only its own files are removed after a death.
+#[derive(Debug, Serialize, Deserialize)]
+struct Record {
+    work: WorkDirRecord,
+    /// Device and inode of the new files and of the directory that they replace.
+    removable: Vec<(u64, u64)>,
+}
+
+/// Device and inode of an entry, whatever it is; `None`: there is none.
+fn identity(dir: &OwnedFd, name: &str) -> Result<Option<(u64, u64)>, FileError> {
+    match statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(found) => Ok(Some((found.st_dev, found.st_ino))),
+        Err(rustix::io::Errno::NOENT) => Ok(None),
+        Err(error) => Err(error).during("inspect", Path::new(name)),
+    }
 }
 
 /// Where files go.
@@ -148,7 +181,7 @@ impl Place {
             shown,
             record: context.data.downloads().join(record),
         };
-        place.old = place.identity()?;
+        place.old = place.find_old(user)?;
         Ok(place)
     }
 
@@ -159,9 +192,18 @@ impl Place {
     }
 
     /// Device and inode of the directory to be replaced. Anything else with its name is in the way.
-    fn identity(&self) -> Result<Option<(u64, u64)>, ActionError> {
+    fn find_old(&self, user: &User) -> Result<Option<(u64, u64)>, ActionError> {
+        let around = rustix::fs::fstat(&self.parent).during("inspect", self.around())?;
+        let own = rustix::process::geteuid().as_raw();
+        let others_write = around.st_uid != own || around.st_mode & 0o022 != 0;
         match statat(&self.parent, self.name.as_str(), AtFlags::SYMLINK_NOFOLLOW) {
             Ok(found) if FileType::from_raw_mode(found.st_mode) == FileType::Directory => {
+                if others_write && found.st_uid != user.uid {
+                    return Err(ActionError::NotOwner {
+                        path: self.shown.clone(),
+                        user: user.name.clone(),
+                    });
+                }
                 Ok(Some((found.st_dev, found.st_ino)))
             }
             Ok(_) => Err(ActionError::NotADirectory(self.shown.clone())),
@@ -175,18 +217,27 @@ impl Place {
     /// Removes the work directory of an attempt that died.
     fn remove_leftovers(&self) -> Result<(), ActionError> {
         // A record that cannot be read was not written completely; then its directory is still empty.
-        let record = read_json::<WorkDirRecord>(&self.record).unwrap_or_default();
-        if let Some(left) = record.and_then(|record| WorkDir::reopen(&self.parent, &record))
-            && let Err(error) = left.remove(&self.parent, self.around())
+        let record = read_json::<Record>(&self.record).unwrap_or_default();
+        if let Some(record) = record
+            && let Some(left) = WorkDir::reopen(&self.parent, &record.work)
         {
-            tracing::warn!(error = %chain(&error), "failed to remove the work directory of an earlier attempt");
+            let files = identity(left.dir(), FILES)?;
+            if files.is_some_and(|files| !record.removable.contains(&files)) {
+                tracing::warn!(
+                    path = %self.around().display(),
+                    "the work directory of an earlier attempt holds files of somebody else; it is left"
+                );
+            } else if let Err(error) = left.remove(&self.parent, self.around()) {
+                tracing::warn!(error = %chain(&error), "failed to remove the work directory of an earlier attempt");
+            }
         }
         Ok(remove_file(&self.record)?)
     }
 
     /// Exchanges the new files with the old ones. What is then in the work directory is removed, so it must be the directory
-    /// that was there at the beginning: anything else is put back.
-    fn exchange(&self, work: &WorkDir) -> Result<(), ActionError> {
+    /// that was there at the beginning: anything else is put back, and the new files are there again afterwards, or nothing in the
+    /// work directory is removed.
+    fn exchange(&self, work: &WorkDir, fresh: Option<(u64, u64)>) -> Result<(), ActionError> {
         let shown = Path::new(&self.shown);
         let rename =
             |flags| renameat_with(work.dir(), FILES, &self.parent, self.name.as_str(), flags);
@@ -195,11 +246,24 @@ impl Place {
             return Ok(rustix::fs::fsync(&self.parent).during("sync what is around", shown)?);
         };
         rename(RenameFlags::EXCHANGE).during("replace", shown)?;
-        let found =
-            statat(work.dir(), FILES, AtFlags::SYMLINK_NOFOLLOW).during("inspect", shown)?;
-        if (found.st_dev, found.st_ino) != old {
-            rename(RenameFlags::EXCHANGE).during("restore", shown)?;
-            return Err(ActionError::Exchanged(self.shown.clone()));
+        match identity(work.dir(), FILES) {
+            Ok(Some(found)) if found == old => {}
+            Ok(_) | Err(_) => {
+                let restored = rename(RenameFlags::EXCHANGE)
+                    .is_ok_and(|()| identity(work.dir(), FILES).is_ok_and(|found| found == fresh));
+                return Err(match restored {
+                    true => ActionError::Exchanged(self.shown.clone()),
+                    false => ActionError::NotRestored {
+                        path: self.shown.clone(),
+                        kept: self
+                            .around()
+                            .join(work.name())
+                            .join(FILES)
+                            .display()
+                            .to_string(),
+                    },
+                });
+            }
         }
         Ok(rustix::fs::fsync(&self.parent).during("sync what is around", shown)?)
     }
