@@ -281,7 +281,7 @@ impl WorkDir {
 /// others is touched. After a crash it can be repeated: the directory itself changes its owner last.
 ///
 /// # Errors
-/// When something cannot be given away, or the tree has more than [`MAX_GIVEN_DEPTH`] levels.
+/// When something cannot be given away, or the tree has more than 256 levels.
 pub fn give_tree(path: &Path, from: u32, uid: u32, gid: u32) -> Result<(), FileError> {
     let give = || -> io::Result<()> {
         let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
