@@ -21,6 +21,8 @@ python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2
 need /usr/sbin/haproxy haproxy
 need /usr/sbin/nft nftables
 need ip iproute2
+# Tests make a file immutable, as something that cannot be removed.
+need chattr e2fsprogs
 # References of the archive tests, and the programs that compress for them.
 need bsdtar libarchive-tools
 need unzip unzip
