@@ -68,6 +68,8 @@ struct Rule {
     allowed: fn(char) -> bool,
     first: fn(char) -> bool,
     last: fn(char) -> bool,
+    /// The same rule, without the length, as the regular expression of the OpenAPI document. A test compares the two.
+    pattern: &'static str,
     says: &'static str,
 }
 
@@ -163,6 +165,7 @@ macro_rules! names {
                     .schema_type(utoipa::openapi::schema::Type::String)
                     .min_length(Some(Self::RULE.min))
                     .max_length(Some(Self::RULE.max))
+                    .pattern(Some(Self::RULE.pattern))
                     .description(Some(Self::RULE.says))
                     .build()
                     .into()
@@ -170,7 +173,13 @@ macro_rules! names {
         }
 
         impl utoipa::ToSchema for $name {}
-    )*};
+    )*
+
+        /// Every rule, with whether a text parses under it.
+        #[cfg(test)]
+        const RULES: &[(Rule, fn(&str) -> bool)] =
+            &[$(($name::RULE, |text| text.parse::<$name>().is_ok())),*];
+    };
 }
 
 names! {
@@ -178,120 +187,140 @@ names! {
     WorkspaceName = Rule {
         what: "the workspace identifier", min: 2, max: 40,
         allowed: |c| lower(c) || c.is_ascii_digit() || c == '-', first: lower, last: alphanumeric,
+        pattern: r"^[a-z](?:[a-z0-9-]*[a-z0-9])?$",
         says: "lower-case letters, digits and `-`; starts with a letter, ends with a letter or digit",
     };
     /// A cell's identifier, unique in its workspace. Source: spec "Workspaces", "Cells".
     CellName = Rule {
         what: "the cell identifier", min: 1, max: 40,
         allowed: |c| lower(c) || c.is_ascii_digit() || c == '-', first: lower, last: alphanumeric,
+        pattern: r"^[a-z](?:[a-z0-9-]*[a-z0-9])?$",
         says: "lower-case letters, digits and `-`; starts with a letter, ends with a letter or digit",
     };
     /// A zone of a region, or the region itself.
     ZoneName = Rule {
         what: "the name of a region or zone", min: 1, max: 40,
         allowed: |c| lower(c) || c.is_ascii_digit() || c == '-', first: lower, last: alphanumeric,
+        pattern: r"^[a-z](?:[a-z0-9-]*[a-z0-9])?$",
         says: "lower-case letters, digits and `-`; starts with a letter, ends with a letter or digit",
     };
     /// An application's name. Source: spec "Applications".
     AppName = Rule {
         what: "the application name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        pattern: r"^[A-Za-z](?:[A-Za-z0-9_-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
     };
     /// A service instance's name: like an application's. Source: spec "Service instances".
     InstanceName = Rule {
         what: "the service instance name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        pattern: r"^[A-Za-z](?:[A-Za-z0-9_-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
     };
     /// A pool's name.
     PoolName = Rule {
         what: "the pool name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        pattern: r"^[A-Za-z](?:[A-Za-z0-9_-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
     };
     /// A notification channel's name.
     ChannelName = Rule {
         what: "the channel name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        pattern: r"^[A-Za-z](?:[A-Za-z0-9_-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
     };
     /// A process template's name.
     TemplateName = Rule {
         what: "the process template name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        pattern: r"^[A-Za-z](?:[A-Za-z0-9_-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
     };
     /// A load balancer's name.
     LoadBalancerName = Rule {
         what: "the load balancer name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || c == '-' || c == '_', first: letter, last: alphanumeric,
+        pattern: r"^[A-Za-z](?:[A-Za-z0-9_-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-` and `_`; starts with a letter, ends with a letter or digit",
     };
     /// A certificate's name.
     CertificateName = Rule {
         what: "the certificate name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || matches!(c, '-' | '_' | '.'), first: alphanumeric, last: alphanumeric,
+        pattern: r"^[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-`, `_` and `.`; starts and ends with a letter or digit",
     };
     /// The path that a health check asks for, with its query. Nothing in it has a meaning in a load balancer's configuration.
     HealthPath = Rule {
         what: "the path of the health check", min: 1, max: 200,
         allowed: |c| path_char(c) || matches!(c, '?' | '=' | '&'), first: |c| c == '/', last: |_| true,
+        pattern: r"^/[A-Za-z0-9/_.~%+,:@!?=&-]*$",
         says: "starts with `/`; letters, digits and `/ - _ . ~ % + , : @ ! ? = &`, no blanks, quotes, `#`, `\\` or `;`",
     };
     /// The beginning of request paths that a virtual server group takes.
     PathPrefix = Rule {
         what: "the path of the server group", min: 1, max: 200,
         allowed: path_char, first: |c| c == '/', last: |_| true,
+        pattern: r"^/[A-Za-z0-9/_.~%+,:@!-]*$",
         says: "starts with `/`; letters, digits and `/ - _ . ~ % + , : @ !`, no blanks, quotes, `#`, `\\` or `;`",
     };
     /// A host name as requests carry it, lower case.
     HostName = Rule {
         what: "the host name", min: 1, max: 253,
         allowed: |c| lower(c) || c.is_ascii_digit() || matches!(c, '-' | '.'), first: |c| lower(c) || c.is_ascii_digit(), last: |c| lower(c) || c.is_ascii_digit(),
+        pattern: r"^[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?$",
         says: "lower-case letters, digits, `-` and `.`; starts and ends with a letter or digit",
     };
     /// A plugin's name. Source: design, "Plugins".
     PluginName = Rule {
         what: "the plugin name", min: 1, max: 60,
         allowed: |c| lower(c) || c.is_ascii_digit() || c == '-', first: lower, last: alphanumeric,
+        pattern: r"^[a-z](?:[a-z0-9-]*[a-z0-9])?$",
         says: "lower-case letters, digits and `-`; starts with a letter, ends with a letter or digit",
     };
     /// A server's name, unique in its workspace.
     ServerName = Rule {
         what: "the server name", min: 1, max: 128,
         allowed: |c| alphanumeric(c) || matches!(c, '-' | '_' | '.'), first: alphanumeric, last: alphanumeric,
+        pattern: r"^[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-`, `_` and `.`; starts and ends with a letter or digit",
     };
     /// The name prefix of an activation code.
     NamePrefix = Rule {
         what: "the name prefix", min: 1, max: 50,
         allowed: |c| alphanumeric(c) || matches!(c, '-' | '_' | '.'), first: alphanumeric, last: |_| true,
+        pattern: r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
         says: "letters, digits, `-`, `_` and `.`; starts with a letter or digit",
     };
     /// A package's version. Source: spec "Packages".
     PackageVersion = Rule {
         what: "the package version", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || matches!(c, '-' | '_' | '.' | '+'), first: alphanumeric, last: alphanumeric,
+        pattern: r"^[A-Za-z0-9](?:[A-Za-z0-9_.+-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-`, `_`, `.` and `+`; starts and ends with a letter or digit",
     };
     /// A package's file name, without directories.
     FileName = Rule {
         what: "the file name", min: 1, max: 200,
         allowed: |c| alphanumeric(c) || matches!(c, '-' | '_' | '.' | '+'), first: |c| alphanumeric(c) || c == '_', last: |c| alphanumeric(c) || c == '_',
+        pattern: r"^[A-Za-z0-9_](?:[A-Za-z0-9_.+-]*[A-Za-z0-9_])?$",
         says: "letters, digits, `-`, `_`, `.` and `+`; starts and ends with a letter, digit or `_`",
     };
     /// A tag's key.
     TagKey = Rule {
         what: "the tag key", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || matches!(c, '-' | '_' | '.'), first: letter, last: alphanumeric,
+        pattern: r"^[A-Za-z](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-`, `_` and `.`; starts with a letter, ends with a letter or digit",
     };
     /// A token's name.
     TokenName = Rule {
         what: "the token name", min: 1, max: 60,
         allowed: |c| alphanumeric(c) || matches!(c, '-' | '_' | '.'), first: alphanumeric, last: alphanumeric,
+        pattern: r"^[A-Za-z0-9](?:[A-Za-z0-9_.-]*[A-Za-z0-9])?$",
         says: "letters, digits, `-`, `_` and `.`; starts and ends with a letter or digit",
     };
 }
@@ -412,6 +441,29 @@ mod tests {
         );
         check::<ServerName>(&["9a.b", &"a".repeat(128)], &["", "a.", &"a".repeat(129)]);
         check::<NamePrefix>(&["web-", &"a".repeat(50)], &["", "-web", &"a".repeat(51)]);
+    }
+
+    /// Every text of up to three characters out of those that some rule tells apart.
+    #[test]
+    fn the_documented_pattern_accepts_exactly_the_texts_that_parse() {
+        let alphabet: Vec<char> = "aZ5-_./+~%?=&@!:, \n#\\;\0é".chars().collect();
+        let mut texts = vec![String::new()];
+        for length in 0..3 {
+            let longer: Vec<String> = texts
+                .iter()
+                .filter(|text| text.chars().count() == length)
+                .flat_map(|text| alphabet.iter().map(move |c| format!("{text}{c}")))
+                .collect();
+            texts.extend(longer);
+        }
+        for (rule, parses) in RULES {
+            let pattern = regex::Regex::new(rule.pattern).expect(rule.pattern);
+            for text in &texts {
+                let length = text.chars().count();
+                let documented = (rule.min..=rule.max).contains(&length) && pattern.is_match(text);
+                assert_eq!(parses(text), documented, "{}: {text:?}", rule.what);
+            }
+        }
     }
 
     #[test]
